@@ -1,0 +1,1 @@
+"""The configuration tree: YAML files and the dataclasses that describe them."""

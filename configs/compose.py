@@ -1,0 +1,160 @@
+"""From command-line overrides to a typed `Config`, with every mistake named.
+
+Hydra composes the YAML groups; pydantic checks names and types of all keys at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+
+from configs.schema import Config
+
+ROOT = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One thing wrong with a configuration: the key, its value, why, and what would work."""
+
+    key: str
+    value: Any
+    reason: str
+    suggestion: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.key}={self.value}: {self.reason}"
+        return f"{text} ({self.suggestion})" if self.suggestion else text
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; `violations` lists everything wrong with it."""
+
+    def __init__(self, violations: list[Violation]) -> None:
+        super().__init__("\n".join(str(violation) for violation in violations))
+        self.violations = violations
+
+
+@cache
+def _adapter() -> TypeAdapter[Config]:
+    return TypeAdapter(Config, config=None)
+
+
+def groups() -> dict[str, list[str]]:
+    """The configuration groups and their options."""
+    return {
+        folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
+        for folder in sorted(ROOT.iterdir())
+        if folder.is_dir() and not folder.name.startswith("_")
+    }
+
+
+def compose_dict(overrides: list[str], primary: str = "config") -> dict[str, Any]:
+    """The composed tree as plain dictionaries.
+
+    Raises:
+        ConfigError: naming every override that cannot be read or whose group has no such option.
+    """
+    violations, parsed = _parse(overrides)
+    known = groups()
+    for override in parsed:
+        name = override.key_or_group
+        option = override.value()
+        if name in known and isinstance(option, str) and option not in known[name]:
+            violations.append(
+                Violation(
+                    name,
+                    option,
+                    f"there is no file configs/{name}/{option}.yaml",
+                    f"one of {', '.join(known[name])}",
+                )
+            )
+    if violations:
+        raise ConfigError(violations)
+    # `++` lets an unknown key through to pydantic, which reports all of them together.
+    lines = [
+        str(override.input_line)
+        if override.key_or_group in known or str(override.input_line)[0] in "+~"
+        else f"++{override.input_line}"
+        for override in parsed
+    ]
+    try:
+        with initialize_config_dir(str(ROOT), version_base="1.3"):
+            tree = OmegaConf.to_container(compose(primary, overrides=lines), resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError([Violation("configuration", " ".join(overrides), reason)]) from error
+    assert isinstance(tree, dict)
+    return tree  # type: ignore[return-value]
+
+
+def _parse(overrides: list[str]) -> tuple[list[Violation], list[Override]]:
+    parser = OverridesParser.create()
+    violations, parsed = [], []
+    for line in overrides:
+        try:
+            parsed.append(parser.parse_override(line))
+        except HydraException as error:
+            reason = str(error).splitlines()[0]
+            violations.append(Violation(line, "", reason, "write key=value"))
+    return violations, parsed
+
+
+def from_dict(tree: dict[str, Any]) -> Config:
+    """A typed `Config` from plain dictionaries.
+
+    Raises:
+        ConfigError: naming every unknown key and every value of a wrong type.
+    """
+    try:
+        return _adapter().validate_python(tree, extra="forbid")
+    except ValidationError as error:
+        raise ConfigError([_from_pydantic(item) for item in error.errors()]) from None
+
+
+def _from_pydantic(item: Any) -> Violation:
+    path = [str(part) for part in item["loc"]]
+    key = ".".join(path)
+    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        siblings = _siblings(path[:-1])
+        close = difflib.get_close_matches(path[-1], siblings, n=3, cutoff=0.5)
+        suggestion = f"did you mean {', '.join(close)}?" if close else f"known: {siblings}"
+        return Violation(key, item["input"], "unknown key", suggestion)
+    return Violation(key, item.get("input"), item["msg"].lower())
+
+
+def _siblings(path: list[str]) -> list[str]:
+    """Names of the keys beside an unknown one."""
+    schema: Any = _adapter().json_schema()
+    definitions = schema.get("$defs", {})
+    for part in path:
+        schema = schema.get("properties", {}).get(part, {})
+        reference = schema.get("$ref") or schema.get("items", {}).get("$ref")
+        if reference:
+            schema = definitions[reference.rsplit("/", 1)[-1]]
+    return list(schema.get("properties", {}))
+
+
+def load(overrides: list[str]) -> Config:
+    """Compose and type a configuration.
+
+    Raises:
+        ConfigError: with every unknown key, unknown option and wrong type.
+    """
+    return from_dict(compose_dict(overrides))
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration, as written into the run folder and read back by `from_dict`."""
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))

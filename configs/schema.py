@@ -1,0 +1,281 @@
+"""The configuration tree as dataclasses: what every key means, its unit and its default.
+
+YAML files beside this module fill it in; `configs.compose` reads them and `configs.check`
+finds what cannot work. No torch here: the trainer and the simulator both start from this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass
+class ModelConfig:
+    """Shape of a language model. Everything that adds a parameter is here, except the router's
+    own options (`MoEConfig`).
+
+    `num_experts = 0` is a dense model. Widths are in elements, `rotary_base` is RoPE's θ.
+    """
+
+    name: str
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    vocab_size: int
+    ffn_hidden_size: int = 0  # width of the dense layers' MLP; unused when every layer is MoE
+    num_query_groups: int = 0  # KV heads of GQA; 0 = as many as query heads
+    kv_channels: int = 0  # head size; 0 = hidden_size / num_attention_heads
+    max_position_embeddings: int = 4096
+
+    attention: Literal["gqa", "mla"] = "gqa"
+    q_lora_rank: int = 0  # MLA; 0 = no low-rank query projection
+    kv_lora_rank: int = 0
+    qk_head_dim: int = 0  # MLA head size without rotation
+    qk_pos_emb_head_dim: int = 0  # MLA head size with rotation
+    v_head_dim: int = 0
+    add_qkv_bias: bool = False
+    add_attention_output_bias: bool = False
+    qk_layernorm: bool = False
+    rotary_base: float = 10000.0
+    position_embedding: Literal["rope", "learned"] = "rope"
+
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    add_mlp_bias: bool = False
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    norm_epsilon: float = 1e-5
+    tie_embeddings: bool = False
+
+    num_experts: int = 0
+    moe_ffn_hidden_size: int = 0
+    shared_expert_ffn_hidden_size: int = 0  # one ungated MLP beside the routed experts; 0 = none
+    num_dense_layers: int = 0  # leading layers with a dense MLP
+    mtp_num_layers: int = 0  # multi-token prediction depth
+
+    # Depth-scaled sandwich norm (Pangu Ultra): a second norm after each sublayer, whose gain
+    # starts at c/sqrt(num_layers).
+    sandwich_norm: bool = False
+    sandwich_attention_gain: float = 0.283
+    sandwich_mlp_gain: float = 0.432
+    # "tiny" is TinyInit: std = sqrt(1 / (2 * hidden_size * num_layers)), embedding std 0.5.
+    init: Literal["normal", "tiny"] = "normal"
+    init_std: float = 0.02
+
+
+RouterType = Literal["moge", "top_k", "group_limited", "expert_choice", "forced_balance"]
+DispatcherType = Literal["local", "allgather", "alltoall", "moge"]
+AuxLossScope = Literal["micro_batch", "sequence", "ep_group", "dp_group", "global_batch"]
+
+
+@dataclass
+class MoEConfig:
+    """How tokens find experts, and how they travel.
+
+    A model preset fills in its published routing; the `moe` group overrides it.
+    `num_expert_groups` is MoGE's M (and DeepSeek's n_group); `top_k` is K.
+    """
+
+    router: RouterType = "top_k"
+    top_k: int = 1
+    num_expert_groups: int = 1
+    topk_group: int = 0  # group_limited: how many groups a token may use
+    score_function: Literal["softmax", "sigmoid"] = "softmax"
+    # top_k only: softmax over the chosen logits (the MoGE paper's baseline, Mixtral) or over all.
+    softmax_after_top_k: bool = False
+    renormalize: bool = False  # chosen weights sum to 1
+    scaling_factor: float = 1.0  # multiplies the chosen weights
+    router_scale: bool = False  # learned factor per expert, initialised to 1 (released Pangu Pro)
+    expert_bias: bool = False  # bias-balanced, aux-loss-free: the bias moves the choice only
+    expert_bias_update_rate: float = 1e-3
+    aux_loss_scope: AuxLossScope = "micro_batch"
+    aux_loss_coefficient: float = 1e-2
+    z_loss_coefficient: float = 0.0
+    dispatcher: Literal["auto", "local", "allgather", "alltoall", "moge"] = "auto"
+
+
+@dataclass
+class ParallelConfig:
+    """How the model is laid out over ranks, in Megatron's names.
+
+    Data parallelism is what is left: world / (tensor * pipeline * context).
+    """
+
+    tensor_model_parallel_size: int = 1
+    sequence_parallel: bool = True  # takes effect when tensor_model_parallel_size > 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int = 1  # model chunks per pipeline rank
+    # Layers of each virtual stage in order of depth (chunk-major), or null for an even split.
+    # 0 is allowed: stages that hold only the embedding or the head.
+    pipeline_layout: list[int] | None = None
+    # Identity layers that fill an uneven depth up to the next multiple of the stages.
+    num_noop_layers: int = 0
+    context_parallel_size: int = 1
+    context_parallel_type: Literal["all_to_all", "ring"] = "all_to_all"
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int = 1
+    # 0: plain data parallelism; 1: optimizer state sharded (megatron-core's distributed
+    # optimizer); 2: gradients too; 3: weights too.
+    zero_stage: int = 1
+    schedule: Literal["1f1b", "gpipe", "zero_bubble", "1f1b_overlap"] = "1f1b"
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+
+
+RecomputeModule = Literal[
+    "core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts"
+]
+
+
+@dataclass
+class MemoryConfig:
+    """What is kept for the backward pass.
+
+    `selective` recomputes `recompute_modules`; `full` recomputes whole layers,
+    `recompute_num_layers` at a time (uniform) or the first so many of each stage (block).
+    """
+
+    recompute_granularity: Literal["none", "selective", "full"] = "none"
+    recompute_modules: list[RecomputeModule] = field(default_factory=lambda: ["core_attn"])
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    recompute_num_layers: int = 1
+
+
+@dataclass
+class DataConfig:
+    """Tokenised corpora.
+
+    `blend` maps a prefix of Megatron `.bin/.idx` files to its weight. `name = "stdlib"` prepares
+    Python's standard library source and needs no blend.
+    """
+
+    name: Literal["stdlib", "indexed", "synthetic"] = "stdlib"
+    cache_dir: str = "data"
+    blend: dict[str, float] = field(default_factory=dict)
+    validation_blend: dict[str, float] = field(default_factory=dict)
+    tokenizer: str = ""  # path of the tokenizer that wrote the corpus
+    # Document-aware masking: attention stays inside a document, positions restart with it.
+    reset_attention_mask: bool = False
+    reset_position_ids: bool = False
+    eod_mask_loss: bool = False
+    num_workers: int = 0
+
+
+@dataclass
+class Phase:
+    """One stretch of training with its own schedule, e.g. Pangu Pro's general, reasoning and
+    annealing phases. Starts where the one before it ended."""
+
+    name: str
+    steps: int
+    lr: float
+    min_lr: float
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = 0
+    global_batch_size: int | None = None  # sequences; null keeps train.global_batch_size
+    seq_length: int | None = None  # tokens; null keeps train.seq_length
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its learning rate. `lr` is the peak, per step; `phases` replaces the single
+    schedule."""
+
+    lr: float = 3e-4
+    min_lr: float = 3e-5
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = 0
+    decay_steps: int | None = None  # wsd: length of the final decay; null = a tenth of the steps
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+    phases: list[Phase] = field(default_factory=list)
+
+
+@dataclass
+class BackendConfig:
+    """Which device runs the model, and in which precision."""
+
+    name: Literal["auto", "cpu", "cuda", "npu"] = "auto"
+    precision: Literal["auto", "fp32", "fp64", "bf16", "fp16", "fp8", "int8"] = "auto"
+    threads: int = 0  # CPU threads per process; 0 = cores / processes
+    # null: measured with the device's own name; the peak behind MFU, in TFLOPS
+    peak_tflops: float | None = None
+
+
+@dataclass
+class LaunchConfig:
+    """How many processes. `processes` is per node; torchrun, msrun and Slurm set their own."""
+
+    processes: int = 1
+    nodes: int = 1
+    timeout_minutes: float = 10.0  # of every collective
+
+
+@dataclass
+class TrainConfig:
+    """Length and batch of a run; batch sizes are in sequences, `seq_length` in tokens."""
+
+    steps: int = 100
+    micro_batch_size: int = 1
+    global_batch_size: int = 8
+    seq_length: int = 256
+    validate_every: int = 50
+    validation_batches: int = 8  # global batches
+    log_every: int = 1
+    # Non-finite steps in a row before rolling back, and rollbacks before giving up (exit 3).
+    max_skipped_steps: int = 5
+    max_rollbacks: int = 2
+
+
+@dataclass
+class CheckpointConfig:
+    save_every: int = 0  # steps; 0 saves only at the end
+    keep_last: int = 2
+    keep_every: int = 0  # steps whose multiples are never deleted; 0 = none
+    resume: str = "auto"  # auto | never | a checkpoint folder
+    async_save: bool = True
+    save_at_end: bool = True
+
+
+@dataclass
+class Config:
+    """The whole tree. `devices` is the size of a planned cluster; a real run knows its own."""
+
+    model: ModelConfig
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    backend: BackendConfig = field(default_factory=BackendConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    hardware: dict[str, Any] | None = None  # a preset of configs/hardware, read by the simulator
+    devices: int | None = None
+    seed: int = 1234
+    run_dir: str = "runs/default"
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return self.devices or self.launch.processes * self.launch.nodes
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Replicas of the dense part; 0 where the sizes do not divide."""
+        p = self.parallel
+        size = (
+            p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size
+        )
+        return 0 if self.world_size % size else self.world_size // size
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches per step and replica; 0 where the sizes do not divide."""
+        per_pass = self.train.micro_batch_size * self.data_parallel_size
+        if not per_pass or self.train.global_batch_size % per_pass:
+            return 0
+        return self.train.global_batch_size // per_pass

@@ -1,0 +1,1 @@
+"""Launchers: scripts for torchrun, msrun and Slurm, and the place that reads their environment."""

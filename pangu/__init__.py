@@ -1,0 +1,1 @@
+"""Pangu MoE: train Mixture-of-Grouped-Experts language models."""
