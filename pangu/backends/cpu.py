@@ -1,0 +1,137 @@
+"""A CPU process: gloo, float32, and the CUDA names that megatron-core expects."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import platform
+import resource
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from pangu.backends import Backend
+from pangu.backends.engine import import_engine, redirect
+
+DEVICE = torch.device("cpu")
+
+
+class _Stream:
+    """Work on a CPU is done when the call returns: there is nothing to wait for."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
+
+    def wait_stream(self, stream: object) -> None: ...
+
+    def wait_event(self, event: object) -> None: ...
+
+    def record_event(self, event: object = None) -> object:
+        return event
+
+    def record(self, stream: object = None) -> None: ...
+
+    def wait(self, stream: object = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+class CpuNamespace:
+    """Stands for `torch.cuda` inside megatron-core. Names it lacks (classes used in type checks)
+    are torch.cuda's own."""
+
+    Stream = _Stream
+    Event = _Stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+    @staticmethod
+    def is_available() -> bool:
+        return False
+
+    @staticmethod
+    def current_device() -> torch.device:
+        return DEVICE
+
+    @staticmethod
+    def device_count() -> int:
+        return 1
+
+    @staticmethod
+    def current_stream(device: object = None) -> _Stream:
+        return _Stream()
+
+    default_stream = current_stream
+
+    @staticmethod
+    @contextlib.contextmanager
+    def stream(stream: object) -> Iterator[None]:
+        yield
+
+    @staticmethod
+    def synchronize(device: object = None) -> None: ...
+
+    @staticmethod
+    def empty_cache() -> None: ...
+
+    @staticmethod
+    def manual_seed(seed: int) -> None:
+        torch.manual_seed(seed)
+
+    @staticmethod
+    def get_rng_state(device: object = None) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    @staticmethod
+    def set_rng_state(state: torch.Tensor, device: object = None) -> None:
+        torch.set_rng_state(state)
+
+
+# The distributed optimizer tells precisions apart by the type names of CUDA tensors.
+CONSTANTS = {
+    "cuda": "cpu",
+    "torch.cuda.FloatTensor": "torch.FloatTensor",
+    "torch.cuda.HalfTensor": "torch.HalfTensor",
+    "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor",
+}
+
+
+def fit_engine(precision: str = "auto") -> None:
+    """Make megatron-core run on a CPU."""
+    constants = dict(CONSTANTS)
+    if precision == "fp64":
+        # The engine knows no float64 optimizer; what it does to its float32 parameters is what
+        # float64 ones need.
+        constants["torch.cuda.FloatTensor"] = "torch.DoubleTensor"
+    redirect(import_engine(jit=False), CpuNamespace(), constants)
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
+    # These two reach into torch._C for CUDA generators; a CPU has one generator.
+    random._get_cuda_rng_state = _get_rng_state
+    random._set_cuda_rng_state = _set_rng_state
+
+
+def _get_rng_state(*args: object, **kwargs: object) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, *args: object, **kwargs: object) -> None:
+    torch.set_rng_state(state)
+
+
+def create(local_rank: int) -> Backend:
+    """The CPU backend; every local rank is the same device."""
+    return Backend(
+        name="cpu",
+        device=DEVICE,
+        collective_library="gloo",
+        default_precision="fp32",
+        memory_bytes=lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        reset_peak_memory=lambda: None,
+        synchronize=lambda: None,
+        description=f"{platform.processor() or platform.machine()} CPU",
+        peak_tflops=lambda precision: None,
+    )

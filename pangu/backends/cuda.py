@@ -1,0 +1,57 @@
+"""An NVIDIA GPU: megatron-core's native home, so there is nothing to fit."""
+
+from __future__ import annotations
+
+import torch
+
+from pangu.backends import Backend
+from pangu.backends.engine import import_engine
+
+# Dense BF16 peaks in TFLOPS, from the vendor's data sheets; float16 has the same.
+BF16_PEAKS = {
+    "A100": 312.0,
+    "H100": 989.0,
+    "H800": 989.0,
+    "H200": 989.0,
+    "B200": 2250.0,
+    "B300": 2250.0,
+    "GB200": 2500.0,
+    "GB300": 2500.0,
+}
+
+
+def fit_engine(precision: str = "auto") -> None:
+    """Import megatron-core with its own fusions."""
+    import_engine(jit=True)
+
+
+def create(local_rank: int) -> Backend:
+    """The GPU numbered `local_rank`.
+
+    Raises:
+        RuntimeError: torch sees no GPU, or fewer than local_rank + 1.
+    """
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise RuntimeError(f"backend=cuda: local rank {local_rank} needs a GPU, torch sees {count}")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    name = torch.cuda.get_device_name(device)
+
+    def peak(precision: str) -> float | None:
+        if precision not in ("bf16", "fp16"):
+            return None
+        matches = [part for part in BF16_PEAKS if part in name]
+        return BF16_PEAKS[max(matches, key=len)] if matches else None
+
+    return Backend(
+        name="cuda",
+        device=device,
+        collective_library="nccl",
+        default_precision="bf16",
+        memory_bytes=lambda: torch.cuda.max_memory_allocated(device),
+        reset_peak_memory=lambda: torch.cuda.reset_peak_memory_stats(device),
+        synchronize=lambda: torch.cuda.synchronize(device),
+        description=name,
+        peak_tflops=peak,
+    )
