@@ -117,7 +117,9 @@ def _replace_constants(function: types.FunctionType, constants: Mapping[str, str
     code = _renamed(function.__code__, constants)
     defaults = function.__defaults__ or ()
     function.__defaults__ = (
-        tuple(constants.get(value, value) if isinstance(value, str) else value for value in defaults)
+        tuple(
+            constants.get(value, value) if isinstance(value, str) else value for value in defaults
+        )
         or None
     )
     if code is function.__code__:

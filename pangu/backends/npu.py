@@ -30,7 +30,9 @@ def _namespace() -> Any:
     try:
         importlib.import_module("torch_npu")
     except ImportError as error:
-        raise RuntimeError(NO_CANN if "libhccl" in str(error) else f"backend=npu: {error}") from None
+        raise RuntimeError(
+            NO_CANN if "libhccl" in str(error) else f"backend=npu: {error}"
+        ) from None
     return getattr(torch, "npu")  # noqa: B009 - torch-npu adds it
 
 
@@ -62,10 +64,9 @@ def create(local_rank: int) -> Backend:
         RuntimeError: torch-npu or CANN is missing, or there is no such device.
     """
     npu = _namespace()
-    if local_rank >= npu.device_count():
-        raise RuntimeError(
-            f"backend=npu: local rank {local_rank} needs an NPU, torch-npu sees {npu.device_count()}"
-        )
+    count = npu.device_count()
+    if local_rank >= count:
+        raise RuntimeError(f"backend=npu: local rank {local_rank} needs an NPU, found {count}")
     npu.set_device(local_rank)
     return Backend(
         name="npu",
