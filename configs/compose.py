@@ -6,6 +6,7 @@ Hydra composes the YAML groups; pydantic checks names and types of all keys at o
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -18,11 +19,18 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
-from yaml import YAMLError
 
 from configs.schema import Config
 
 ROOT = Path(__file__).parent
+
+
+def _ranks_left(most: int, processes: int, nodes: int, *taken: int) -> int:
+    """The largest divisor of `most` that fits into the ranks which other sizes leave."""
+    return math.gcd(most, processes * nodes // (math.prod(taken) or 1)) or 1
+
+
+OmegaConf.register_new_resolver("ranks_left", _ranks_left, replace=True)
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,6 @@ def compose_dict(overrides: list[str], primary: str = "config") -> dict[str, Any
         ConfigError: naming every override that cannot be read or whose group has no such option.
     """
     violations, parsed = _parse(overrides)
-    parsed, machine = _machine_file(parsed)
     known = groups()
     for override in parsed:
         name = override.key_or_group
@@ -98,29 +105,7 @@ def compose_dict(overrides: list[str], primary: str = "config") -> dict[str, Any
         reason = " ".join(str(error).split())
         raise ConfigError([Violation("configuration", " ".join(overrides), reason)]) from error
     assert isinstance(tree, dict)
-    if machine:
-        tree["hardware"] = machine | (tree["hardware"] or {})
     return tree  # type: ignore[return-value]
-
-
-def _machine_file(parsed: list[Override]) -> tuple[list[Override], dict[str, Any]]:
-    """Takes `hardware=FILE.yaml` (what calibration wrote) out of the overrides, and reads it."""
-    machine: dict[str, Any] = {}
-    others = []
-    for override in parsed:
-        value = str(override.value())
-        if override.key_or_group != "hardware" or not value.endswith((".yaml", ".yml")):
-            others.append(override)
-            continue
-        try:
-            tree = OmegaConf.to_container(OmegaConf.load(value), resolve=True)
-        except (OSError, YAMLError, OmegaConfBaseException) as error:
-            reason = f"cannot be read: {' '.join(str(error).split())}"
-            raise ConfigError([Violation("hardware", value, reason)]) from error
-        if not isinstance(tree, dict) or not tree:
-            raise ConfigError([Violation("hardware", value, "holds no figures")])
-        machine = {str(key): item for key, item in tree.items()}
-    return others, machine
 
 
 def _parse(overrides: list[str]) -> tuple[list[Violation], list[Override]]:

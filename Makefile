@@ -1,0 +1,43 @@
+# Everything runs from .venv, which `make install` creates; every other target installs first.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+ARGS ?=
+
+.PHONY: help install train test check bench clean
+
+help:
+	@echo "make install   create .venv with pinned versions of all that training and tests need"
+	@echo "make train     train the quick-start model with two processes (ARGS='key=value ...')"
+	@echo "make test      unit, distributed and end-to-end tests (ARGS='-k name ...')"
+	@echo "make check     lint, format and types"
+	@echo "make bench     benchmarks"
+	@echo "make clean     remove caches; .venv, data and runs stay"
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing into .venv, which takes some minutes"
+	$(BIN)/python -m pip install -qq --disable-pip-version-check \
+		-c constraints.txt -e ".[train,test]"
+	@touch $@
+
+train: $(INSTALLED)
+	$(BIN)/python -m pangu.train experiment=quickstart $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,175 @@
+"""Every way in which a configuration cannot work, at once, with values that would.
+
+`violations` serves the trainer, the simulator and `python -m pangu.doctor`; the rules themselves
+are in `configs.shape_rules`, `configs.layout_rules` and `configs.run_rules`. A rule yields a
+`Problem` with values that might work in its place; here they are tried, and those that do shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from configs.compose import ConfigError, Violation, compose_dict, from_dict
+from configs.layout import num_virtual_stages
+from configs.layout_rules import batch, pipeline, ranks, sequence, widths
+from configs.problem import EP, Problem, with_value
+from configs.run_rules import BOUNDS, bounds, data, memory, optimizer, trainer_limits
+from configs.schema import Config
+from configs.shape_rules import attention, experts
+
+Purpose = Literal["train", "plan"]
+
+RULES = (attention, experts, ranks, widths, pipeline, sequence, batch, memory, optimizer, data)
+
+
+def violations(config: Config, *, purpose: Purpose = "train") -> list[Violation]:
+    """Everything that keeps this configuration from running, each with values that would work.
+
+    Args:
+        purpose: `train` also refuses what only the simulator can plan.
+    """
+    problems = _problems(config, purpose)
+    rules = {problem.rule for problem in problems}
+    return [
+        Violation(
+            problem.key,
+            problem.value,
+            problem.reason,
+            _suggestion(config, purpose, problem, rules),
+        )
+        for problem in problems
+    ]
+
+
+def warnings(config: Config) -> list[Violation]:
+    """What runs, but perhaps not as intended."""
+    return list(_warnings(config))
+
+
+def load_checked(overrides: list[str], *, purpose: Purpose = "train") -> Config:
+    """Compose, type and check a configuration.
+
+    Raises:
+        ConfigError: with everything wrong with it. Overrides that cannot be read are left out
+            when the rest is checked.
+    """
+    found: list[Violation] = []
+    try:
+        tree = compose_dict(overrides)
+    except ConfigError as error:
+        found += error.violations
+        readable = [line for line in overrides if _composes(line)]
+        try:
+            tree = compose_dict(readable)
+        except ConfigError:
+            raise ConfigError(found) from None
+    try:
+        config = from_dict(tree)
+    except ConfigError as error:
+        found += error.violations
+        for violation in error.violations:
+            _forget(tree, violation.key.split("."))
+        try:
+            config = from_dict(tree)
+        except ConfigError:
+            raise ConfigError(found) from None
+    named = {violation.key for violation in found}
+    found += [v for v in violations(config, purpose=purpose) if v.key not in named]
+    if found:
+        raise ConfigError(found)
+    return config
+
+
+def _composes(override: str) -> bool:
+    try:
+        compose_dict([override])
+    except ConfigError:
+        return False
+    return True
+
+
+def _forget(tree: dict[str, Any], path: list[str]) -> None:
+    """Drop a key, so that its default takes its place."""
+    node: Any = tree
+    for part in path[:-1]:
+        node = node.get(part) if isinstance(node, dict) else None
+    if isinstance(node, dict):
+        node.pop(path[-1], None)
+
+
+def _problems(config: Config, purpose: Purpose) -> list[Problem]:
+    found = list(bounds(config))
+    for problem in found:
+        # Only so that the other rules can divide.
+        default = max(1, int(BOUNDS.get(problem.key, (1, None))[0]))
+        config = with_value(config, problem.key, default)
+    for rule in (*RULES, trainer_limits) if purpose == "train" else RULES:
+        found += rule(config)
+    return found
+
+
+def _suggestion(config: Config, purpose: Purpose, problem: Problem, rules: set[str]) -> str:
+    """The candidates that mend this problem, cause no other, and leave the fewest others."""
+    mending: list[tuple[bool, int, str, Any]] = []
+    for key, values in problem.candidates.items():
+        for value in values:
+            left = {p.rule for p in _problems(with_value(config, key, value), purpose)}
+            if problem.rule not in left:
+                mending.append((not left <= rules, len(left), key, value))
+    best = min((entry[:2] for entry in mending), default=None)
+    parts = []
+    for key in problem.candidates:
+        working = [value for *score, name, value in mending if name == key and (*score,) == best]
+        if working:
+            parts.append(f"{key}={_listed(_nearest(working, problem.value))}")
+    return "; or ".join([*parts, problem.hint] if problem.hint else parts)
+
+
+def _nearest(values: list[Any], wanted: Any, count: int = 6) -> list[Any]:
+    """The `count` values nearest to the one that failed, in their own order."""
+    if len(values) <= count or not isinstance(wanted, int):
+        return values[:count]
+    nearest = sorted(values, key=lambda value: abs(value - wanted))[:count]
+    return [value for value in values if value in nearest]
+
+
+def _listed(values: list[Any]) -> str:
+    words = [str(value).lower() if isinstance(value, bool) else str(value) for value in values]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _warnings(config: Config) -> Iterator[Violation]:
+    model, moe, parallel, train = config.model, config.moe, config.parallel, config.train
+    if model.num_experts and moe.router == "expert_choice":
+        reason = "experts look at the whole sequence: not causal, so the loss of a language model "
+        reason += "is not one it could reach when generating"
+        yield Violation("moe.router", moe.router, reason, "moe=moge or moe=top_k")
+    if model.num_experts and moe.router == "forced_balance":
+        yield Violation("moe.router", moe.router, "tokens are dealt out in turn: benchmarks only")
+    if model.num_experts and moe.router == "moge":
+        if moe.num_expert_groups == 1:
+            key, reason = "moe.num_expert_groups", "one group: the choice is that of plain top-k"
+            yield Violation(key, 1, reason)
+        if moe.num_expert_groups % parallel.expert_model_parallel_size:
+            reason = f"ranks share the {moe.num_expert_groups} groups unevenly, so that device "
+            reason += "loads differ and the dispatcher has to exchange counts"
+            yield Violation(EP, parallel.expert_model_parallel_size, reason)
+    if config.backend.name == "cpu" and config.backend.precision == "bf16":
+        reason = "about 14 times slower than fp32 on CPUs without bfloat16 instructions"
+        yield Violation("backend.precision", "bf16", reason, "backend.precision=fp32")
+    longest = max([train.seq_length, *(p.seq_length or 0 for p in config.optimizer.phases)])
+    if model.position_embedding == "rope" and longest > model.max_position_embeddings:
+        reason = f"longer than the {model.max_position_embeddings} positions the model is meant for"
+        yield Violation("train.seq_length", longest, reason)
+    if not config.optimizer.phases and config.optimizer.warmup_steps >= train.steps:
+        reason = f"the rate is still rising when the run ends at step {train.steps}"
+        yield Violation("optimizer.warmup_steps", config.optimizer.warmup_steps, reason)
+    planned = sum(phase.steps for phase in config.optimizer.phases)
+    if planned > train.steps:
+        reason = f"the run ends before its phases do, after {planned} steps"
+        yield Violation("train.steps", train.steps, reason)
+    stages = num_virtual_stages(config)
+    if parallel.num_noop_layers >= stages:
+        reason = f"more no-op layers than {stages} stages need to be filled"
+        yield Violation("parallel.num_noop_layers", parallel.num_noop_layers, reason)

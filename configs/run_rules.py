@@ -1,0 +1,178 @@
+"""Rules about single values, memory policy, optimizer and data, and what the trainer can run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from configs.layout import num_virtual_stages
+from configs.problem import CP, EP, ETP, PP, TP, VPP, Problem, get
+from configs.schema import Config
+
+# Smallest and largest allowed value; None is no limit.
+BOUNDS: dict[str, tuple[float, float | None]] = {
+    **dict.fromkeys((TP, PP, VPP, CP, EP, ETP), (1, None)),
+    "model.num_layers": (1, None),
+    "model.hidden_size": (1, None),
+    "model.num_attention_heads": (1, None),
+    "model.vocab_size": (1, None),
+    "model.max_position_embeddings": (1, None),
+    "model.ffn_hidden_size": (0, None),
+    "model.num_query_groups": (0, None),
+    "model.kv_channels": (0, None),
+    "model.num_experts": (0, None),
+    "model.moe_ffn_hidden_size": (0, None),
+    "model.shared_expert_ffn_hidden_size": (0, None),
+    "model.num_dense_layers": (0, None),
+    "model.mtp_num_layers": (0, None),
+    "model.q_lora_rank": (0, None),
+    "moe.top_k": (1, None),
+    "moe.num_expert_groups": (1, None),
+    "moe.topk_group": (0, None),
+    "moe.aux_loss_coefficient": (0, None),
+    "moe.z_loss_coefficient": (0, None),
+    "parallel.num_noop_layers": (0, None),
+    "parallel.zero_stage": (0, 3),
+    "memory.recompute_num_layers": (1, None),
+    "data.num_workers": (0, None),
+    "optimizer.lr": (0, None),
+    "optimizer.min_lr": (0, None),
+    "optimizer.warmup_steps": (0, None),
+    "optimizer.adam_beta1": (0, 1),
+    "optimizer.adam_beta2": (0, 1),
+    "optimizer.weight_decay": (0, None),
+    "optimizer.clip_grad": (0, None),
+    "backend.threads": (0, None),
+    "launch.processes": (1, None),
+    "launch.nodes": (1, None),
+    "train.steps": (1, None),
+    "train.micro_batch_size": (1, None),
+    "train.global_batch_size": (1, None),
+    "train.seq_length": (1, None),
+    "train.validate_every": (0, None),
+    "train.validation_batches": (0, None),
+    "train.log_every": (1, None),
+    "train.max_skipped_steps": (0, None),
+    "train.max_rollbacks": (0, None),
+    "checkpoint.save_every": (0, None),
+    "checkpoint.keep_last": (1, None),
+    "checkpoint.keep_every": (0, None),
+}
+
+
+def bounds(config: Config) -> Iterator[Problem]:
+    if config.devices is not None and config.devices < 1:
+        reason = "a cluster has at least one device"
+        yield Problem("bounds:devices", "devices", config.devices, reason, {"devices": [1]})
+    for key, (low, high) in BOUNDS.items():
+        value = get(config, key)
+        if value < low or (high is not None and value > high):
+            limits = f"at least {low}" if high is None else f"from {low} to {high}"
+            nearest = low if value < low else high
+            yield Problem(f"bounds:{key}", key, value, f"must be {limits}", {key: [nearest]})
+    if config.launch.timeout_minutes <= 0:
+        key = "launch.timeout_minutes"
+        reason = "a collective needs some time"
+        yield Problem("bounds:timeout", key, config.launch.timeout_minutes, reason, {key: [10.0]})
+
+
+def memory(config: Config) -> Iterator[Problem]:
+    policy, model = config.memory, config.model
+    key = "memory.recompute_modules"
+    if policy.recompute_granularity == "selective":
+        if not policy.recompute_modules:
+            reason = "selective recomputation with nothing selected"
+            options: dict[str, list[Any]] = {
+                key: [["core_attn"]],
+                "memory.recompute_granularity": ["none"],
+            }
+            yield Problem("nothing selected", key, [], reason, options)
+        absent = {
+            "mla_up_proj": model.attention != "mla",
+            "moe": not model.num_experts,
+            "moe_act": not model.num_experts,
+            "shared_experts": not model.shared_expert_ffn_hidden_size,
+            "mlp": bool(model.num_experts) and not model.num_dense_layers,
+        }
+        missing = [name for name in policy.recompute_modules if absent.get(name)]
+        if missing:
+            kept = [name for name in policy.recompute_modules if name not in missing]
+            reason = f"this model has no {', '.join(missing)} to recompute"
+            options = {key: [kept or ["core_attn"]]}
+            yield Problem("absent module", key, policy.recompute_modules, reason, options)
+        inner = {"moe_act", "shared_experts"} & set(policy.recompute_modules)
+        if "moe" in policy.recompute_modules and inner:
+            kept = [name for name in policy.recompute_modules if name not in inner]
+            reason = f"recomputing moe already recomputes {', '.join(sorted(inner))}"
+            yield Problem("nested", key, policy.recompute_modules, reason, {key: [kept]})
+    if policy.recompute_granularity == "full":
+        slots = model.num_layers + config.parallel.num_noop_layers
+        layout = config.parallel.pipeline_layout or [-(-slots // num_virtual_stages(config))]
+        per_stage = max(layout)
+        if policy.recompute_num_layers > per_stage:
+            key = "memory.recompute_num_layers"
+            reason = f"a stage holds {per_stage} layers"
+            options = {key: list(range(1, per_stage + 1))}
+            yield Problem("full", key, policy.recompute_num_layers, reason, options)
+
+
+def optimizer(config: Config) -> Iterator[Problem]:
+    options = config.optimizer
+    schedules = [("optimizer", options.lr, options.min_lr)] + [
+        (f"optimizer.phases[{index}]", phase.lr, phase.min_lr)
+        for index, phase in enumerate(options.phases)
+    ]
+    for key, lr, min_lr in schedules:
+        if min_lr > lr:
+            reason = f"the rate decays from lr={lr:g} and cannot end above it"
+            yield Problem(f"lr {key}", f"{key}.min_lr", min_lr, reason, hint=f"at most {lr:g}")
+    planned = sum(phase.steps for phase in options.phases)
+    if options.phases and config.train.steps > planned:
+        reason = f"the phases end after {planned} steps"
+        yield Problem(
+            "phases", "train.steps", config.train.steps, reason, {"train.steps": [planned]}
+        )
+    parallel = config.parallel
+    if parallel.overlap_param_gather and not (
+        parallel.overlap_grad_reduce and parallel.zero_stage >= 1
+    ):
+        key = "parallel.overlap_param_gather"
+        reason = "gathering weights early needs overlap_grad_reduce=true and zero_stage>=1"
+        yield Problem("overlap", key, True, reason, {key: [False]})
+
+
+def data(config: Config) -> Iterator[Problem]:
+    source = config.data
+    if source.name == "indexed" and not source.blend:
+        hint = "data.blend={path/of/corpus: 1.0}, written by python -m pangu.data.prepare"
+        reason = "an indexed corpus needs at least one prefix of .bin/.idx files"
+        yield Problem("blend", "data.blend", {}, reason, hint=hint)
+    for name in ("blend", "validation_blend"):
+        bad = {path: weight for path, weight in getattr(source, name).items() if weight <= 0}
+        if bad:
+            yield Problem(f"{name} weights", f"data.{name}", bad, "weights must be positive")
+
+
+def trainer_limits(config: Config) -> Iterator[Problem]:
+    """What the simulator can plan and the trainer does not run."""
+    parallel, backend, resume = config.parallel, config.backend, config.checkpoint.resume
+    plan_only = "the simulator plans it, the trainer does not run it"
+    limits: tuple[tuple[str, list[Any]], ...] = (
+        ("parallel.schedule", ["1f1b"]),
+        ("parallel.zero_stage", [0, 1]),
+        ("backend.precision", ["auto", "fp32", "fp64", "bf16"]),
+    )
+    for key, allowed in limits:
+        if get(config, key) not in allowed:
+            yield Problem(f"plan only {key}", key, get(config, key), plan_only, {key: allowed})
+    if parallel.context_parallel_size > 1 and parallel.context_parallel_type == "ring":
+        key = "parallel.context_parallel_type"
+        yield Problem("ring", key, "ring", plan_only, {key: ["all_to_all"]})
+    if backend.name == "npu" and backend.precision == "fp64":
+        key = "backend.precision"
+        reason = "NPUs have no double-precision matrix products"
+        yield Problem("npu fp64", key, "fp64", reason, {key: ["auto", "bf16", "fp32"]})
+    if resume not in ("auto", "never") and not Path(resume).is_dir():
+        key = "checkpoint.resume"
+        yield Problem("resume", key, resume, "there is no such folder", {key: ["auto", "never"]})

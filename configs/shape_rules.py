@@ -1,0 +1,93 @@
+"""Rules about the shape of the model and its routing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from configs.problem import Problem, divides, divisors, multiples
+from configs.schema import Config
+
+
+def attention(config: Config) -> Iterator[Problem]:
+    model, heads = config.model, "model.num_attention_heads"
+    if not model.kv_channels and model.attention == "gqa":
+        reason = "the head size is not a whole number: hidden_size {value} over {size} heads"
+        yield from divides(config, "head size", "model.hidden_size", heads, reason)
+    groups = model.num_query_groups or model.num_attention_heads
+    if model.num_attention_heads % groups:
+        key, count = "model.num_query_groups", model.num_attention_heads
+        reason = f"{count} query heads cannot share {groups} key/value heads evenly"
+        options = {key: divisors(count), heads: multiples(groups, count)}
+        yield Problem("query groups", key, groups, reason, options)
+    if model.attention == "mla":
+        for name in ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"):
+            if getattr(model, name) < 1:
+                key = f"model.{name}"
+                reason = "latent attention needs this width"
+                hint = f"a positive {name}, or model.attention=gqa"
+                yield Problem(f"mla {name}", key, getattr(model, name), reason, hint=hint)
+    if model.position_embedding == "rope":
+        mla = model.attention == "mla"
+        size = model.kv_channels or model.hidden_size // model.num_attention_heads
+        key = "model.qk_pos_emb_head_dim" if mla else "model.kv_channels"
+        size = model.qk_pos_emb_head_dim if mla else size
+        if size % 2:
+            reason = "rotary embedding turns pairs of channels: the head size must be even"
+            yield Problem("rope", key, size, reason, {key: [size - 1, size + 1]})
+
+
+def experts(config: Config) -> Iterator[Problem]:
+    model, moe = config.model, config.moe
+    dense = model.num_layers if not model.num_experts else model.num_dense_layers
+    if model.num_dense_layers > model.num_layers:
+        key, reason = "model.num_dense_layers", f"the model has {model.num_layers} layers"
+        options = {key: [0, model.num_layers]}
+        yield Problem("dense layers", key, model.num_dense_layers, reason, options)
+    if dense and not model.ffn_hidden_size:
+        key = "model.ffn_hidden_size"
+        reason = f"{dense} dense layers need the width of their MLP"
+        yield Problem("dense width", key, 0, reason, {key: [4 * model.hidden_size]})
+    if not model.num_experts:
+        return
+    if not model.moe_ffn_hidden_size:
+        key = "model.moe_ffn_hidden_size"
+        yield Problem("expert width", key, 0, "experts need a width", {key: [model.hidden_size]})
+    if moe.top_k > model.num_experts:
+        reason = f"there are only {model.num_experts} experts to choose from"
+        options = {"moe.top_k": divisors(model.num_experts)}
+        yield Problem("top_k", "moe.top_k", moe.top_k, reason, options)
+    yield from _routing(config)
+
+
+def _routing(config: Config) -> Iterator[Problem]:
+    model, moe = config.model, config.moe
+    groups = "moe.num_expert_groups"
+    if moe.router in ("moge", "group_limited"):
+        reason = "{value} experts do not fall into {size} equal groups"
+        yield from divides(config, "groups of experts", "model.num_experts", groups, reason)
+    if moe.router == "moge":
+        reason = "a token takes top_k / groups experts from every group: {value} / {size} is broken"
+        yield from divides(config, "choices per group", "moe.top_k", groups, reason)
+    if moe.router == "group_limited":
+        key = "moe.topk_group"
+        usable = list(range(1, moe.num_expert_groups + 1))
+        if moe.topk_group not in usable:
+            reason = f"a token uses between 1 and all {moe.num_expert_groups} groups"
+            yield Problem("topk_group", key, moe.topk_group, reason, {key: usable})
+        elif moe.topk_group * (model.num_experts // moe.num_expert_groups) < moe.top_k:
+            reason = (
+                f"{moe.topk_group} groups of {model.num_experts // moe.num_expert_groups} experts "
+                f"hold fewer than top_k={moe.top_k}"
+            )
+            yield Problem("topk_group room", key, moe.topk_group, reason, {key: usable})
+        elif moe.top_k % moe.topk_group:
+            reason = f"groups are ranked by their best top_k / topk_group = {moe.top_k} / "
+            reason += f"{moe.topk_group} experts, which must be whole"
+            yield Problem("topk_group rank", key, moe.topk_group, reason, {key: usable})
+    if moe.softmax_after_top_k and (moe.router != "top_k" or moe.score_function != "softmax"):
+        key = "moe.softmax_after_top_k"
+        reason = "softmax over the chosen logits belongs to router=top_k with softmax scores"
+        yield Problem("softmax order", key, True, reason, {key: [False]})
+    if moe.expert_bias and moe.router in ("expert_choice", "forced_balance"):
+        reason = f"router={moe.router} is balanced without a bias"
+        yield Problem("expert bias", "moe.expert_bias", True, reason, {"moe.expert_bias": [False]})

@@ -1,0 +1,208 @@
+"""Each rule fires on the configuration that breaks it, and what it suggests works."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+import yaml
+
+from configs.check import load_checked, violations, warnings
+from configs.compose import ConfigError, groups, load
+from configs.problem import with_value
+
+TP = "parallel.tensor_model_parallel_size"
+PP = "parallel.pipeline_model_parallel_size"
+VPP = "parallel.virtual_pipeline_model_parallel_size"
+CP = "parallel.context_parallel_size"
+EP = "parallel.expert_model_parallel_size"
+ETP = "parallel.expert_tensor_parallel_size"
+
+# overrides of the quick-start model, the key that must be named, a part of the reason
+BROKEN = [
+    ([f"{TP}=3", "devices=3", "train.global_batch_size=9", "train.seq_length=255"], TP, "4 attent"),
+    (["devices=3", f"{TP}=2"], "devices", "does not divide 3 ranks"),
+    (["launch.processes=3", f"{EP}=2"], "launch.processes", "expert x expert-tensor"),
+    ([f"{TP}=2", "devices=2", "model.vocab_size=4097"], TP, "vocabulary of 4097"),
+    (
+        [f"{TP}=2", "devices=2", "parallel.sequence_parallel=false"],
+        "parallel.sequence_parallel",
+        "",
+    ),
+    ([f"{TP}=2", "devices=2", "train.seq_length=33"], "train.seq_length", "TP = 2 equal parts"),
+    ([f"{CP}=2", "devices=2", "train.seq_length=254"], "train.seq_length", "2 x CP x TP"),
+    ([f"{CP}=8", "devices=8"], CP, "4 heads over TP x CP = 1 x 8"),
+    (["model.num_query_groups=3"], "model.num_query_groups", "cannot share 3"),
+    (["model.hidden_size=190", "model.kv_channels=0"], "model.num_attention_heads", "head size"),
+    (["model.kv_channels=47"], "model.kv_channels", "must be even"),
+    ([f"{EP}=32", "devices=32", "train.global_batch_size=32"], EP, "16 experts"),
+    ([f"{ETP}=3", "devices=3", "train.global_batch_size=3"], ETP, "width 128"),
+    (["moe.num_expert_groups=5", "moe.top_k=5"], "moe.num_expert_groups", "16 experts"),
+    (["moe.top_k=6"], "moe.num_expert_groups", "6 / 4"),
+    (["moe.top_k=17", "moe.router=top_k"], "moe.top_k", "only 16 experts"),
+    (["moe.router=group_limited"], "moe.topk_group", "between 1 and all 4"),
+    (["moe.router=group_limited", "moe.topk_group=1", "moe.top_k=8"], "moe.topk_group", "fewer"),
+    (["moe.softmax_after_top_k=true"], "moe.softmax_after_top_k", "router=top_k"),
+    (["moe.router=expert_choice", "moe.expert_bias=true"], "moe.expert_bias", "without a bias"),
+    (["moe.dispatcher=moge", "moe=top_k"], "moe.dispatcher", "equal splits"),
+    (
+        ["moe.dispatcher=moge", f"{EP}=8", "devices=8"],
+        "moe.dispatcher",
+        "4 groups over 8 expert-parallel",
+    ),
+    (["moe.dispatcher=local", f"{EP}=2", "devices=2"], "moe.dispatcher", "EP x ETP = 2"),
+    ([f"{PP}=3", "devices=3", "train.global_batch_size=9"], PP, "4 layers do not fill"),
+    ([f"{VPP}=2"], VPP, "only one"),
+    ([f"{PP}=2", "devices=2", "parallel.pipeline_layout=[4]"], "parallel.pipeline_layout", "1 st"),
+    (
+        [f"{PP}=2", "devices=2", "parallel.pipeline_layout=[4,1]"],
+        "parallel.pipeline_layout",
+        "to 5",
+    ),
+    (["train.global_batch_size=7", "train.micro_batch_size=2"], "train.global_batch_size", "2 x 1"),
+    (
+        [f"{PP}=2", f"{VPP}=2", "devices=2", "train.global_batch_size=7"],
+        "train.global_batch_size",
+        "a multiple of PP = 2",
+    ),
+    (["memory=selective", "memory.recompute_modules=[]"], "memory.recompute_modules", "nothing"),
+    (
+        ["memory=selective", "memory.recompute_modules=[mla_up_proj]"],
+        "memory.recompute_modules",
+        "",
+    ),
+    (
+        ["memory=selective", "memory.recompute_modules=[moe,moe_act]"],
+        "memory.recompute_modules",
+        "",
+    ),
+    (["memory=full", "memory.recompute_num_layers=9"], "memory.recompute_num_layers", "4 layers"),
+    (["optimizer.min_lr=1"], "optimizer.min_lr", "cannot end above"),
+    (["data=indexed"], "data.blend", "at least one"),
+    (["parallel.schedule=zero_bubble"], "parallel.schedule", "the simulator plans it"),
+    (["parallel.zero_stage=3"], "parallel.zero_stage", "the simulator plans it"),
+    ([f"{CP}=2", "devices=2", "parallel.context_parallel_type=ring"], "parallel.context_par", ""),
+    (["backend.precision=fp8"], "backend.precision", "the simulator plans it"),
+    (["backend=npu", "backend.precision=fp64"], "backend.precision", "double-precision"),
+    (["parallel.overlap_param_gather=true"], "parallel.overlap_param_gather", "zero_stage>=1"),
+    (["train.steps=0"], "train.steps", "at least 1"),
+    ([f"{TP}=0"], TP, "at least 1"),
+    (["checkpoint.resume=nowhere"], "checkpoint.resume", "no such folder"),
+    (["model.num_dense_layers=1"], "model.ffn_hidden_size", "1 dense layers"),
+    (["model=pangu_ultra_dense", f"{EP}=2", "devices=2"], EP, "no experts"),
+    (["model.attention=mla"], "model.kv_lora_rank", "latent attention"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "key", "reason"), BROKEN, ids=lambda value: str(value)[:60])
+def test_broken_rule_is_named(overrides: list[str], key: str, reason: str) -> None:
+    found = violations(load(overrides))
+    assert any(v.key.startswith(key) and reason in v.reason for v in found), found
+
+
+def test_suggestions_work() -> None:
+    """Every `key=a, b or c` that is suggested leaves fewer violations when it is tried."""
+    tried = 0
+    for overrides, _, _ in BROKEN:
+        config = load(overrides)
+        before = violations(config)
+        for violation in before:
+            for part in violation.suggestion.split("; or "):
+                match = re.fullmatch(r"([a-z_.]+)=([^{\[]+)", part)
+                for value in re.split(r", | or ", match[2]) if match else []:
+                    after = violations(with_value(config, match[1], yaml.safe_load(value)))
+                    assert len(after) < len(before), (violation, value, after)
+                    tried += 1
+    assert tried > 100
+
+
+def test_all_violations_at_once_with_unknown_keys() -> None:
+    overrides = [
+        "moe.top_kk=3",  # unknown key
+        "model=nonesuch",  # unknown preset
+        "train.steps=many",  # wrong type
+        "train.micro_batch_size=3",  # does not divide the batch of 8
+        "moe.num_expert_groups=3",  # does not divide 16 experts
+        "what is this",  # not an override at all
+    ]
+    with pytest.raises(ConfigError) as caught:
+        load_checked(overrides)
+    keys = [violation.key for violation in caught.value.violations]
+    assert {
+        "moe.top_kk",
+        "model",
+        "train.steps",
+        "train.global_batch_size",
+        "moe.num_expert_groups",
+        "what is this",
+    } <= set(keys)
+    suggestions = {v.key: v.suggestion for v in caught.value.violations}
+    assert "top_k" in suggestions["moe.top_kk"]
+    assert "pangu_pro_moe" in suggestions["model"]
+
+
+def test_suggested_values_are_the_right_ones() -> None:
+    (violation,) = violations(load(["moe.num_expert_groups=8", "moe.top_k=4"]))
+    assert violation.suggestion == "moe.num_expert_groups=1, 2 or 4; or moe.top_k=8"
+    assert str(violation).startswith("moe.num_expert_groups=8: ")
+
+
+def test_simulator_plans_what_the_trainer_refuses() -> None:
+    overrides = ["parallel.schedule=zero_bubble", "parallel.zero_stage=3", "backend.precision=fp8"]
+    assert len(violations(load(overrides), purpose="train")) == 3
+    assert violations(load(overrides), purpose="plan") == []
+
+
+@pytest.mark.parametrize(
+    "size", [f"{TP}=2", f"{PP}=2", f"{CP}=2", f"{EP}=2", f"{ETP}=2", f"{PP}=2 {VPP}=2", f"{EP}=1"]
+)
+@pytest.mark.parametrize("router", ["moge", "top_k"])
+def test_quick_start_splits_by_two_along_every_axis(size: str, router: str) -> None:
+    load_checked(["experiment=quickstart", f"moe={router}", *size.split()])
+
+
+@pytest.mark.parametrize("name", groups()["experiment"])
+def test_experiments_are_valid_on_their_own(name: str) -> None:
+    load_checked([f"experiment={name}"])
+
+
+@pytest.mark.parametrize(
+    ("model", "parallel", "devices"),
+    [("pangu_pro_moe", "pangu_pro", 4000), ("pangu_ultra_moe", "pangu_ultra", 6144)],
+)
+def test_published_layouts_are_valid(model: str, parallel: str, devices: int) -> None:
+    config = load([f"model={model}", f"parallel={parallel}", f"devices={devices}"])
+    config.train.global_batch_size = 80 * config.data_parallel_size
+    config.train.seq_length = 4096
+    assert violations(config) == []
+
+
+def test_ten_thousand_ranks_take_no_time() -> None:
+    """A broken layout, so that suggestions are tried too. Generous: it takes milliseconds."""
+    start = time.process_time()
+    found = violations(load(["model=pangu_pro_moe", "parallel=pangu_pro", "devices=10001"]))
+    assert {v.key for v in found} >= {"devices"}
+    assert time.process_time() - start < 5
+
+
+def test_warnings() -> None:
+    def keys(*overrides: str) -> list[str]:
+        return [warning.key for warning in warnings(load(list(overrides)))]
+
+    assert keys() == []
+    assert "causal" in warnings(load(["moe=expert_choice"]))[0].reason
+    assert keys("moe=forced_balance") == ["moe.router"]
+    assert keys(f"{EP}=8", "devices=8") == [EP]
+    assert keys("backend=cpu", "backend.precision=bf16") == ["backend.precision"]
+    assert keys("train.seq_length=8192") == ["train.seq_length"]
+    assert keys("optimizer.warmup_steps=100") == ["optimizer.warmup_steps"]
+    assert keys("parallel.num_noop_layers=1") == ["parallel.num_noop_layers"]
+
+
+def test_every_preset_reads() -> None:
+    for group, names in groups().items():
+        if group in ("hardware", "experiment"):
+            continue
+        for name in names:
+            load([f"{group}={name}"])
