@@ -8,6 +8,7 @@ are in `configs.shape_rules`, `configs.layout_rules` and `configs.run_rules`. A 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 from configs.compose import ConfigError, Violation, compose_dict, from_dict
@@ -47,8 +48,18 @@ def warnings(config: Config) -> list[Violation]:
     return list(_warnings(config))
 
 
-def load_checked(overrides: list[str], *, purpose: Purpose = "train") -> Config:
+def load_checked(
+    overrides: list[str],
+    *,
+    purpose: Purpose = "train",
+    processes: int | None = None,
+    alone: bool = False,
+) -> Config:
     """Compose, type and check a configuration.
+
+    Args:
+        processes: what a launcher has started; becomes `devices`.
+        alone: no launcher, so that this machine's processes are all there is.
 
     Raises:
         ConfigError: with everything wrong with it. Overrides that cannot be read are left out
@@ -74,11 +85,30 @@ def load_checked(overrides: list[str], *, purpose: Purpose = "train") -> Config:
             config = from_dict(tree)
         except ConfigError:
             raise ConfigError(found) from None
+    if processes and config.devices not in (None, processes):
+        reason = f"the launcher started {processes} processes"
+        found.append(Violation("devices", config.devices, reason, f"devices={processes} or null"))
+    if processes:
+        config = replace(config, devices=processes)
+    if alone:
+        found += _alone(config)
     named = {violation.key for violation in found}
     found += [v for v in violations(config, purpose=purpose) if v.key not in named]
     if found:
         raise ConfigError(found)
     return config
+
+
+def _alone(config: Config) -> Iterator[Violation]:
+    launch = config.launch
+    if launch.nodes > 1:
+        reason = "python -m pangu.train alone starts the processes of one node"
+        hint = "a launcher on every node (see launch/), or launch.nodes=1"
+        yield Violation("launch.nodes", launch.nodes, reason, hint)
+    elif config.devices not in (None, launch.processes):
+        reason = f"{launch.processes} processes start on this machine"
+        hint = f"launch.processes={config.devices}, devices=null, or a launcher (see launch/)"
+        yield Violation("devices", config.devices, reason, hint)
 
 
 def _composes(override: str) -> bool:

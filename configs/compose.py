@@ -138,7 +138,9 @@ def _from_pydantic(item: Any) -> Violation:
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         siblings = _siblings(path[:-1])
         close = difflib.get_close_matches(path[-1], siblings, n=3, cutoff=0.5)
-        suggestion = f"did you mean {', '.join(close)}?" if close else f"known: {siblings}"
+        suggestion = (
+            f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(siblings)}"
+        )
         return Violation(key, item["input"], "unknown key", suggestion)
     return Violation(key, item.get("input"), item["msg"].lower())
 

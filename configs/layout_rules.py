@@ -161,7 +161,7 @@ def sequence(config: Config) -> Iterator[Problem]:
             reason = "does not split into "
             reason += f"2 x CP x TP = 2 x {cp} x {tp}" if cp > 1 else f"TP = {tp}"
             reason += " equal parts"
-            options: dict[str, list[Any]] = {CP: divisors(cp), TP: divisors(tp)}
+            options: dict[str, list[Any]] = {CP: divisors(length), TP: divisors(length)}
             hint = ""
             if key == "train.seq_length":
                 options[key] = multiples(step, length)

@@ -1,0 +1,225 @@
+"""`python -m pangu.train -m`: one job per combination of values, each in a folder of its own.
+
+Values are written as Hydra's sweeps: `moe=moge,top_k`, `train.seed=range(3)`, `model=glob(pangu*)`.
+A job runs as if it had been started by hand with `run_dir=<run_dir>/<key=value,key=value>`. A
+sweep that is started again skips what is finished and resumes what is not.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override
+from rich.table import Table
+
+from configs.check import load_checked
+from configs.compose import ConfigError, Violation, groups, load
+from configs.schema import Config
+from launch.environment import STARTED_BY
+from pangu.violation_table import console, print_violations
+
+MARKER = "sweep_job.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One combination. `overrides` are all of its arguments, its `run_dir` the last of them."""
+
+    name: str
+    overrides: list[str]
+    config: Config
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.run_dir)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended: `state` is finished, skipped (finished before), failed or interrupted."""
+
+    state: str
+    seconds: float = 0.0
+    exit_code: int = 0
+
+
+def sweep(overrides: list[str]) -> int:
+    """Run every combination, one after another, and print a summary.
+
+    Returns:
+        0 when all jobs are finished, 1 when one failed, 2 for a mistake in the configuration,
+        128 + N when signal N ended the sweep.
+    """
+    try:
+        jobs = plan(overrides)
+    except ConfigError as error:
+        print_violations(error.violations)
+        return 2
+    runner = _Runner()
+    outcomes: list[Outcome] = []
+    for number, job in enumerate(jobs, start=1):
+        console().rule(f"job {number} of {len(jobs)}: {job.name}")
+        outcomes.append(runner.run(job))
+        if runner.interrupted_by:
+            break
+    _summarise(jobs, outcomes)
+    if runner.interrupted_by:
+        return 128 + runner.interrupted_by
+    return int(any(outcome.state == "failed" for outcome in outcomes))
+
+
+def plan(overrides: list[str]) -> list[Job]:
+    """All jobs of a sweep, checked before the first one starts.
+
+    Raises:
+        ConfigError: a sweep that cannot be enumerated, or every violation of every job.
+    """
+    fixed, swept = _split(overrides)
+    base = load([*fixed, *(values[0] for values in swept)]).run_dir
+    jobs, found = [], []
+    for values in itertools.product(*swept):
+        name = ",".join(re.sub(r"[^\w.=+\-\[\]]", "_", value) for value in values)
+        run_dir = str(Path(base) / name)
+        arguments = [*fixed, *values, f"run_dir={_quoted(run_dir)}"]
+        try:
+            jobs.append(Job(name, arguments, load_checked(arguments, alone=True)))
+        except ConfigError as error:
+            found += [
+                Violation(v.key, v.value, f"in job {name}: {v.reason}", v.suggestion)
+                for v in error.violations
+            ]
+    if found:
+        raise ConfigError(found)
+    return jobs
+
+
+def _split(overrides: list[str]) -> tuple[list[str], list[list[str]]]:
+    """The overrides that all jobs share, and one list of `key=value` per swept key."""
+    parser = OverridesParser.create()
+    fixed, swept, found = [], [], []
+    for line in overrides:
+        try:
+            override = parser.parse_override(line)
+        except Exception:  # load_checked names it, with what to write instead
+            fixed.append(line)
+            continue
+        if not override.is_sweep_override():
+            fixed.append(line)
+        elif not override.is_discrete_sweep():
+            reason = "an interval has no end of values"
+            found.append(Violation(line, "", reason, "a,b,c or range(start,stop,step)"))
+        elif override.key_or_group == "run_dir":
+            reason = "the sweep names the folders of its jobs itself, below run_dir"
+            found.append(Violation("run_dir", line, reason, "one run_dir"))
+        else:
+            values = _values(override)
+            if not values:
+                reason = "matches no option"
+                hint = ", ".join(groups().get(override.key_or_group, []))
+                found.append(Violation(line, "", reason, hint))
+            swept.append([f"{override.get_key_element()}={value}" for value in values])
+    if not swept and not found:
+        reason = "-m without a list of values to sweep over"
+        found.append(Violation("-m", "", reason, "key=a,b,c, or leave out -m"))
+    if found:
+        raise ConfigError(found)
+    return fixed, swept
+
+
+def _values(override: Override) -> list[str]:
+    pattern: Any = override.value()
+    if isinstance(pattern, Glob):
+        return pattern.filter(groups().get(override.key_or_group, []))
+    return list(override.sweep_string_iterator())
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+class _Runner:
+    """Runs jobs in processes of their own and passes SIGINT and SIGTERM on to the current one."""
+
+    def __init__(self) -> None:
+        self.interrupted_by = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._interrupt)
+
+    def run(self, job: Job) -> Outcome:
+        marker = job.run_dir / MARKER
+        if marker.is_file() and json.loads(marker.read_text()) == job.overrides:
+            return Outcome("skipped")
+        start = time.monotonic()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "pangu.train", *job.overrides],
+            env={**os.environ, STARTED_BY: "sweep"},
+            start_new_session=True,
+        )
+        if self.interrupted_by:
+            self._process.send_signal(self.interrupted_by)
+        code = self._process.wait()
+        seconds = time.monotonic() - start
+        if code == 0 and _last_step(job.run_dir) >= job.config.train.steps:
+            marker.write_text(json.dumps(job.overrides))
+            return Outcome("finished", seconds)
+        # A run that was told to stop saves, and ends with 0 before its last step.
+        state = "interrupted" if self.interrupted_by or code == 0 else "failed"
+        return Outcome(state, seconds, code)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self.interrupted_by = number
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(number)
+
+
+def _records(run_dir: Path) -> list[dict[str, Any]]:
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except ValueError:  # the last line of a killed run
+            continue
+    return records
+
+
+def _last_step(run_dir: Path) -> int:
+    return max((record.get("step", 0) for record in _records(run_dir)), default=0)
+
+
+def _summarise(jobs: list[Job], outcomes: list[Outcome]) -> None:
+    table = Table(title="Sweep", title_justify="left")
+    for heading in ("job", "state", "steps", "loss", "validation loss", "seconds"):
+        table.add_column(heading, overflow="fold")
+    for index, job in enumerate(jobs):
+        outcome = outcomes[index] if index < len(outcomes) else Outcome("not started")
+        state = f"failed ({outcome.exit_code})" if outcome.state == "failed" else outcome.state
+        records = _records(job.run_dir)
+        table.add_row(
+            job.name,
+            state,
+            f"{_last_step(job.run_dir)}/{job.config.train.steps}",
+            _last(records, "loss"),
+            _last(records, "validation_loss"),
+            f"{outcome.seconds:.0f}",
+        )
+    console().print(table)
+
+
+def _last(records: list[dict[str, Any]], key: str) -> str:
+    values = [record[key] for record in records if isinstance(record.get(key), float)]
+    return f"{values[-1]:.4f}" if values else "-"

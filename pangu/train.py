@@ -1,0 +1,137 @@
+"""Train: `python -m pangu.train [group=option] [key=value] …`, alone or under any launcher.
+
+Alone, it starts `launch.processes` processes on this machine. Under torchrun, msrun or srun it
+joins the others. `-m` runs one job per combination of comma-separated values (see `pangu.sweep`).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launch import environment
+from launch.environment import LauncherError, ProcessEnvironment
+
+if TYPE_CHECKING:
+    from configs.schema import Config
+
+USAGE = """usage: python -m pangu.train [-m] [group=option] [key=value] ...
+
+  python -m pangu.train experiment=quickstart run_dir=runs/first train.steps=100
+  python -m pangu.train -m moe=moge,top_k optimizer.lr=1e-3,3e-4
+  torchrun --nproc-per-node 8 -m pangu.train model=pangu_pro_moe parallel=pangu_pro
+
+python -m pangu.doctor [the same arguments] checks a configuration without running it.
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The exit code: 0 done, 2 a mistake of the user's, 3 the run diverged, else a failure."""
+    # First of all, before any import that costs time or any file: see launch.environment.
+    if environment.is_msrun_scheduler(os.environ):
+        return 0
+    try:
+        process = environment.read(os.environ)
+    except LauncherError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if environment.STARTED_BY in os.environ:
+        from pangu.local_launch import die_with_parent
+
+        die_with_parent()
+    options = [argument for argument in arguments if argument.startswith("-")]
+    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    if {"-h", "--help"} & set(options):
+        print(USAGE + _groups())
+        return 0
+    if set(options) - {"-m", "--multirun"}:
+        return _refuse(process, f"unknown option {options[0]}: settings are written key=value")
+    if options:
+        return _sweep(process, overrides)
+    return _train(process, overrides)
+
+
+def _sweep(process: ProcessEnvironment, overrides: list[str]) -> int:
+    if process.launched:
+        return _refuse(
+            process,
+            f"-m inside a job that {process.launcher} started would repeat the sweep on every "
+            "rank: start the sweep itself with python -m pangu.train -m",
+        )
+    from pangu.sweep import sweep
+
+    return sweep(overrides)
+
+
+def _train(process: ProcessEnvironment, overrides: list[str]) -> int:
+    from configs.check import warnings
+    from configs.compose import ConfigError
+    from pangu.violation_table import print_violations, print_warnings
+
+    try:
+        config = resolve(process, overrides)
+        if not process.launched and config.launch.processes > 1:
+            from pangu.local_launch import start_local
+
+            command = [sys.executable, "-m", "pangu.train", *overrides]
+            return start_local(command, config.launch.processes, Path(config.run_dir) / "logs")
+        if process.rank == 0:
+            print_warnings(warnings(config))
+        process = prepare_environment(config, process)
+        # The first import of torch: everything above has passed.
+        from pangu.training.run import run
+
+        return run(config, process)
+    except ConfigError as error:
+        if process.rank == 0:
+            print_violations(error.violations)
+        return 2
+
+
+def resolve(process: ProcessEnvironment, overrides: list[str]) -> Config:
+    """The checked configuration of this run, for as many ranks as there are.
+
+    Raises:
+        ConfigError: with every violation.
+    """
+    from configs.check import load_checked
+
+    started = process.world_size if process.launched else None
+    return load_checked(overrides, processes=started, alone=not process.launched)
+
+
+def prepare_environment(config: Config, process: ProcessEnvironment) -> ProcessEnvironment:
+    """Set what torch and megatron-core read when they are imported."""
+    from pangu.local_launch import free_port
+
+    if not process.launched:
+        process = replace(process, master_port=free_port())
+    process.export(os.environ)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = config.backend.threads or max(1, (cores or 1) // process.local_world_size)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    # megatron-core overlaps communication by the order in which kernels are queued.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # With torch-npu but no CANN, `import torch` would fail; backend=npu imports it explicitly.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    return process
+
+
+def _refuse(process: ProcessEnvironment, sentence: str) -> int:
+    if process.rank == 0:
+        print(sentence, file=sys.stderr)
+    return 2
+
+
+def _groups() -> str:
+    from configs.compose import groups
+
+    return "\n".join(f"  {name}: {', '.join(options)}" for name, options in groups().items())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
