@@ -1,0 +1,240 @@
+"""A prepared corpus: a folder that is complete or absent.
+
+    DIR/train.bin, train.idx             Megatron indexed dataset, one document per input document
+    DIR/validation.bin, validation.idx   its held-out part, absent when nothing was held out
+    DIR/tokenizer.json … , tokenizer_info.json
+    DIR/corpus.json                      documents, tokens and text bytes of each part
+
+Everything is written into `.DIR.partial` beside it and renamed at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+from tqdm import tqdm
+
+from pangu.data import DataError
+from pangu.data.sources import Piece, SourceFile, cut, find_files, is_held_out
+from pangu.data.tokenizer import Tokenizer, load_tokenizer, train_byte_level_bpe
+
+INFO_FILE = "corpus.json"
+PARTS = ("train", "validation")
+# Text that a tokenizer is trained on, taken evenly from a larger input.
+TOKENIZER_TRAINING_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What to prepare. Exactly one of `tokenizer` and `train_tokenizer` is set."""
+
+    inputs: list[Path]
+    output: Path
+    tokenizer: Path | None = None
+    train_tokenizer: int | None = None  # vocabulary size
+    eod: str | None = None
+    column: str = "text"
+    pattern: str = "*"
+    held_out: float = 0.01  # fraction of the documents
+    workers: int = 1
+
+
+@dataclass
+class CorpusInfo:
+    """Size of a corpus, by part."""
+
+    vocab_size: int
+    documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PARTS, 0))
+    tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PARTS, 0))
+    text_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PARTS, 0))
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether `folder` is a corpus that was prepared to its end."""
+    return (folder / INFO_FILE).is_file()
+
+
+def read_info(folder: Path) -> CorpusInfo:
+    """The size of the corpus in `folder`."""
+    return CorpusInfo(**json.loads((folder / INFO_FILE).read_text()))
+
+
+def prepare(job: Preparation) -> CorpusInfo:
+    """Tokenise the inputs into a new corpus folder.
+
+    Raises:
+        DataError: for input that cannot be used, or when the output exists already.
+    """
+    files = find_files(job.inputs, job.pattern)
+    job.output.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(job.output.parent / f".{job.output.name}.lock"):
+        if job.output.exists():
+            raise DataError(f"{job.output} exists already: name another --output or remove it")
+        partial = job.output.parent / f".{job.output.name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)  # left by a preparation that was killed
+        partial.mkdir()
+        try:
+            info = _write_corpus(job, files, partial)
+            (partial / INFO_FILE).write_text(json.dumps(asdict(info), indent=2))
+            _flush_to_disk(partial)
+            partial.rename(job.output)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return info
+
+
+def _write_corpus(job: Preparation, files: list[SourceFile], folder: Path) -> CorpusInfo:
+    total = sum(file.size for file in files)
+    if job.train_tokenizer is not None:
+        stride = -(-total // TOKENIZER_TRAINING_BYTES)
+        texts = _training_texts(cut(files, job.column), stride, job.held_out, total)
+        tokenizer: Tokenizer = train_byte_level_bpe(texts, job.train_tokenizer, folder)
+    else:
+        assert job.tokenizer is not None
+        tokenizer = load_tokenizer(job.tokenizer, job.eod)
+        tokenizer.save(folder)
+    info = CorpusInfo(tokenizer.vocab_size)
+    writers = {part: _PartWriter(folder / part, tokenizer.vocab_size) for part in PARTS}
+    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenising") as bar:
+        for piece, encoded in _encode_in_order(
+            cut(files, job.column), folder, job.held_out, job.workers
+        ):
+            for part, (tokens, lengths, text_bytes) in encoded.items():
+                writers[part].add(tokens, lengths)
+                info.documents[part] += len(lengths)
+                info.tokens[part] += len(tokens)
+                info.text_bytes[part] += text_bytes
+            bar.update(piece.size)
+    if not info.documents["train"]:
+        raise DataError(f"no document with text in {', '.join(map(str, job.inputs))}")
+    for part, writer in writers.items():
+        writer.finish(keep=info.documents[part] > 0)
+    return info
+
+
+def _training_texts(
+    pieces: Iterator[Piece], stride: int, held_out: float, total: int
+) -> Iterator[str]:
+    with tqdm(total=total, unit="B", unit_scale=True, desc="training the tokenizer") as bar:
+        for number, piece in enumerate(pieces):
+            if number % stride == 0:
+                for key, text in piece.read():
+                    if not is_held_out(key, held_out):
+                        yield _printable(text)
+            bar.update(piece.size)
+
+
+class _PartWriter:
+    """Writes one part with megatron-core's builder."""
+
+    def __init__(self, prefix: Path, vocab_size: int) -> None:
+        # Imported here: torch takes seconds, and mistakes in the input are found without it.
+        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+        self._prefix = prefix
+        self._builder = IndexedDatasetBuilder(
+            f"{prefix}.bin", dtype=DType.optimal_dtype(vocab_size)
+        )
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Append documents: `tokens` `[sum(lengths)]`, int32."""
+        for document in np.split(tokens, np.cumsum(lengths)[:-1]):
+            self._builder.add_document(document, [document.size])
+
+    def finish(self, keep: bool) -> None:
+        self._builder.finalize(f"{self._prefix}.idx")
+        if not keep:
+            Path(f"{self._prefix}.bin").unlink()
+            Path(f"{self._prefix}.idx").unlink()
+
+
+# part -> tokens, length of each document, bytes of text
+Encoded = dict[str, tuple[np.ndarray, np.ndarray, int]]
+
+
+def _encode_in_order(
+    pieces: Iterator[Piece], tokenizer: Path, held_out: float, workers: int
+) -> Iterator[tuple[Piece, Encoded]]:
+    """Encode pieces in parallel; yields them in the order of the input, few at a time."""
+    pool = ProcessPoolExecutor(
+        workers,
+        # not fork: the tokenizer's own threads may hold locks in this process
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(tokenizer, held_out),
+    )
+    waiting: deque[tuple[Piece, Future[Encoded]]] = deque()
+    try:
+        for piece in pieces:
+            waiting.append((piece, pool.submit(_encode, piece)))
+            if len(waiting) > 2 * workers:
+                done, result = waiting.popleft()
+                yield done, result.result()
+        while waiting:
+            done, result = waiting.popleft()
+            yield done, result.result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a tokenising process was killed, for lack of memory perhaps: try fewer --workers"
+        ) from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+_tokenizer: Tokenizer
+_held_out: float
+
+
+def _start_worker(tokenizer: Path, held_out: float) -> None:
+    global _tokenizer, _held_out
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _tokenizer, _held_out = load_tokenizer(tokenizer), held_out
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def leave_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+
+
+def _encode(piece: Piece) -> Encoded:
+    ids: dict[str, list[np.ndarray]] = {part: [] for part in PARTS}
+    text_bytes = dict.fromkeys(PARTS, 0)
+    for key, text in piece.read():
+        if not text:
+            continue
+        part = "validation" if is_held_out(key, _held_out) else "train"
+        text = _printable(text)
+        ids[part].append(np.array([*_tokenizer.encode(text), _tokenizer.eod], dtype=np.int32))
+        text_bytes[part] += len(text.encode())
+    return {
+        part: (np.concatenate(some), np.array([len(one) for one in some]), text_bytes[part])
+        for part, some in ids.items()
+        if some
+    }
+
+
+def _printable(text: str) -> str:
+    """JSON can spell half of a surrogate pair, which is no character and has no UTF-8."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _flush_to_disk(folder: Path) -> None:
+    """So that the rename cannot outlive the content in a power failure."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())

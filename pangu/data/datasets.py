@@ -1,0 +1,254 @@
+"""From a configuration to batches of tokens.
+
+The order of sequences is a function of the seed alone. A run that has consumed n sequences goes on
+with sequence n, whatever its layout; in each step the replicas share consecutive sequences:
+
+    micro-batch i of replica r = sequences n + (i * replicas + r) * micro_batch_size + [0, mbs)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from configs.compose import ConfigError, Violation
+from configs.schema import Config
+from pangu.data import DataError
+from pangu.data.stdlib import prepare_standard_library
+from pangu.data.synthetic import NumberTokenizer, SyntheticDataset
+from pangu.data.tokenizer import Tokenizer, load_tokenizer
+
+_VALIDATION_SEED = 0  # the same held-out sequences whatever the run's seed
+_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "document_ids")
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """Map-style datasets whose item i is sequence i; `validation` is None without a corpus.
+
+    `train_prefixes` are the indexed files behind `train`, empty for synthetic tokens.
+    """
+
+    train: Any
+    validation: Any | None
+    tokenizer: Tokenizer
+    train_prefixes: tuple[str, ...] = ()
+
+
+def build_datasets(
+    config: Config, *, train_samples: int, validation_samples: int, seq_length: int
+) -> Datasets:
+    """Datasets of at least so many sequences of `seq_length` tokens.
+
+    Collective: with torch.distributed initialised, every rank calls it; rank 0 writes the index.
+
+    Raises:
+        ConfigError: naming every corpus that is missing, damaged or does not fit the model.
+    """
+    vocab_size = config.model.vocab_size
+    if config.data.name == "synthetic":
+        return Datasets(
+            SyntheticDataset(train_samples, seq_length, vocab_size, config.seed),
+            # one past any training seed's stream: the validation tokens are others
+            SyntheticDataset(validation_samples, seq_length, vocab_size, config.seed + 2**32),
+            NumberTokenizer(vocab_size),
+        )
+    blend, validation_blend = resolve_blends(config)
+    tokenizer = corpus_tokenizer(config)
+    violations = [
+        *_check_weights("data.blend", config.data.blend),
+        *_check_weights("data.validation_blend", config.data.validation_blend),
+        *_check_blend("data.blend", blend, seq_length),
+        *_check_blend("data.validation_blend", validation_blend, seq_length),
+    ]
+    if tokenizer.vocab_size > vocab_size:
+        violations.append(
+            Violation(
+                "model.vocab_size",
+                vocab_size,
+                f"the corpus' tokenizer has {tokenizer.vocab_size} tokens",
+                f"at least {tokenizer.vocab_size}",
+            )
+        )
+    if violations:
+        raise ConfigError(violations)
+    train = _build(config, blend, 0, train_samples, seq_length, config.seed, tokenizer)
+    validation = None
+    if validation_blend and validation_samples:
+        seed = _VALIDATION_SEED
+        validation = _build(
+            config, validation_blend, 1, validation_samples, seq_length, seed, tokenizer
+        )
+    return Datasets(train, validation, tokenizer, tuple(blend))
+
+
+def resolve_blends(config: Config) -> tuple[dict[str, float], dict[str, float]]:
+    """Weights of the training and validation files, by prefix.
+
+    A corpus folder stands for the files in it; without a `validation_blend`, the held-out parts
+    beside the training parts are blended alike. Prepares the default corpus on first use.
+    """
+    data = config.data
+    if data.name == "stdlib":
+        try:
+            folder = prepare_standard_library(data.cache_dir, config.model.vocab_size)
+        except DataError as error:
+            raise ConfigError([Violation("data.name", data.name, str(error))]) from None
+        return {str(folder / "train"): 1.0}, {str(folder / "validation"): 1.0}
+    if not data.blend:
+        raise ConfigError(
+            [
+                Violation(
+                    "data.blend",
+                    "{}",
+                    "data=indexed needs the corpora to train on",
+                    "data.blend={DIR: 1.0}, DIR as written by python -m pangu.data.prepare",
+                )
+            ]
+        )
+    blend = {_part(prefix, "train"): weight for prefix, weight in data.blend.items()}
+    if data.validation_blend:
+        return blend, {_part(p, "validation"): w for p, w in data.validation_blend.items()}
+    beside = {str(Path(p).with_name("validation")): w for p, w in blend.items()}
+    found = {p: w for p, w in beside.items() if Path(f"{p}.idx").is_file()}
+    return blend, found
+
+
+def _part(prefix: str, part: str) -> str:
+    return str(Path(prefix) / part) if Path(prefix).is_dir() else prefix
+
+
+def corpus_tokenizer(config: Config) -> Tokenizer:
+    """The tokenizer that wrote the corpus: `data.tokenizer`, or the one beside its files.
+
+    Raises:
+        ConfigError: when there is none.
+    """
+    if config.data.name == "synthetic":
+        return NumberTokenizer(config.model.vocab_size)
+    path = config.data.tokenizer or str(Path(next(iter(resolve_blends(config)[0]))).parent)
+    try:
+        return load_tokenizer(path)
+    except DataError as error:
+        raise ConfigError([Violation("data.tokenizer", path, str(error))]) from None
+
+
+def _check_weights(key: str, blend: dict[str, float]) -> list[Violation]:
+    return [
+        Violation(f"{key}.{prefix}", weight, "a weight is positive")
+        for prefix, weight in blend.items()
+        if weight <= 0
+    ]
+
+
+def _check_blend(key: str, blend: dict[str, float], seq_length: int) -> list[Violation]:
+    from pangu.data.indexed import count_tokens
+
+    violations = []
+    for prefix in blend:
+        try:
+            tokens = count_tokens(prefix)
+        except DataError as error:
+            violations.append(Violation(key, prefix, str(error)))
+            continue
+        if tokens <= seq_length:
+            violations.append(
+                Violation(
+                    key,
+                    prefix,
+                    f"its {tokens} tokens do not fill one sequence of {seq_length} and its label",
+                    f"train.seq_length up to {tokens - 1}",
+                )
+            )
+    return violations
+
+
+def _build(
+    config: Config,
+    blend: dict[str, float],
+    split: int,
+    samples: int,
+    seq_length: int,
+    seed: int,
+    tokenizer: Tokenizer,
+) -> Any:
+    """The dataset of one split with megatron-core's builder; 0 is training, 1 validation."""
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
+
+    from pangu.data.indexed import SequenceConfig, SequenceDataset
+
+    blends: list[Any] = [None, None, None]
+    blends[split] = (list(blend), list(blend.values()))
+    sizes = [0, 0, 0]
+    sizes[split] = samples
+    dataset_config = SequenceConfig(
+        random_seed=seed,
+        sequence_length=seq_length,
+        blend_per_split=blends,
+        num_dataset_builder_threads=min(8, len(blend)),
+        tokenizer=tokenizer,
+        reset_position_ids=config.data.reset_position_ids,
+        reset_attention_mask=config.data.reset_attention_mask,
+        eod_mask_loss=config.data.eod_mask_loss,
+        create_attention_mask=False,  # the attention makes its own from document_ids
+        index_dir=str(Path(config.data.cache_dir) / "index"),
+        vocab_size=config.model.vocab_size,
+    )
+    builder = BlendedMegatronDatasetBuilder(SequenceDataset, sizes, lambda: True, dataset_config)
+    return builder.build()[split]
+
+
+def batches(
+    dataset: Any,
+    config: Config,
+    *,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    consumed_sequences: int,
+    micro_batch_size: int,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Micro-batches of one data-parallel replica, from `consumed_sequences` to the end.
+
+    Yields CPU tensors `[batch, seq]`: `tokens`, `labels`, `position_ids` int64, `loss_mask`
+    float32 and, with `data.reset_attention_mask`, `document_ids` int32.
+
+    Raises:
+        DataError: when the data hold a token outside the model's vocabulary.
+    """
+    stride = data_parallel_size * micro_batch_size
+    first = consumed_sequences + data_parallel_rank * micro_batch_size
+    whole = (len(dataset) - consumed_sequences) // stride  # every replica gets as many
+    positions = (
+        [*range(first + i * stride, first + i * stride + micro_batch_size)] for i in range(whole)
+    )
+    return iter(
+        DataLoader(
+            dataset,
+            batch_sampler=positions,
+            num_workers=config.data.num_workers,
+            collate_fn=_Collate(config.data.reset_attention_mask),
+        )
+    )
+
+
+@dataclass(frozen=True)
+class _Collate:
+    document_ids: bool
+
+    def __call__(self, samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        keys = _KEYS if self.document_ids else _KEYS[:-1]
+        return {key: torch.stack([sample[key] for sample in samples]) for key in keys}
+
+
+def token_rows(dataset: Any, count: int) -> np.ndarray:
+    """Tokens of the first `count` sequences with their last label, `[count, seq + 1]` int64."""
+    samples = [dataset[index] for index in range(min(count, len(dataset)))]
+    return np.stack([torch.cat([s["tokens"], s["labels"][-1:]]).numpy() for s in samples])

@@ -1,0 +1,74 @@
+"""`python -m pangu.data.prepare INPUT… --output DIR`: text to a Megatron indexed corpus."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pangu.data import DataError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+def main(
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(help="Folders of text, .jsonl(.gz) or .parquet files, or single files."),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder to create.")],
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            help="tokenizer.json, SentencePiece .model, .tiktoken file, or another corpus' folder."
+        ),
+    ] = None,
+    train_tokenizer: Annotated[
+        int | None,
+        typer.Option(help="Train a byte-level BPE of this vocabulary on the training part."),
+    ] = None,
+    eod: Annotated[
+        str | None, typer.Option(help="Token that ends a document, if the file does not say.")
+    ] = None,
+    column: Annotated[str, typer.Option(help="JSON key or Parquet column of the text.")] = "text",
+    pattern: Annotated[str, typer.Option(help="Which files of a folder, e.g. '*.py'.")] = "*",
+    held_out: Annotated[
+        float, typer.Option(help="Fraction of documents held out for validation, chosen by hash.")
+    ] = 0.01,
+    workers: Annotated[int, typer.Option(help="Processes.")] = os.cpu_count() or 1,
+) -> None:
+    """Tokenise text into DIR/train.bin|.idx and DIR/validation.bin|.idx.
+
+    Train on it with data=indexed data.blend.DIR=1.0; several folders are blended by weight.
+    """
+    try:
+        if (tokenizer is None) == (train_tokenizer is None):
+            raise DataError("give either --tokenizer or --train-tokenizer")
+        if not 0 <= held_out < 1:
+            raise DataError(f"--held-out {held_out} is not a fraction from 0 up to 1")
+        if workers < 1:
+            raise DataError(f"--workers {workers} is not a number of processes")
+        from pangu.data.corpus import Preparation, prepare
+
+        info = prepare(
+            Preparation(
+                inputs, output, tokenizer, train_tokenizer, eod, column, pattern, held_out, workers
+            )
+        )
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    for part, documents in info.documents.items():
+        if documents:
+            print(
+                f"{output / part}: {documents:,} documents, {info.tokens[part]:,} tokens, "
+                f"{info.text_bytes[part] / info.tokens[part]:.2f} bytes per token"
+            )
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,212 @@
+"""Where documents come from: text folders, JSON lines and Parquet, cut into pieces.
+
+A piece is about a megabyte, or a Parquet row group. It is small to send to another process, which
+does the reading, parsing and tokenising.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Protocol
+
+from pangu.data import DataError
+
+PIECE_BYTES = 1 << 20
+_SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "node_modules"}
+
+
+class Piece(Protocol):
+    """Some documents, and how many bytes of the input they make up."""
+
+    @property
+    def size(self) -> int: ...
+
+    def read(self) -> Iterator[tuple[str, str]]:
+        """Documents as (key, text). The key decides which side of the split a document is on."""
+        ...
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """An input file; `name` is its path inside the folder that was given."""
+
+    path: Path
+    name: str
+    size: int
+
+    @property
+    def kind(self) -> str:
+        """`jsonl`, `parquet` or `text`."""
+        suffixes = [suffix for suffix in self.path.suffixes if suffix != ".gz"]
+        last = suffixes[-1] if suffixes else ""
+        return {".jsonl": "jsonl", ".parquet": "parquet"}.get(last, "text")
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """Files that are one document each; keyed by their path, so that an edited file stays on its
+    side of the split. Files that are not UTF-8 text are passed over."""
+
+    files: tuple[SourceFile, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+    def read(self) -> Iterator[tuple[str, str]]:
+        for file in self.files:
+            content = file.path.read_bytes()
+            if file.path.suffix == ".gz":
+                content = gzip.decompress(content)
+            try:
+                text = content.decode()
+            except UnicodeDecodeError:
+                continue
+            if "\0" not in text:
+                yield file.name, text
+
+
+@dataclass(frozen=True)
+class JsonLines:
+    """Consecutive lines of a JSONL file; keyed by text, so that duplicates stay together."""
+
+    path: Path
+    first_line: int  # counted from 1
+    lines: tuple[bytes, ...]
+    column: str
+    size: int
+
+    def read(self) -> Iterator[tuple[str, str]]:
+        for number, line in enumerate(self.lines, self.first_line):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{self.path}, line {number}, is not JSON: {error}") from None
+            text = record.get(self.column) if isinstance(record, dict) else None
+            if not isinstance(text, str):
+                keys = (
+                    f"its keys are {', '.join(record)}" if isinstance(record, dict) else "no keys"
+                )
+                raise DataError(
+                    f"{self.path}, line {number}, has no text under {self.column!r} ({keys})"
+                )
+            yield text, text
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """One row group of a Parquet file; keyed by text. Null rows are passed over."""
+
+    path: Path
+    index: int
+    column: str
+    size: int
+
+    def read(self) -> Iterator[tuple[str, str]]:
+        from pyarrow.parquet import ParquetFile
+
+        with ParquetFile(self.path) as parquet:
+            for batch in parquet.iter_batches(row_groups=[self.index], columns=[self.column]):
+                for text in batch.column(0).to_pylist():
+                    if text is not None:
+                        yield text, text
+
+
+def find_files(inputs: list[Path], pattern: str) -> list[SourceFile]:
+    """Files named in `inputs`, and those matching `pattern` in its folders, in order of name.
+
+    Hidden folders and folders of installed packages are not entered.
+
+    Raises:
+        DataError: for an input that does not exist, or when nothing is found.
+    """
+    files = []
+    for given in inputs:
+        if given.is_file():
+            files.append(SourceFile(given, given.name, given.stat().st_size))
+        elif given.is_dir():
+            files += [
+                SourceFile(path, path.relative_to(given).as_posix(), path.stat().st_size)
+                for path in sorted(given.rglob(pattern))
+                if _wanted(path.relative_to(given)) and path.is_file()
+            ]
+        else:
+            raise DataError(f"there is no file or folder {given}")
+    if not files:
+        raise DataError(f"no file matches {pattern!r} in {', '.join(map(str, inputs))}")
+    return files
+
+
+def _wanted(inside: Path) -> bool:
+    return not any(part in _SKIPPED_FOLDERS or part.startswith(".") for part in inside.parts)
+
+
+def cut(files: list[SourceFile], column: str) -> Iterator[Piece]:
+    """The pieces of all files, in order.
+
+    Raises:
+        DataError: for a file that is not what its name says, or that lacks `column`.
+    """
+    texts: list[SourceFile] = []
+    for file in files:
+        if file.kind == "text":
+            texts.append(file)
+            if sum(text.size for text in texts) >= PIECE_BYTES:
+                yield TextFiles(tuple(texts))
+                texts = []
+        elif file.kind == "jsonl":
+            yield from _cut_json_lines(file, column)
+        else:
+            yield from _cut_parquet(file, column)
+    if texts:
+        yield TextFiles(tuple(texts))
+
+
+def _cut_json_lines(file: SourceFile, column: str) -> Iterator[Piece]:
+    with file.path.open("rb") as raw:
+        stream = gzip.GzipFile(fileobj=raw) if file.path.suffix == ".gz" else raw
+        number, position = 1, 0
+        while True:
+            try:
+                lines = stream.readlines(PIECE_BYTES)
+            except (OSError, EOFError) as error:
+                raise DataError(f"{file.path} cannot be read to its end: {error}") from error
+            if not lines:
+                return
+            before, position = position, raw.tell()
+            yield JsonLines(file.path, number, tuple(lines), column, position - before)
+            number += len(lines)
+
+
+def _cut_parquet(file: SourceFile, column: str) -> Iterator[Piece]:
+    from pyarrow import ArrowInvalid
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        parquet = ParquetFile(file.path)
+    except ArrowInvalid as error:
+        raise DataError(f"{file.path} is not a complete Parquet file: {error}") from error
+    with parquet:
+        names = parquet.schema_arrow.names
+        if column not in names:
+            raise DataError(f"{file.path} has no column {column!r} (it has {', '.join(names)})")
+        kind = str(parquet.schema_arrow.field(column).type)
+        if kind not in ("string", "large_string", "string_view"):
+            raise DataError(f"column {column!r} of {file.path} holds {kind}, not text")
+        groups = parquet.num_row_groups
+        for index in range(groups):
+            share = file.size * (index + 1) // groups - file.size * index // groups
+            yield RowGroup(file.path, index, column, share)
+
+
+def is_held_out(key: str, fraction: float) -> bool:
+    """Whether a document belongs to the held-out part: a pure function of its key."""
+    digest = blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64

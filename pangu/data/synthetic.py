@@ -1,0 +1,56 @@
+"""Seeded random tokens: for benchmarks and for comparing layouts, without any file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from pangu.data.tokenizer import Tokenizer
+
+
+class SyntheticDataset(Dataset):
+    """`length` sequences of uniformly random tokens; item i depends on the seed and i alone."""
+
+    def __init__(self, length: int, seq_length: int, vocab_size: int, seed: int) -> None:
+        self._shape = (length, seq_length)
+        self._vocab_size = vocab_size
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return self._shape[0]
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        seq_length = self._shape[1]
+        random = np.random.default_rng([self._seed, index])
+        text = torch.from_numpy(random.integers(0, self._vocab_size, seq_length + 1))
+        return {
+            "tokens": text[:-1],
+            "labels": text[1:],
+            "loss_mask": torch.ones(seq_length),
+            "position_ids": torch.arange(seq_length),
+            "document_ids": torch.zeros(seq_length, dtype=torch.int32),
+        }
+
+
+class NumberTokenizer(Tokenizer):
+    """Writes ids as numbers: random tokens have no text."""
+
+    kind = "numbers"
+    file = ""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.eod = 0
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) % self.vocab_size for word in text.split() if word.isdigit()]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(f"{i} " for i in ids)
+
+    def _write(self, folder: Path) -> None:
+        """There is nothing to keep but `vocab_size`, which `save` writes."""
