@@ -1,0 +1,1 @@
+"""The MoE layer: router, dispatcher, experts, combine, and the shared expert beside them."""

@@ -1,0 +1,111 @@
+"""The routed experts of one rank: SwiGLU MLPs whose weights are stacked.
+
+Shapes: N rows sorted by expert, E local experts, H hidden, F width of this rank's slice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import CheckpointWithoutOutput
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from pangu import backends
+from pangu.ops.grouped_matmul import grouped_matmul
+from pangu.ops.swiglu import swiglu
+
+
+class GroupedExperts(MegatronModule):
+    """All experts of this rank in two grouped matrix products.
+
+    `w1` is `[E, H, 2, F]` (gate, then up) and `w2` `[E, F, H]`. Dimension 0 is split over the
+    expert-parallel ranks, F over the expert-tensor-parallel ranks; with gate and up in a dimension
+    of their own every rank's part is one block of the whole, and no split needs to know of them.
+
+    On each parameter: `partition_dim` is F's dimension, `partition_stride` is 1,
+    `global_expert_indices` names the experts in dimension 0. `allreduce = False` in every layout
+    (megatron-core: gradients belong to the *expert* data-parallel group), so that expert tensor
+    parallelism may differ from tensor parallelism and optimizer states have the same names
+    whatever the layout.
+    """
+
+    EXPERT_DIM = 0
+    TENSOR_DIM = {"w1": 3, "w2": 1}  # noqa: RUF012 - a constant
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(config=config)
+        self.num_local_experts = num_local_experts
+        self.ep_group = pg_collection.ep
+        self.tp_group = pg_collection.expt_tp
+        self.dp_group = pg_collection.expt_dp
+        hidden, width = config.hidden_size, config.moe_ffn_hidden_size
+        slice_width = width // self.tp_group.size()
+        self.w1 = self._parameter("w1", (num_local_experts, hidden, 2, slice_width))
+        self.w2 = self._parameter("w2", (num_local_experts, slice_width, hidden))
+        if config.perform_initialization:
+            config.init_method(self.w1)
+            config.output_layer_init_method(self.w2)
+        self.recompute_activation = (
+            config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules
+        )
+
+    def _parameter(self, name: str, shape: tuple[int, ...]) -> torch.nn.Parameter:
+        values = torch.empty(
+            shape, dtype=self.config.params_dtype, device=backends.current().device
+        )
+        parameter: Any = torch.nn.Parameter(values)
+        parameter.allreduce = False
+        parameter.tensor_model_parallel = True
+        parameter.partition_dim = self.TENSOR_DIM[name]
+        parameter.partition_stride = 1
+        first = self.ep_group.rank() * self.num_local_experts
+        parameter.global_expert_indices = list(range(first, first + self.num_local_experts))
+        return parameter
+
+    def forward(
+        self, rows_NH: torch.Tensor, tokens_per_expert: torch.Tensor, weights_N: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        """Each row through its expert, times its routing weight (applied after SwiGLU, before the
+        second product): `[N, H]`. With expert tensor parallelism it is this rank's addend.
+
+        `tokens_per_expert` holds E integers, on the host or the device.
+        """
+        hidden_N2F = grouped_matmul(rows_NH, self.w1.flatten(2), tokens_per_expert)
+        if not self.recompute_activation:
+            return grouped_matmul(swiglu(hidden_N2F, weights_N), self.w2, tokens_per_expert), None
+        checkpoint = CheckpointWithoutOutput(fp8=None)  # None, not False, turns FP8 off
+        activated_NF = checkpoint.checkpoint(swiglu, hidden_N2F, weights_N)
+        output_NH = grouped_matmul(activated_NF, self.w2, tokens_per_expert)
+        checkpoint.discard_output_and_register_recompute(output_NH)
+        return output_NH, None
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, ShardedTensor]:
+        """One global tensor per weight, numbered by global expert: any EP, ETP, TP, PP or DP can
+        read what any other wrote."""
+        prepended = len(sharded_offsets)
+        return {
+            prefix + name: ShardedTensor.from_rank_offsets(
+                prefix + name,
+                parameter,
+                *sharded_offsets,
+                (prepended + self.EXPERT_DIM, self.ep_group.rank(), self.ep_group.size()),
+                (prepended + self.TENSOR_DIM[name], self.tp_group.rank(), self.tp_group.size()),
+                replica_id=(0, 0, self.dp_group.rank()),
+                prepend_axis_num=prepended,
+            )
+            for name, parameter in (("w1", self.w1), ("w2", self.w2))
+        }

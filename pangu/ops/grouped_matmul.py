@@ -1,0 +1,159 @@
+"""Many matrix products of one row-sorted matrix with a stack of weights, one weight per group.
+
+Shapes: N rows, E groups, I input width, O output width. Group e owns `counts[e]` consecutive rows.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from pangu import backends
+
+
+class Kernels(Protocol):
+    """The two products that forward and backward need; neither records gradients."""
+
+    @staticmethod
+    def rows(x_NI: torch.Tensor, w_EIO: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+        """`[N, O]`: each row times its group's weight (which may be a transposed view)."""
+        ...
+
+    @staticmethod
+    def weights(x_NI: torch.Tensor, y_NO: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+        """`[E, I, O]`: xᵀ·y of each group; zero for a group without rows."""
+        ...
+
+
+class Loop:
+    """The reference: one product per group, on every device and in every dtype, written straight
+    into its place in the result. Reads `counts` on the host. The weights are unbound once:
+    indexing a stack per expert would make the backward quadratic in their number."""
+
+    @staticmethod
+    def rows(x_NI: torch.Tensor, w_EIO: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+        sizes = counts_E.tolist()
+        out = x_NI.new_empty(x_NI.size(0), w_EIO.size(2))
+        groups = zip(x_NI.split(sizes), w_EIO.unbind(0), out.split(sizes), sizes, strict=True)
+        for x, w, y, size in groups:
+            if size:
+                torch.mm(x, w, out=y)
+        return out
+
+    @staticmethod
+    def weights(x_NI: torch.Tensor, y_NO: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+        sizes = counts_E.tolist()
+        out = x_NI.new_empty(len(sizes), x_NI.size(1), y_NO.size(1))
+        groups = zip(x_NI.split(sizes), y_NO.split(sizes), out.unbind(0), sizes, strict=True)
+        for x, y, w, size in groups:
+            if size:
+                torch.mm(x.t(), y, out=w)
+            else:
+                w.zero_()
+        return out
+
+
+class Fused:
+    """`torch.nn.functional.grouped_mm`: one kernel, counts stay on the device."""
+
+    @staticmethod
+    def rows(x_NI: torch.Tensor, w_EIO: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+        return F.grouped_mm(x_NI, w_EIO, offs=_ends(counts_E, x_NI))
+
+    @staticmethod
+    def weights(x_NI: torch.Tensor, y_NO: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+        out = F.grouped_mm(x_NI.t(), y_NO, offs=_ends(counts_E, x_NI))
+        # A kernel that sees no rows may leave its block unwritten.
+        return out.masked_fill_((counts_E == 0).to(out.device)[:, None, None], 0)
+
+    @staticmethod
+    def fits(x_NI: torch.Tensor, w_EIO: torch.Tensor) -> bool:
+        """16-byte rows and a supported dtype; with no rows at all there is nothing to fuse."""
+        widths = w_EIO.shape[1:]
+        aligned = all(width * x_NI.element_size() % 16 == 0 for width in widths)
+        return aligned and x_NI.dtype != torch.float64 and x_NI.size(0) > 0
+
+
+class Npu:
+    """torch-npu's grouped product. Written against its schema; not run on an NPU."""
+
+    @staticmethod
+    def rows(x_NI: torch.Tensor, w_EIO: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+        return _npu_grouped_matmul(x_NI, w_EIO, counts_E, group_type=0)
+
+    @staticmethod
+    def weights(x_NI: torch.Tensor, y_NO: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+        return _npu_grouped_matmul(x_NI.t(), y_NO, counts_E, group_type=2)
+
+
+def _npu_grouped_matmul(
+    x: torch.Tensor, w: torch.Tensor, counts_E: torch.Tensor, group_type: int
+) -> torch.Tensor:
+    """group_type 0 splits the rows, 2 the inner dimension; split_item 3 asks for one tensor and
+    group_list_type 1 says that the list holds counts."""
+    torch_npu = importlib.import_module("torch_npu")
+    return torch_npu.npu_grouped_matmul(
+        [x],
+        [w],
+        group_list=counts_E.to(device=x.device, dtype=torch.int64),
+        split_item=3,
+        group_type=group_type,
+        group_list_type=1,
+    )[0]
+
+
+def _ends(counts_E: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return counts_E.to(like.device).cumsum(0).to(torch.int32)
+
+
+class _GroupedMatmul(torch.autograd.Function):
+    """The fused products of torch refuse some gradients (expanded, unaligned) and NPU's has none:
+    so the backward is written here, from the same two kernels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_NI: torch.Tensor,
+        w_EIO: torch.Tensor,
+        counts_E: torch.Tensor,
+        kernels: type[Kernels],
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x_NI, w_EIO, counts_E)
+        ctx.kernels = kernels
+        return kernels.rows(x_NI, w_EIO, counts_E)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_NI, w_EIO, counts_E = ctx.saved_tensors
+        grad_NO = grads[0].contiguous()
+        grad_x = grad_w = None
+        if ctx.needs_input_grad[0]:
+            grad_x = ctx.kernels.rows(grad_NO, w_EIO.transpose(1, 2), counts_E)
+        if ctx.needs_input_grad[1]:
+            grad_w = ctx.kernels.weights(x_NI, grad_NO, counts_E)
+        return grad_x, grad_w, None, None
+
+
+def grouped_matmul(
+    x_NI: torch.Tensor,
+    w_EIO: torch.Tensor,
+    counts_E: torch.Tensor,
+    kernels: type[Kernels] | None = None,
+) -> torch.Tensor:
+    """Rows of each group times the group's weight: `[N, O]`, differentiable in x and w.
+
+    `counts_E` holds integers on any device and sums to N; groups may be empty. `kernels` replaces
+    the backend's choice: the loop on a CPU, where it is as fast as `grouped_mm` and takes every
+    dtype and width; `grouped_mm` on a GPU; torch-npu's operator on an NPU.
+    """
+    return _GroupedMatmul.apply(x_NI, w_EIO, counts_E, kernels or _choose(x_NI, w_EIO))
+
+
+def _choose(x_NI: torch.Tensor, w_EIO: torch.Tensor) -> type[Kernels]:
+    name = backends.current().name
+    if name == "npu":
+        return Npu
+    return Fused if name == "cuda" and Fused.fits(x_NI, w_EIO) else Loop

@@ -1,0 +1,63 @@
+"""Real gloo processes for tests: `run` starts them, calls a function on every rank and returns
+what each rank returned."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from pangu import backends
+
+
+def join(rank: int, world_size: int, store: str) -> None:
+    """Enter the process group."""
+    backends.select("cpu")
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        rank=rank,
+        world_size=world_size,
+        store=dist.FileStore(store, world_size),
+        timeout=timedelta(minutes=2),
+    )
+
+
+def single() -> None:
+    """A process group of this process alone, for tests without others."""
+    if not dist.is_initialized():
+        join(0, 1, os.path.join(tempfile.mkdtemp(), "store"))
+        parallel(tensor_model_parallel_size=1)
+
+
+def parallel(**sizes: int) -> None:
+    """Megatron-core's process groups, anew."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(**sizes)
+    model_parallel_cuda_manual_seed(1234)
+
+
+def run(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """`function(*arguments)` on `world_size` ranks; the results in order of rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_enter, (world_size, folder, function, arguments), nprocs=world_size)
+        return [
+            torch.load(Path(folder) / f"{rank}.pt", weights_only=False)
+            for rank in range(world_size)
+        ]
+
+
+def _enter(
+    rank: int, world_size: int, folder: str, function: Callable[..., Any], arguments: tuple
+) -> None:
+    join(rank, world_size, os.path.join(folder, "store"))
+    torch.save(function(*arguments), Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()

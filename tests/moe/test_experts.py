@@ -1,0 +1,98 @@
+"""One rank's experts against one SwiGLU MLP per expert."""
+
+import gloo
+import pytest
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from pangu.moe.experts import GroupedExperts
+
+HIDDEN, WIDTH, EXPERTS = 8, 6, 4
+
+
+def build(**options):
+    gloo.single()
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=1,
+        num_moe_experts=EXPERTS,
+        moe_ffn_hidden_size=WIDTH,
+        moe_grouped_gemm=True,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        params_dtype=torch.float64,
+        **options,
+    )
+    torch.manual_seed(0)
+    return GroupedExperts(EXPERTS, config, get_default_pg_collection())
+
+
+def reference(experts, rows, counts, weights):
+    """Ten lines: each expert in turn."""
+    outputs = []
+    start = 0
+    for expert, count in enumerate(counts):
+        x = rows[start : start + count]
+        gate = x @ experts.w1[expert, :, 0]
+        up = x @ experts.w1[expert, :, 1]
+        scale = weights[start : start + count, None]
+        outputs.append((F.silu(gate) * up * scale) @ experts.w2[expert])
+        start += count
+    return torch.cat(outputs)
+
+
+COUNTS = [[3, 3, 3, 3], [0, 11, 0, 1], [0, 0, 12, 0], [0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_values_and_gradients(counts, recompute):
+    options = {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}
+    experts = build(**(options if recompute else {}))
+    rows = torch.randn(sum(counts), HIDDEN, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(sum(counts), dtype=torch.float64, requires_grad=True)
+    inputs = (rows, weights, experts.w1, experts.w2)
+    upstream = torch.randn(sum(counts), HIDDEN, dtype=torch.float64)
+
+    output, bias = experts(rows, torch.tensor(counts), weights)
+    output.backward(upstream)
+    grads = [x.grad for x in inputs]
+
+    expected = reference(experts, rows, counts, weights)
+    assert bias is None
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+    expected_grads = list(torch.autograd.grad(expected, inputs, upstream))
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-12, atol=1e-12)
+
+
+def test_recompute_keeps_less():
+    kept = {}
+    for recompute in (False, True):
+        options = {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}
+        experts = build(**(options if recompute else {}))
+        rows = torch.randn(100, HIDDEN, dtype=torch.float64)
+        weights = torch.rand(100, dtype=torch.float64)
+        saved = []
+
+        def record(tensor, saved=saved):
+            saved.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+            output, _ = experts(rows, torch.tensor([25] * EXPERTS), weights)
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+        kept[recompute] = sum(storages.values())
+        output.sum().backward()
+    assert kept[False] - kept[True] == 100 * WIDTH * 8
+
+
+def test_parameters_say_how_they_are_split():
+    experts = build()
+    for parameter, dim in ((experts.w1, 3), (experts.w2, 1)):
+        assert parameter.partition_dim == dim
+        assert parameter.shape[dim] == WIDTH
+        assert parameter.allreduce is False
+        assert parameter.global_expert_indices == list(range(EXPERTS))

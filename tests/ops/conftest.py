@@ -1,0 +1,3 @@
+from pangu import backends
+
+backends.select("cpu")
