@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
+from yaml import YAMLError
 
 from configs.schema import Config
 
@@ -76,6 +77,7 @@ def compose_dict(overrides: list[str], primary: str = "config") -> dict[str, Any
         ConfigError: naming every override that cannot be read or whose group has no such option.
     """
     violations, parsed = _parse(overrides)
+    parsed, machine = _machine_file(parsed)
     known = groups()
     for override in parsed:
         name = override.key_or_group
@@ -105,7 +107,29 @@ def compose_dict(overrides: list[str], primary: str = "config") -> dict[str, Any
         reason = " ".join(str(error).split())
         raise ConfigError([Violation("configuration", " ".join(overrides), reason)]) from error
     assert isinstance(tree, dict)
+    if machine:
+        tree["hardware"] = machine | (tree["hardware"] or {})
     return tree  # type: ignore[return-value]
+
+
+def _machine_file(parsed: list[Override]) -> tuple[list[Override], dict[str, Any]]:
+    """Takes `hardware=FILE.yaml` (what calibration wrote) out of the overrides, and reads it."""
+    machine: dict[str, Any] = {}
+    others = []
+    for override in parsed:
+        value = str(override.value())
+        if override.key_or_group != "hardware" or not value.endswith((".yaml", ".yml")):
+            others.append(override)
+            continue
+        try:
+            tree = OmegaConf.to_container(OmegaConf.load(value), resolve=True)
+        except (OSError, YAMLError, OmegaConfBaseException) as error:
+            reason = f"cannot be read: {' '.join(str(error).split())}"
+            raise ConfigError([Violation("hardware", value, reason)]) from error
+        if not isinstance(tree, dict) or not tree:
+            raise ConfigError([Violation("hardware", value, "holds no figures")])
+        machine = {str(key): item for key, item in tree.items()}
+    return others, machine
 
 
 def _parse(overrides: list[str]) -> tuple[list[Violation], list[Override]]:

@@ -1,0 +1,283 @@
+"""What a machine is: a preset of `configs/hardware`, or a file of the same form that
+`pangu.calibrate` measured, as one frozen dataclass.
+
+Figures keep the unit that their name carries in the file; the properties give SI units.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from omegaconf import OmegaConf
+from pydantic import TypeAdapter, ValidationError
+
+from configs.compose import ConfigError, Violation
+
+PRESETS = Path(__file__).parent.parent / "configs" / "hardware"
+
+GRADES = {
+    "V": "vendor-written file",
+    "P": "the system's own paper",
+    "M": "measured table",
+    "C": "calibrated on published runs that docs/simulator-accuracy.md names",
+    "D": "derived from the figures beside it",
+    "S": "secondary source",
+    "U": "unsourced",
+}
+
+ELEMENT_BYTES = {
+    "fp64": 8.0,
+    "fp32": 4.0,
+    "bf16": 2.0,
+    "fp16": 2.0,
+    "fp8": 1.0,
+    "int8": 1.0,
+    "fp4": 0.5,
+    "int4": 0.5,
+}
+
+Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv", "broadcast"]
+
+
+@dataclass(frozen=True)
+class Link:
+    """One level of the interconnect.
+
+    `devices` is how many devices one domain of this level connects (0: any number).
+    `bandwidth_gbps` is GB/s, one way, per port; `devices_per_port` devices share a port.
+    `mesh`: every device has a link to each of the others, so that a group of g of the n devices
+    reaches (g - 1)/(n - 1) of the bandwidth (HCCS inside an Atlas 800 A2 node).
+    `latency_us` is per step. `efficiency` is the part of the bandwidth that a collective of each
+    kind reaches with large messages (bus bandwidth / link bandwidth), and `half_mib` the message
+    at which half of that is reached.
+    """
+
+    name: str
+    devices: int
+    bandwidth_gbps: float
+    latency_us: float
+    efficiency: dict[Kind, float]
+    topology: Literal["switch", "mesh"] = "switch"
+    devices_per_port: int = 1
+    half_mib: float = 0.0
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes/s, one way, per device."""
+        return self.bandwidth_gbps * 1e9 / self.devices_per_port
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """Efficiency of matrix products.
+
+    `efficiency` at `size` = (m·n·k)^(1/3), interpolated over log(size), is what a product whose
+    tiles fill the `units` cores exactly reaches of the peak. `tiles` are the blocks that the
+    library may choose, each (rows, columns, part of that efficiency): padding and the last,
+    partly filled wave of tiles come off. `depth_half` is the k at which a tile's start and end
+    cost as much as its products.
+    """
+
+    size: list[float]
+    efficiency: list[float]
+    units: int
+    tiles: list[tuple[int, int, float]]
+    depth_half: float = 0.0
+    wave_loss: float = 1.0  # part of the last wave's idle cores that is really lost
+    grouped: float = 1.0  # part of the above that one launch over many experts keeps
+    weight_gradient: float = 1.0  # … that products adding to a float32 buffer keep
+    dtype: dict[str, float] = field(default_factory=dict)  # … that another dtype keeps
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Efficiency of fused attention: `forward` and `backward` are parts of the matrix peak for
+    long sequences and heads of 128; half of it is reached at `half_length` keys. Narrower heads
+    keep d/(d + `half_head`) relative to 128's."""
+
+    forward: float
+    backward: float
+    half_length: float
+    half_head: float = 16.0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Fixed costs in µs: what one operator of each kind adds on the device, and what the host
+    needs to issue one (`host`; the device waits when the host is slower)."""
+
+    matmul: float
+    vector: float
+    collective: float
+    host: float
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One device and how many of them are joined. See `Link`, `Matmul`, `Attention`, `Launch`.
+
+    `evidence` gives each figure's grade (`GRADES`) and where it comes from.
+    `sequential_collectives`: the library finishes one level of links before the next
+    (hierarchical HCCL) instead of running all levels at once (NCCL's rings).
+    """
+
+    name: str
+    description: str
+    peak_tflops: dict[str, float]  # dense matrix peak by dtype
+    vector_tflops: float
+    memory_gib: float
+    memory_bandwidth_gbps: float  # GB/s
+    memory_efficiency: float
+    links: list[Link]
+    matmul: Matmul
+    attention: Attention
+    launch_us: Launch
+    evidence: dict[str, str]
+    devices_per_node: int = 8
+    host_link_gbps: float = 0.0  # GB/s to host memory, one way per device; 0 = unknown
+    sequential_collectives: bool = False
+    power_w: float | None = None
+    price_per_hour: float | None = None  # of one device, in whatever currency
+    backend: Literal["cpu", "cuda", "npu"] = "cuda"
+
+    @property
+    def memory_bytes(self) -> float:
+        return self.memory_gib * 2**30
+
+    @property
+    def memory_bandwidth(self) -> float:
+        """Bytes/s, before `memory_efficiency`."""
+        return self.memory_bandwidth_gbps * 1e9
+
+    @property
+    def vector_peak(self) -> float:
+        """FLOP/s of the vector units."""
+        return self.vector_tflops * 1e12
+
+    def peak(self, dtype: str) -> float:
+        """FLOP/s of the matrix units.
+
+        Raises:
+            ConfigError: the device does not compute in `dtype`.
+        """
+        if dtype not in self.peak_tflops:
+            raise _error(
+                "hardware.peak_tflops", dtype, f"{self.name} computes in {sorted(self.peak_tflops)}"
+            )
+        return self.peak_tflops[dtype] * 1e12
+
+
+def load_hardware(tree: dict[str, Any] | Hardware | None) -> Hardware:
+    """`config.hardware` as a checked `Hardware`.
+
+    Raises:
+        ConfigError: with every missing, unknown or impossible figure.
+    """
+    if isinstance(tree, Hardware):
+        return tree
+    if not tree:
+        known = ", ".join(presets())
+        raise _error("hardware", None, "a forecast needs a machine", f"hardware=NAME of {known}")
+    try:
+        hardware = _adapter().validate_python(tree, extra="forbid")
+    except ValidationError as error:
+        raise ConfigError(
+            [
+                Violation(
+                    ".".join(["hardware", *(str(part) for part in item["loc"])]),
+                    "" if item["type"] == "missing" else item.get("input"),
+                    item["msg"].lower(),
+                )
+                for item in error.errors()
+            ]
+        ) from None
+    violations = _impossible("hardware", tree) + _inconsistent(hardware)
+    if violations:
+        raise ConfigError(violations)
+    return hardware
+
+
+def read_hardware(path: str | Path) -> Hardware:
+    """A preset by name, or a file that calibration wrote.
+
+    Raises:
+        ConfigError: there is no such preset or file, or it is not a machine.
+    """
+    file = Path(path)
+    if not file.suffix:
+        file = PRESETS / f"{path}.yaml"
+    if not file.is_file():
+        known = ", ".join(presets())
+        raise _error("hardware", path, "no such preset or file", f"one of {known}, or a .yaml file")
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+    except Exception as error:
+        raise _error("hardware", path, f"not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise _error("hardware", path, "holds no figures")
+    return load_hardware(cast(dict[str, Any], tree))
+
+
+def presets() -> list[str]:
+    """Names of the machines in `configs/hardware`."""
+    return sorted(file.stem for file in PRESETS.glob("*.yaml"))
+
+
+@cache
+def _adapter() -> TypeAdapter[Hardware]:
+    return TypeAdapter(Hardware)
+
+
+def _error(key: str, value: Any, reason: str, suggestion: str = "") -> ConfigError:
+    return ConfigError([Violation(key, value, reason, suggestion)])
+
+
+# Figures that may be 0; every other number of a preset must be positive.
+_MAY_BE_ZERO = {"devices", "half_mib", "depth_half", "half_length", "half_head", "latency_us"}
+_MAY_BE_ZERO |= {"host_link_gbps", "matmul", "vector", "collective", "host"}
+
+
+def _impossible(key: str, value: Any) -> list[Violation]:
+    """Numbers that no machine has: negative, infinite, NaN, zero."""
+    if isinstance(value, dict):
+        return [v for name, item in value.items() for v in _impossible(f"{key}.{name}", item)]
+    if isinstance(value, (list, tuple)):
+        return [v for item in value for v in _impossible(key, item)]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return []
+    zero_allowed = key.rsplit(".", 1)[-1] in _MAY_BE_ZERO
+    if math.isfinite(value) and (value > 0 or (value == 0 and zero_allowed)):
+        return []
+    return [Violation(key, value, "must be a positive, finite number")]
+
+
+_GRADED: tuple[str, ...] = ("peak_tflops", "vector_tflops", "memory_gib", "memory_bandwidth_gbps")
+_GRADED += ("memory_efficiency", "links", "matmul", "attention", "launch_us")
+
+
+def _inconsistent(hardware: Hardware) -> list[Violation]:
+    violations = [
+        Violation("hardware.evidence", name, "this figure has no grade")
+        for name in _GRADED
+        if name not in hardware.evidence
+    ]
+    violations += [
+        Violation(f"hardware.evidence.{name}", grade, f"starts with one of {list(GRADES)}")
+        for name, grade in hardware.evidence.items()
+        if grade[:1] not in GRADES
+    ]
+    matmul = hardware.matmul
+    if len(matmul.size) != len(matmul.efficiency) or sorted(matmul.size) != matmul.size:
+        violations.append(
+            Violation("hardware.matmul.size", matmul.size, "must rise, one per efficiency")
+        )
+    sizes = [link.devices for link in hardware.links]
+    if not sizes or sizes[-1] != 0 or sorted(sizes[:-1]) != sizes[:-1] or 0 in sizes[:-1]:
+        violations.append(
+            Violation("hardware.links", sizes, "devices must rise and end with 0 (any number)")
+        )
+    return violations

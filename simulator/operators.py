@@ -1,0 +1,188 @@
+"""Seconds of one operator on one device, from its shape and a machine.
+
+Every argument but the machine broadcasts: a number, or arrays of any number of layouts.
+A product takes the longer of computing and moving its bytes; shape enters the computing time
+through the library's tiles (padding, a last wave of tiles that leaves cores idle) and through the
+depth k over which a tile's start and end are spread.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from simulator.hardware import ELEMENT_BYTES, Hardware
+
+Array = Any  # number or numpy array; everything broadcasts
+
+
+def matmul_seconds(
+    hw: Hardware,
+    m: Array,
+    n: Array,
+    k: Array,
+    *,
+    batch: Array = 1,
+    dtype: str = "bf16",
+    weight_gradient: bool = False,
+    weight_bytes: float | None = None,
+) -> Array:
+    """`batch` products [m, k] x [k, n] in one launch.
+
+    `weight_gradient`: the result is added to a float32 buffer (read and written).
+    `weight_bytes`: bytes per element of the [k, n] operand where it is stored narrower than
+    `dtype` (W4A8).
+    """
+    m, n, k, batch = (np.asarray(x, dtype=float) for x in (m, n, k, batch))
+    element = ELEMENT_BYTES[dtype]
+    output = 8.0 if weight_gradient else max(element, 2.0)
+    weight = element if weight_bytes is None else weight_bytes
+    moved = batch * (m * k * element + k * n * weight + m * n * output)
+    peak = hw.peak(dtype) * hw.matmul.dtype.get(dtype, 1.0)
+    if weight_gradient:
+        peak *= hw.matmul.weight_gradient
+    compute = 2.0 * batch * m * n * k / (peak * _efficiency(hw, batch, m, n, k))
+    return np.maximum(compute, memory_seconds(hw, moved)) + _launch(hw.launch_us.matmul, m * n * k)
+
+
+def grouped_matmul_seconds(
+    hw: Hardware,
+    groups: Array,
+    m_per_group: Array,
+    n: Array,
+    k: Array,
+    *,
+    dtype: str = "bf16",
+    weight_gradient: bool = False,
+    weight_bytes: float | None = None,
+) -> Array:
+    """One launch over `groups` experts with `m_per_group` rows each, weights [k, n] apiece.
+
+    Experts fill waves of tiles together but pad their rows apart, and every expert that has a
+    row loads its weights. `weight_gradient`: products [k, rows] x [rows, n], added to float32.
+    """
+    groups, rows, n, k = (np.asarray(x, dtype=float) for x in (groups, m_per_group, n, k))
+    a, b, depth = (k, n, rows) if weight_gradient else (rows, n, k)
+    element = ELEMENT_BYTES[dtype]
+    weight = element if weight_bytes is None else weight_bytes
+    activations = groups * rows * (n + k) * element
+    weights = groups * n * k * (8.0 if weight_gradient else weight)
+    peak = hw.peak(dtype) * hw.matmul.dtype.get(dtype, 1.0) * hw.matmul.grouped
+    if weight_gradient:
+        peak *= hw.matmul.weight_gradient
+    compute = 2.0 * groups * rows * n * k / (peak * _efficiency(hw, groups, a, b, depth))
+    moved = activations + weights * np.minimum(rows, 1.0)
+    work = groups * rows * n * k
+    return np.maximum(compute, memory_seconds(hw, moved)) + _launch(hw.launch_us.matmul, work)
+
+
+def attention_seconds(
+    hw: Hardware,
+    *,
+    batch: Array,
+    heads: Array,
+    seq_q: Array,
+    seq_kv: Array,
+    qk_dim: Array,
+    v_dim: Array,
+    causal: bool = True,
+    fused: bool = True,
+    backward: bool = False,
+    dtype: str = "bf16",
+    kv_heads: Array | None = None,
+    kv_bytes: float | None = None,
+) -> Array:
+    """Scores, softmax and weighted sum of `batch` sequences, forward or backward.
+
+    Fused attention computes S = QKᵀ and PV (backward: S again, dV, dP, dQ, dK) and skips what a
+    causal mask hides; its traffic is its inputs and outputs, with `kv_heads` heads of keys and
+    values of `kv_bytes` per element. Unfused attention computes everything and moves the
+    [heads, seq_q, seq_kv] scores through softmax and dropout.
+    """
+    batch, heads, seq_q, seq_kv, qk_dim, v_dim = (
+        np.asarray(x, dtype=float) for x in (batch, heads, seq_q, seq_kv, qk_dim, v_dim)
+    )
+    if not fused:
+        return _unfused_attention(hw, batch * heads, seq_q, seq_kv, qk_dim, v_dim, backward, dtype)
+    element = ELEMENT_BYTES[dtype]
+    pairs = batch * heads * seq_q * seq_kv
+    if causal:
+        pairs = pairs * (1.0 - (np.minimum(seq_q, seq_kv) - 1.0) / (2.0 * seq_kv))
+    flops = 2.0 * pairs * ((3 * qk_dim + 2 * v_dim) if backward else (qk_dim + v_dim))
+    curve = hw.attention
+    head = np.minimum(qk_dim, v_dim)
+    head_factor = head / (head + curve.half_head) * (128.0 + curve.half_head) / 128.0
+    reached = (curve.backward if backward else curve.forward) * np.minimum(head_factor, 1.05)
+    reached = reached * seq_kv / (seq_kv + curve.half_length)
+    kv_heads = heads if kv_heads is None else np.asarray(kv_heads, dtype=float)
+    kv = batch * kv_heads * seq_kv * (qk_dim + v_dim) * (element if kv_bytes is None else kv_bytes)
+    queries = batch * heads * seq_q * (qk_dim + v_dim) * element
+    moved = (queries + kv) * (2.0 if backward else 1.0)
+    compute = flops / (hw.peak(dtype) * reached)
+    return np.maximum(compute, memory_seconds(hw, moved)) + _launch(hw.launch_us.matmul, pairs)
+
+
+def vector_seconds(hw: Hardware, bytes: Array, flops: Array = 0) -> Array:
+    """An elementwise operator or reduction that moves `bytes` in all (reads and writes)."""
+    bytes = np.asarray(bytes, dtype=float)
+    busy = np.maximum(memory_seconds(hw, bytes), np.asarray(flops, dtype=float) / hw.vector_peak)
+    return busy + _launch(hw.launch_us.vector, bytes)
+
+
+def memory_seconds(hw: Hardware, bytes: Array) -> Array:
+    """Moving `bytes` through the device's memory, without a launch."""
+    return np.asarray(bytes, dtype=float) / (hw.memory_bandwidth * hw.memory_efficiency)
+
+
+def _launch(microseconds: float, work: Array) -> Array:
+    """The fixed cost, where there is an operator at all."""
+    return np.where(work > 0, microseconds * 1e-6, 0.0)
+
+
+def _efficiency(hw: Hardware, batch: Array, m: Array, n: Array, k: Array) -> Array:
+    """Part of the peak that `batch` products [m, k] x [k, n] reach by computing alone."""
+    curve = hw.matmul
+    m, n, k, batch = (np.maximum(x, 1.0) for x in (m, n, k, batch))
+    size = np.log2(m * n * k * batch) / 3.0
+    reached = np.interp(size, np.log2(curve.size), curve.efficiency)
+    best: Array = 0.0
+    for rows, columns, part in curve.tiles:
+        down, across = np.ceil(m / rows), np.ceil(n / columns)
+        waves = batch * down * across / curve.units
+        # Fewer tiles than cores: the library splits k, down to 512 deep, to occupy the rest.
+        split = np.clip(np.floor(k / 512.0), 1.0, np.maximum(1.0 / waves, 1.0))
+        idle = 1.0 - waves / np.ceil(waves)
+        filled = np.where(waves < 1.0, np.minimum(waves * split, 1.0), 1.0 - curve.wave_loss * idle)
+        used = m * n / (down * rows * across * columns)
+        best = np.maximum(best, part * used * filled)
+    return reached * best * k / (k + curve.depth_half)
+
+
+def _unfused_attention(
+    hw: Hardware,
+    matrices: Array,
+    seq_q: Array,
+    seq_kv: Array,
+    qk_dim: Array,
+    v_dim: Array,
+    backward: bool,
+    dtype: str,
+) -> Array:
+    """Two batched products around a fused scale-mask-softmax and a dropout (Megatron's
+    `core_attn`); backward runs each product's two gradients."""
+    element = ELEMENT_BYTES[dtype]
+    elements = matrices * seq_q * seq_kv
+    if not backward:
+        scores = matmul_seconds(hw, seq_q, seq_kv, qk_dim, batch=matrices, dtype=dtype)
+        output = matmul_seconds(hw, seq_q, v_dim, seq_kv, batch=matrices, dtype=dtype)
+        softmax = vector_seconds(hw, 2 * element * elements)
+        dropout = vector_seconds(hw, (2 * element + 1) * elements)
+        return scores + softmax + dropout + output
+    d_probabilities = matmul_seconds(hw, seq_q, seq_kv, v_dim, batch=matrices, dtype=dtype)
+    d_value = matmul_seconds(hw, seq_kv, v_dim, seq_q, batch=matrices, dtype=dtype)
+    d_query = matmul_seconds(hw, seq_q, qk_dim, seq_kv, batch=matrices, dtype=dtype)
+    d_key = matmul_seconds(hw, seq_kv, qk_dim, seq_q, batch=matrices, dtype=dtype)
+    softmax = vector_seconds(hw, 3 * element * elements)
+    dropout = vector_seconds(hw, (2 * element + 1) * elements)
+    return d_probabilities + d_value + d_query + d_key + softmax + dropout

@@ -1,0 +1,160 @@
+"""Presets against the published tables that they summarise, and what a bad file is told."""
+
+import numpy as np
+import pytest
+
+from configs.compose import ConfigError, load
+from simulator.collectives import collective_seconds
+from simulator.hardware import load_hardware, presets, read_hardware
+from simulator.operators import (
+    attention_seconds,
+    grouped_matmul_seconds,
+    matmul_seconds,
+    memory_seconds,
+    vector_seconds,
+)
+
+NAMES = ["a100", "a100_pcie", "ascend_910b_280t", "ascend_910b_313t", "ascend_910b_376t"]
+NAMES += ["ascend_910c_die", "ascend_a5", "atlas_300i_duo", "b200", "b300", "cloudmatrix384"]
+NAMES += ["gb200", "gb300", "h100", "h100_96g", "h200", "h800"]
+
+
+def test_every_preset_loads_through_the_configuration_tree() -> None:
+    assert presets() == NAMES
+    for name in NAMES:
+        hardware = load_hardware(load([f"hardware={name}"]).hardware)
+        assert hardware == read_hardware(name)
+        assert hardware.name == name
+    assert read_hardware("ascend_910b_376t").peak("bf16") == 353.9e12
+    assert read_hardware("h200").memory_bandwidth == 4.8e12
+
+
+def test_bad_machines_are_refused_with_every_mistake(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ConfigError, match=r"hardware\.memory_gib=-1"):
+        load_hardware(load(["hardware=a100", "hardware.memory_gib=-1"]).hardware)
+    with pytest.raises(ConfigError, match=r"(?s)nan.*hardware\.links"):
+        load_hardware(
+            load(["hardware=a100", "hardware.vector_tflops=nan", "hardware.links=[]"]).hardware
+        )
+    with pytest.raises(ConfigError, match=r"hardware\.colour"):
+        load_hardware(load(["hardware=a100", "hardware.colour=red"]).hardware)
+    with pytest.raises(ConfigError, match="hardware=NAME of a100"):
+        load_hardware(None)
+    with pytest.raises(ConfigError, match="a100 computes in"):
+        read_hardware("a100").peak("fp8")
+    with pytest.raises(ConfigError, match="no such preset"):
+        read_hardware("a1000")
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("")
+    with pytest.raises(ConfigError, match="holds no figures"):
+        load([f"hardware={empty}"])
+
+
+def test_a_file_of_calibration_is_a_preset(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    from simulator.hardware import PRESETS
+
+    file = tmp_path / "here.yaml"
+    file.write_text((PRESETS / "h100.yaml").read_text().replace("name: h100", "name: here", 1))
+    hardware = load_hardware(load([f"hardware={file}", "hardware.power_w=650"]).hardware)
+    assert (hardware.name, hardware.power_w) == ("here", 650)
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("a100", [0.07, 0.28, 0.49, 0.70, 0.81, 0.85, 0.89, 0.90, 0.92]),
+        ("h100", [0.04, 0.18, 0.35, 0.65, 0.82, 0.83, 0.83, 0.80, 0.78]),
+        ("h200", [0.06, 0.24, 0.47, 0.75, 0.82, 0.82, 0.82, 0.78, 0.76]),
+    ],
+)
+def test_matrix_efficiency_by_rows_follows_the_measured_table(name: str, published) -> None:  # type: ignore[no-untyped-def]
+    hw = read_hardware(name)
+    rows = np.array([16, 64, 128, 256, 512, 1024, 2048, 4096, 8192])
+    reached = [
+        2.0 * rows * n * n / matmul_seconds(hw, rows, n, n) / hw.peak("bf16") for n in (4096, 8192)
+    ]
+    error = np.mean(reached, axis=0) - published
+    # The knee, where a product turns from memory-bound to compute-bound, is sharper than life.
+    assert np.abs(error).max() < 0.17
+    assert abs(error.mean()) < 0.04
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("a100", (222, 205, 213, 203)),
+        ("h100", (445, 335, 336, 315)),
+        ("b200", (704, 617, 613, 563)),
+    ],
+)
+def test_bus_bandwidth_inside_a_node_follows_the_measured_table(name: str, published) -> None:  # type: ignore[no-untyped-def]
+    hw = read_hardware(name)
+    size = 512 * 2**20
+    kinds = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+    for kind, expected in zip(kinds, published, strict=True):
+        passes = 2 if kind == "all_reduce" else 1
+        reached = passes * 7 / 8 * size / collective_seconds(hw, kind, size, 8) / 1e9
+        assert reached == pytest.approx(expected, rel=0.03)
+
+
+def test_expert_dispatch_between_h100_nodes_follows_the_published_times() -> None:
+    payload = 4096 * 8 * 7168 * 2
+    microseconds = 1e6 * collective_seconds(
+        read_hardware("h100"), "all_to_all", payload, [8, 16, 32, 64]
+    )
+    assert microseconds == pytest.approx([1265, 5774, 8059, 9164], rel=0.07)
+
+
+def test_hccs_full_mesh_reaches_the_part_of_its_links() -> None:
+    hw = read_hardware("ascend_910b_376t")
+    size = 2**30
+    for group, reached in ((2, 28e9), (4, 84e9), (8, 196e9)):
+        expected = size * (group - 1) / group / (reached * 0.7) + 10.5e-6
+        seconds = collective_seconds(hw, "all_gather", size, group)
+        assert seconds == pytest.approx(expected, rel=1e-3)
+
+
+def test_placement_contention_and_bad_groups() -> None:
+    hw = read_hardware("h100")
+    size = 2**28
+    inside = collective_seconds(hw, "all_gather", size, 8)
+    across = collective_seconds(hw, "all_gather", size, 8, stride=8)
+    assert across / inside == pytest.approx(450 * 0.744 / (50 * 0.85), rel=0.01)
+    # Sixteen neighbours: the eight network ports of a node carry half the data between them.
+    both = collective_seconds(hw, "all_gather", size, 16)
+    assert both == pytest.approx(size * 15 / 16 / (450e9 * 0.744), rel=0.10)
+    assert collective_seconds(hw, "all_gather", size, 8, concurrent=2) > 1.9 * inside
+    assert collective_seconds(hw, "all_reduce", size, 1) == 0
+    grid = collective_seconds(hw, "all_reduce", np.array([[1e6], [1e9]]), np.array([2, 8, 64]))
+    assert grid.shape == (2, 3)
+    assert (grid[1] > grid[0]).all()
+
+
+def test_operators_by_hand() -> None:
+    hw = read_hardware("a100")
+    assert memory_seconds(hw, 2.039e12 * 0.85) == pytest.approx(1.0)
+    assert vector_seconds(hw, 0) == 0
+    # A long product: 4096 x 4096 x 4096 is 512 tiles of 256x128 on 108 cores, 4.74 of 5 waves.
+    waves = 512 / 108
+    reached = 0.93 * (1 - 0.5 * (1 - waves / 5)) * 4096 / (4096 + 64)
+    expected = 2 * 4096**3 / (312e12 * reached) + 3e-6
+    assert matmul_seconds(hw, 4096, 4096, 4096) == pytest.approx(expected)
+    # One row per expert is bound by the experts' weights, read once each.
+    grouped = grouped_matmul_seconds(hw, 64, 1, 1344, 5120)
+    weights = 64 * (1344 * 5120 + 1344 + 5120) * 2 / (2.039e12 * 0.85)
+    assert grouped == pytest.approx(weights + 3e-6)
+
+
+def test_attention_forward_backward_follow_the_published_rates() -> None:
+    hw = read_hardware("h100")
+    shape = {"batch": 1, "heads": 128, "qk_dim": 192, "v_dim": 128}
+    for seq, forward, backward in ((4096, 553, 422), (16384, 638, 523)):
+        pairs = 128 * seq * (seq + 1) / 2
+        for is_backward, flops, published in (
+            (False, 2 * pairs * 320, forward),
+            (True, 2 * pairs * (3 * 192 + 2 * 128), backward),
+        ):
+            seconds = attention_seconds(hw, seq_q=seq, seq_kv=seq, backward=is_backward, **shape)
+            assert flops / seconds / 1e12 == pytest.approx(published, rel=0.10)
+    fused = attention_seconds(hw, seq_q=4096, seq_kv=4096, **shape)
+    assert attention_seconds(hw, seq_q=4096, seq_kv=4096, fused=False, **shape) > 3 * fused
