@@ -69,9 +69,7 @@ def test_sequences_are_whole_documents_in_order(corpus: Path, tmp_path: Path) ->
     # consecutive sequences share the label of one and the first token of the next, so that the
     # inputs are a permutation of the corpus up to its last tokens
     counts = np.bincount(rows[:, :-1].ravel(), minlength=300)
-    everything = np.bincount(
-        np.concatenate(IndexedDataset(str(corpus / "train"))[:]), minlength=300
-    )
+    everything = np.bincount(np.concatenate(source[:]), minlength=300)
     assert (everything - counts >= 0).all()
     assert (everything - counts).sum() == tokens - len(rows) * SEQ
 
