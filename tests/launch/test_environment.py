@@ -1,0 +1,150 @@
+"""Every launcher's variables, mapped to one description of the process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.environment import LauncherError, ProcessEnvironment, first_node, read, tasks_per_node
+
+MSRUN = {
+    "MS_ROLE": "MS_WORKER",
+    "MS_WORKER_NUM": "16",
+    "MS_SCHED_HOST": "10.0.0.1",
+    "MS_SCHED_PORT": "8118",
+    "DEVICE_ID": "3",
+    "RANK_ID": "11",
+}
+TORCHRUN = {
+    "RANK": "11",
+    "WORLD_SIZE": "16",
+    "LOCAL_RANK": "3",
+    "LOCAL_WORLD_SIZE": "8",
+    "MASTER_ADDR": "10.0.0.1",
+    "MASTER_PORT": "29500",
+    "TORCHELASTIC_RUN_ID": "none",
+}
+SLURM = {
+    "SLURM_PROCID": "11",
+    "SLURM_STEP_NUM_TASKS": "15",
+    "SLURM_LOCALID": "3",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NODELIST": "node[07-08]",
+    "SLURM_STEP_TASKS_PER_NODE": "8,7",
+    "SLURM_JOB_ID": "41234",
+}
+
+
+def test_alone() -> None:
+    assert read({}) == ProcessEnvironment()
+    assert not read({}).launched
+    # the batch script itself, and an interactive shell, are no launched processes
+    assert not read({"SLURM_PROCID": "0", "SLURM_NTASKS": "16"}).launched
+    assert not read({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}).launched
+
+
+def test_torchrun() -> None:
+    assert read(TORCHRUN) == ProcessEnvironment("torchrun", 11, 16, 3, 8, "10.0.0.1", 29500)
+    assert read({**SLURM, **TORCHRUN}).launcher == "torchrun"
+    assert read({**TORCHRUN, "PANGU_STARTED_BY": "local"}).launcher == "local"
+
+
+def test_msrun_uses_the_port_after_its_own() -> None:
+    assert read(MSRUN) == ProcessEnvironment("msrun", 11, 16, 3, 16, "10.0.0.1", 8119)
+    assert read({**MSRUN, "LOCAL_WORLD_SIZE": "8"}).local_world_size == 8
+
+
+def test_slurm() -> None:
+    assert read(SLURM) == ProcessEnvironment("slurm", 11, 15, 3, 7, "node07", 20000 + 1234)
+    own = {**SLURM, "MASTER_ADDR": "head", "MASTER_PORT": "5"}
+    assert (read(own).master_addr, read(own).master_port) == ("head", 5)
+    assert first_node("a[001-004,9],b2") == "a001"
+    assert first_node("login1,a[1-2]") == "login1"
+    assert first_node("solo") == "solo"
+    assert first_node("a[5,7-9]") == "a5"
+    assert tasks_per_node("4(x2),3") == [4, 4, 3]
+
+
+@pytest.mark.parametrize(
+    ("environ", "sentence"),
+    [
+        ({k: v for k, v in MSRUN.items() if k != "RANK_ID"}, "--node_rank"),
+        ({k: v for k, v in MSRUN.items() if k != "MS_SCHED_HOST"}, "msrun set no MS_SCHED_HOST"),
+        ({"RANK": "0"}, "torchrun set no WORLD_SIZE"),
+        ({**TORCHRUN, "RANK": "x"}, "RANK=x, which is no number"),
+        ({**TORCHRUN, "RANK": "16"}, "rank 16 of 16"),
+    ],
+)
+def test_refuses_with_a_hint(environ: dict[str, str], sentence: str) -> None:
+    with pytest.raises(LauncherError, match=sentence):
+        read(environ)
+
+
+def train(*arguments: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "MS_", "SLURM"))}
+    root = str(Path(__file__).parents[2])
+    return subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "pangu.train", *arguments],
+        env={**inherited, "PYTHONPATH": root, **environ},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def imported(result: subprocess.CompletedProcess[str]) -> set[str]:
+    lines = [line for line in result.stderr.splitlines() if line.startswith("import time:")]
+    return {line.rsplit("|", 1)[1].strip() for line in lines}
+
+
+def said(result: subprocess.CompletedProcess[str]) -> str:
+    return "\n".join(
+        line for line in result.stderr.splitlines() if not line.startswith("import time:")
+    )
+
+
+def test_msrun_scheduler_copy_leaves_at_once(tmp_path: Path) -> None:
+    result = train("run_dir=out", cwd=tmp_path, MS_ROLE="MS_SCHED")
+    assert result.returncode == 0
+    assert imported(result).isdisjoint({"torch", "hydra", "numpy"})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mistakes_end_with_2_before_torch_and_without_files(tmp_path: Path) -> None:
+    result = train("moe.top_k=3", "moe.top_kk=1", "run_dir=out", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "moe.num_expert_groups" in said(result)
+    assert "did you mean top_k" in said(result)
+    assert "Traceback" not in said(result)
+    assert "torch" not in imported(result)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_rank_0_speaks(tmp_path: Path) -> None:
+    result = train("moe.top_k=3", cwd=tmp_path, **TORCHRUN)
+    assert (result.returncode, said(result)) == (2, "")
+
+
+def test_refusals_in_one_sentence(tmp_path: Path) -> None:
+    no_rank = {k: v for k, v in MSRUN.items() if k != "RANK_ID"}
+    for arguments, environ, sentence in (
+        ([], no_rank, "--node_rank"),
+        (["-m", "moe=moge,top_k"], {**TORCHRUN, "RANK": "0"}, "would repeat the sweep"),
+        (["--steps", "5"], {}, "unknown option --steps"),
+    ):
+        result = train(*arguments, cwd=tmp_path, **environ)
+        assert result.returncode == 2
+        assert sentence in said(result)
+        assert len(said(result).splitlines()) == 1
+
+
+def test_processes_of_the_launcher_are_what_is_checked(tmp_path: Path) -> None:
+    """experiment=quickstart asks for two processes; sixteen were started."""
+    result = train("experiment=quickstart", cwd=tmp_path, **{**TORCHRUN, "RANK": "0"})
+    assert result.returncode == 2
+    assert "4 x 16 = 64" in said(result)

@@ -1,0 +1,185 @@
+"""Real torchrun, real msrun and our own local start, with real processes that meet over gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pangu.local_launch import free_port
+
+pytestmark = pytest.mark.distributed
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+FACTS = str(Path(__file__).parent / "rank_facts.py")
+
+
+def environ(**more: str) -> dict[str, str]:
+    """A user's shell with the trainer's environment activated."""
+    path = f"{BIN}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), **more}
+
+
+def facts(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def expected(launcher: str, local_ranks: tuple[int, int]) -> list[dict[str, Any]]:
+    """Two ranks that add up rank + 1."""
+    return [
+        {"launcher": launcher, "rank": rank, "world_size": 2, "local_rank": local, "sum": 3.0}
+        for rank, local in enumerate(local_ranks)
+    ]
+
+
+def test_torchrun_on_one_node(tmp_path: Path) -> None:
+    command = ["torchrun", "--nproc-per-node=2", f"--master-port={free_port()}", FACTS]
+    subprocess.run([*command, str(tmp_path)], env=environ(), check=True, timeout=120)
+    assert facts(tmp_path) == expected("torchrun", (0, 1))
+
+
+def test_torchrun_on_two_nodes(tmp_path: Path, two_nodes: Any) -> None:
+    started = [
+        subprocess.Popen(
+            [
+                *node.prefix,
+                str(BIN / "torchrun"),
+                "--nnodes=2",
+                f"--node-rank={rank}",
+                "--nproc-per-node=1",
+                f"--master-addr={two_nodes[0].address}",
+                "--master-port=29500",
+                FACTS,
+                str(tmp_path),
+            ],
+            env=environ(GLOO_SOCKET_IFNAME=node.interface),
+        )
+        for rank, node in enumerate(two_nodes)
+    ]
+    assert [process.wait(timeout=120) for process in started] == [0, 0]
+    assert facts(tmp_path) == expected("torchrun", (0, 0))
+
+
+def test_msrun_on_one_node(tmp_path: Path, msrun: Path) -> None:
+    command = [str(msrun), "--worker_num=2", "--local_worker_num=2", "--join=True"]
+    command += [f"--master_port={free_port()}", f"--log_dir={tmp_path / 'logs'}"]
+    subprocess.run(
+        [*command, "python", FACTS, str(tmp_path)], env=environ(), check=True, timeout=180
+    )
+    assert facts(tmp_path) == expected("msrun", (0, 1))
+
+
+def test_msrun_on_two_nodes(tmp_path: Path, msrun: Path, two_nodes: Any) -> None:
+    """Nothing but --node_rank tells the ranks of two nodes apart."""
+    command = [str(msrun), "--worker_num=2", "--local_worker_num=1", "--join=True"]
+    command += [f"--master_addr={two_nodes[0].address}", "--master_port=8118"]
+    started = [
+        subprocess.Popen(
+            [
+                *node.prefix,
+                *command,
+                f"--node_rank={rank}",
+                f"--log_dir={tmp_path / str(rank)}",
+                "python",
+                FACTS,
+                str(tmp_path),
+            ],
+            env=environ(GLOO_SOCKET_IFNAME=node.interface),
+        )
+        for rank, node in enumerate(two_nodes)
+    ]
+    assert [process.wait(timeout=180) for process in started] == [0, 0]
+    assert facts(tmp_path) == expected("msrun", (0, 0))
+
+
+SPAWN = """
+import sys
+from pathlib import Path
+from pangu.local_launch import start_local
+sys.exit(start_local([sys.executable, "-c", sys.argv[2]], 2, Path(sys.argv[1])))
+"""
+
+
+def spawn(tmp_path: Path, child: str) -> subprocess.Popen[str]:
+    """`start_local` with two processes that run `child`."""
+    return subprocess.Popen(
+        [sys.executable, "-c", SPAWN, str(tmp_path), child],
+        env=environ(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_local_ranks_and_their_output(tmp_path: Path) -> None:
+    child = "import os; print('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'])"
+    output, _ = (process := spawn(tmp_path, child)).communicate(timeout=30)
+    assert (process.returncode, output) == (0, "rank 0 of 2\n")
+    assert (tmp_path / "rank_1.log").read_text() == "rank 1 of 2\n"
+
+
+def test_a_failing_rank_ends_the_others_and_is_shown(tmp_path: Path) -> None:
+    child = (
+        "import os, sys, time; time.sleep(60) if os.environ['RANK'] == '0' else sys.exit('ouch')"
+    )
+    process = spawn(tmp_path, child.replace("sys.exit('ouch')", "(print('ouch'), sys.exit(3))"))
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 3
+    assert "rank 1 failed with exit code 3" in error
+    assert "  ouch" in error
+
+
+def test_sigterm_reaches_every_rank(tmp_path: Path) -> None:
+    child = (
+        "import os, signal, sys, time\n"
+        "def leave(*_): print('saved', flush=True); sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, leave)\n"
+        f"open(os.path.join({str(tmp_path)!r}, 'up' + os.environ['RANK']), 'w')\n"
+        "time.sleep(60)\n"
+    )
+    process = spawn(tmp_path, child)
+    wait_for(lambda: (tmp_path / "up0").exists() and (tmp_path / "up1").exists())
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=30)
+    assert (process.returncode, output) == (0, "saved\n")
+    assert (tmp_path / "rank_1.log").read_text() == "saved\n"
+
+
+def test_a_killed_start_leaves_no_rank_behind(tmp_path: Path) -> None:
+    child = (
+        "import os, time\n"
+        "from pangu.local_launch import die_with_parent\n"
+        "die_with_parent()\n"
+        f"name = os.path.join({str(tmp_path)!r}, 'pid' + os.environ['RANK'])\n"
+        "open(name + '.new', 'w').write(str(os.getpid())); os.rename(name + '.new', name)\n"
+        "time.sleep(60)\n"
+    )
+    process = spawn(tmp_path, child)
+    wait_for(lambda: (tmp_path / "pid0").exists() and (tmp_path / "pid1").exists())
+    pids = [int((tmp_path / f"pid{rank}").read_text()) for rank in range(2)]
+    process.kill()
+    process.communicate(timeout=30)
+    wait_for(lambda: not any(alive(pid) for pid in pids))
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; a zombie that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(condition: Any, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.05)
