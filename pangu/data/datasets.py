@@ -30,15 +30,11 @@ _KEYS = ("tokens", "labels", "loss_mask", "position_ids", "document_ids")
 
 @dataclass(frozen=True)
 class Datasets:
-    """Map-style datasets whose item i is sequence i; `validation` is None without a corpus.
-
-    `train_prefixes` are the indexed files behind `train`, empty for synthetic tokens.
-    """
+    """Map-style datasets whose item i is sequence i; `validation` is None without a corpus."""
 
     train: Any
     validation: Any | None
     tokenizer: Tokenizer
-    train_prefixes: tuple[str, ...] = ()
 
 
 def build_datasets(
@@ -85,7 +81,7 @@ def build_datasets(
         validation = _build(
             config, validation_blend, 1, validation_samples, seq_length, seed, tokenizer
         )
-    return Datasets(train, validation, tokenizer, tuple(blend))
+    return Datasets(train, validation, tokenizer)
 
 
 def resolve_blends(config: Config) -> tuple[dict[str, float], dict[str, float]]:
@@ -250,5 +246,11 @@ class _Collate:
 
 def token_rows(dataset: Any, count: int) -> np.ndarray:
     """Tokens of the first `count` sequences with their last label, `[count, seq + 1]` int64."""
-    samples = [dataset[index] for index in range(min(count, len(dataset)))]
-    return np.stack([torch.cat([s["tokens"], s["labels"][-1:]]).numpy() for s in samples])
+    return np.stack([_text(dataset, index) for index in range(min(count, len(dataset)))])
+
+
+def _text(dataset: Any, index: int) -> np.ndarray:
+    if hasattr(dataset, "datasets"):  # megatron-core's blend
+        part = dataset.datasets[dataset.dataset_index[index]]
+        return part.text(dataset.dataset_sample_index[index])
+    return dataset.text(index)

@@ -94,6 +94,10 @@ class SequenceDataset(GPTDataset):
             sample["document_ids"] = (ends.cumsum(0) - ends.long()).to(torch.int32)
         return sample
 
+    def text(self, index: int) -> np.ndarray:
+        """Tokens of sequence `index` and its last label, `[seq + 1]` int64."""
+        return self._query_document_sample_shuffle_indices(index)[0]
+
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, ...]:
         tokens = self._get_num_tokens_per_epoch()
         per_epoch = (tokens - 1) // self.config.sequence_length

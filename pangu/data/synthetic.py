@@ -23,10 +23,14 @@ class SyntheticDataset(Dataset):
     def __len__(self) -> int:
         return self._shape[0]
 
+    def text(self, index: int) -> np.ndarray:
+        """Tokens of sequence `index` and its last label, `[seq + 1]` int64."""
+        random = np.random.default_rng([self._seed, index])
+        return random.integers(0, self._vocab_size, self._shape[1] + 1)
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         seq_length = self._shape[1]
-        random = np.random.default_rng([self._seed, index])
-        text = torch.from_numpy(random.integers(0, self._vocab_size, seq_length + 1))
+        text = torch.from_numpy(self.text(index))
         return {
             "tokens": text[:-1],
             "labels": text[1:],
