@@ -31,6 +31,8 @@ class Backend:
     synchronize: Callable[[], None]
     description: str
     peak_tflops: Callable[[str], float | None]
+    # Whether a tensor may be freed once its send is issued: streams keep the order, gloo does not.
+    sends_in_stream_order: bool
 
 
 _current: Backend | None = None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pangu.backends import Backend
-from pangu.backends.engine import import_engine, redirect
+from pangu.backends.engine import import_engine, redirect, rename_tensor_method
 
 DEVICE = torch.device("cpu")
 
@@ -107,11 +107,27 @@ def fit_engine(precision: str = "auto") -> None:
         # The engine knows no float64 optimizer; what it does to its float32 parameters is what
         # float64 ones need.
         constants["torch.cuda.FloatTensor"] = "torch.DoubleTensor"
-    redirect(import_engine(jit=False), CpuNamespace(), constants)
+    redirect(import_engine(jit=False), CpuNamespace(), constants, {"tensor": _unpinned_tensor})
+    # `tensor.cuda(...)`: where tied embeddings and rotary slices are moved to the device.
+    language: Any = importlib.import_module(
+        "megatron.core.models.common.language_module.language_module"
+    )
+    rope: Any = importlib.import_module("megatron.core.models.common.embeddings.rope_utils")
+    rename_tensor_method(language.LanguageModule.setup_embeddings_and_output_layer, "cuda", "to")
+    rename_tensor_method(rope.get_pos_emb_on_this_cp_rank, "cuda", "to")
+    if precision == "fp64":
+        sharded: Any = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+        copy = sharded.DistributedOptimizer._copy_model_grads_to_main_grads
+        rename_tensor_method(copy, "float", "double")
     random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     # These two reach into torch._C for CUDA generators; a CPU has one generator.
     random._get_cuda_rng_state = _get_rng_state
     random._set_cuda_rng_state = _set_rng_state
+
+
+def _unpinned_tensor(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """Rotary embeddings under context parallelism ask for pinned memory: a CPU has none to pin."""
+    return torch.tensor(*args, **{**kwargs, "pin_memory": False})
 
 
 def _get_rng_state(*args: object, **kwargs: object) -> torch.Tensor:
@@ -134,4 +150,5 @@ def create(local_rank: int) -> Backend:
         synchronize=lambda: None,
         description=f"{platform.processor() or platform.machine()} CPU",
         peak_tflops=lambda precision: None,
+        sends_in_stream_order=False,
     )

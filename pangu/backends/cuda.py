@@ -54,4 +54,5 @@ def create(local_rank: int) -> Backend:
         synchronize=lambda: torch.cuda.synchronize(device),
         description=name,
         peak_tflops=peak,
+        sends_in_stream_order=True,
     )

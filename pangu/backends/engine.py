@@ -77,15 +77,22 @@ def _plain_functions(active: bool) -> Iterator[None]:
         torch.compile = compile_function
 
 
-def redirect(modules: list[types.ModuleType], cuda: object, constants: Mapping[str, str]) -> int:
+def redirect(
+    modules: list[types.ModuleType],
+    cuda: object,
+    constants: Mapping[str, str],
+    torch_names: Mapping[str, object] | None = None,
+) -> int:
     """Point megatron-core's modules at another device.
 
-    `cuda` stands for `torch.cuda`; `constants` maps each string constant to its replacement.
+    `cuda` stands for `torch.cuda`; `constants` maps each string constant to its replacement;
+    `torch_names` replaces further names of torch.
     Returns how many functions had a constant replaced.
     """
     view = types.ModuleType("torch", "torch, with another device in the place of cuda")
     view.__dict__.update(torch.__dict__)
     view.__dict__["cuda"] = cuda
+    view.__dict__.update(torch_names or {})
     replaced = 0
     for module in modules:
         if module.__dict__.get("torch") is torch:
@@ -93,6 +100,29 @@ def redirect(modules: list[types.ModuleType], cuda: object, constants: Mapping[s
         for function in _functions(module):
             replaced += _replace_constants(function, constants)
     return replaced
+
+
+def rename_tensor_method(function: types.FunctionType, old: str, new: str) -> None:
+    """Make a function call `tensor.new()` where it was written to call `tensor.old()`.
+
+    Raises:
+        LookupError: the function does not use that name (the engine has changed).
+    """
+    code = _with_names(function.__code__, old, new)
+    if code is function.__code__:
+        raise LookupError(f"{function.__qualname__} no longer uses the name {old}")
+    function.__code__ = code
+
+
+def _with_names(code: types.CodeType, old: str, new: str) -> types.CodeType:
+    names = tuple(new if name == old else name for name in code.co_names)
+    constants = tuple(
+        _with_names(value, old, new) if isinstance(value, types.CodeType) else value
+        for value in code.co_consts
+    )
+    if names == code.co_names and constants == code.co_consts:
+        return code
+    return code.replace(co_names=names, co_consts=constants)
 
 
 def _functions(module: types.ModuleType) -> list[types.FunctionType]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pangu.backends import Backend
-from pangu.backends.engine import import_engine, redirect
+from pangu.backends.engine import import_engine, redirect, rename_tensor_method
 
 NO_CANN = (
     "torch-npu is installed but CANN's libraries are not (libhccl.so cannot be loaded): source "
@@ -52,6 +52,12 @@ def fit_engine(precision: str = "auto") -> None:
         "torch.cuda.BFloat16Tensor": "torch.npu.BFloat16Tensor",
     }
     redirect(import_engine(jit=False), npu, constants)
+    language: Any = importlib.import_module(
+        "megatron.core.models.common.language_module.language_module"
+    )
+    rope: Any = importlib.import_module("megatron.core.models.common.embeddings.rope_utils")
+    rename_tensor_method(language.LanguageModule.setup_embeddings_and_output_layer, "cuda", "npu")
+    rename_tensor_method(rope.get_pos_emb_on_this_cp_rank, "cuda", "npu")
     random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state = lambda *args, **kwargs: npu.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: npu.set_rng_state(state)
@@ -79,4 +85,5 @@ def create(local_rank: int) -> Backend:
         description=npu.get_device_name(local_rank),
         # 910B comes in three parts that share a name: the peak must be given by the user.
         peak_tflops=lambda precision: None,
+        sends_in_stream_order=True,
     )

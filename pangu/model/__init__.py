@@ -1,0 +1,1 @@
+"""The language model, assembled from megatron-core's modules and ours."""

@@ -1,0 +1,99 @@
+"""Core attention through `scaled_dot_product_attention`, with context parallelism by all-to-all.
+
+Shapes use s = sequence (of this context-parallel rank), b = batch, n = heads of this
+tensor-parallel rank, g = KV heads likewise, d = head size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import all_to_all
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from pangu.ops.attention import attention
+
+
+class CoreAttention(MegatronModule):
+    """softmax(QKᵀ)V for megatron-core's attention modules (GQA and MLA).
+
+    `attention_mask` carries document ids `[b, full sequence]` (int) when attention must stay
+    inside documents; otherwise None, and the mask is causal.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any = None,
+        attention_type: str = "self",
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config=config)
+        head_size = k_channels or config.kv_channels
+        self.scale = softmax_scale or 1.0 / math.sqrt(head_size)
+        self.cp_group: dist.ProcessGroup = pg_collection.cp
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: Any = None,
+        packed_seq_params: Any = None,
+    ) -> torch.Tensor:
+        """query `[s, b, n, d]`, key `[s, b, g, d]`, value `[s, b, g, dv]` → `[s, b, n * dv]`."""
+        size = self.cp_group.size()
+        if size > 1:
+            query, key, value = (
+                _gather_sequence(tensor, self.cp_group) for tensor in (query, key, value)
+            )
+        out = attention(query, key, value, scale=self.scale, document_ids=attention_mask)
+        if size > 1:
+            out = _split_sequence(out, self.cp_group)
+        return out.flatten(2)
+
+
+def _zigzag(size: int, device: torch.device) -> torch.Tensor:
+    """Where the chunks of the causal order lie in the concatenation of the ranks' parts.
+
+    megatron-core gives rank r the chunks r and 2 * size - 1 - r of 2 * size.
+    """
+    order = [chunk for rank in range(size) for chunk in (rank, 2 * size - 1 - rank)]
+    return torch.tensor(order, device=device).argsort()
+
+
+def _gather_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """`[s, b, h, d]` → `[s * size, b, h / size, d]`: all positions, in causal order, of a part of
+    the heads. Fewer KV heads than ranks are repeated first."""
+    size = group.size()
+    if x.size(2) % size:
+        x = x.repeat_interleave(size // math.gcd(x.size(2), size), dim=2)
+    s, b, h, d = x.shape
+    send = x.view(s, b, size, h // size, d).permute(2, 0, 1, 3, 4).reshape(size * s, b, -1, d)
+    received = all_to_all(group, send.contiguous())
+    chunks = received.view(2 * size, s // 2, b, h // size, d)
+    return chunks.index_select(0, _zigzag(size, x.device)).view(size * s, b, h // size, d)
+
+
+def _split_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The reverse: `[s * size, b, h / size, d]` → `[s, b, h, d]`."""
+    size = group.size()
+    total, b, h, d = x.shape
+    s = total // size
+    order = _zigzag(size, x.device).argsort()
+    chunks = x.reshape(2 * size, s // 2, b, h, d).index_select(0, order)
+    received = all_to_all(group, chunks.reshape(total, b, h, d).contiguous())
+    return received.view(size, s, b, h, d).permute(1, 2, 0, 3, 4).reshape(s, b, size * h, d)

@@ -1,0 +1,158 @@
+"""From the configuration tree to megatron-core's TransformerConfig."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+from configs.layout import is_even, layers_per_virtual_stage
+from configs.schema import Config, ModelConfig, MoEConfig
+from pangu import backends
+
+
+@dataclass
+class PanguTransformerConfig(MLATransformerConfig):
+    """megatron-core's configuration, with the parts of our tree that our modules read.
+
+    One class serves GQA and MLA; `multi_latent_attention` tells them apart.
+    """
+
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    model: ModelConfig | None = None
+
+
+def transformer_config(config: Config) -> PanguTransformerConfig:
+    """Translate a checked configuration.
+
+    Gradients are sums over tokens, divided once by the number of tokens in the global batch
+    (`calculate_per_token_loss`): only then does the gradient not depend on how the batch is split.
+    """
+    model, parallel = config.model, config.parallel
+    dtype = backends.torch_dtype(config.backend.precision)
+    heads = model.num_attention_heads
+    return PanguTransformerConfig(
+        model=model,
+        moe=config.moe,
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size or model.moe_ffn_hidden_size,
+        num_attention_heads=heads,
+        num_query_groups=model.num_query_groups or heads,
+        kv_channels=model.kv_channels or model.hidden_size // heads,
+        layernorm_epsilon=model.norm_epsilon,
+        normalization=model.normalization,
+        qk_layernorm=model.qk_layernorm,
+        add_bias_linear=model.add_mlp_bias,
+        add_qkv_bias=model.add_qkv_bias,
+        gated_linear_unit=model.activation == "swiglu",
+        activation_func=F.silu if model.activation == "swiglu" else F.gelu,
+        bias_activation_fusion=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # Values are set afterwards, by name (pangu.model.init): the same in every layout.
+        init_method=_leave_as_is,
+        output_layer_init_method=_leave_as_is,
+        embedding_init_method=_leave_as_is,
+        embedding_init_method_std=1.0,
+        calculate_per_token_loss=True,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        rotary_base=model.rotary_base,
+        rope_type="rope",
+        mtp_num_layers=model.mtp_num_layers or None,
+        deallocate_pipeline_outputs=backends.current().sends_in_stream_order,
+        **_latent_attention(model),
+        **_experts(config),
+        **_parallel(config),
+        **_recompute(config),
+    )
+
+
+def _leave_as_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _latent_attention(model: ModelConfig) -> dict[str, Any]:
+    if model.attention != "mla":
+        return {"multi_latent_attention": False}
+    return {
+        "multi_latent_attention": True,
+        "q_lora_rank": model.q_lora_rank or None,
+        "kv_lora_rank": model.kv_lora_rank,
+        "qk_head_dim": model.qk_head_dim,
+        "qk_pos_emb_head_dim": model.qk_pos_emb_head_dim,
+        "v_head_dim": model.v_head_dim,
+        "softmax_scale": 1.0 / math.sqrt(model.qk_head_dim + model.qk_pos_emb_head_dim),
+    }
+
+
+def _experts(config: Config) -> dict[str, Any]:
+    model, moe = config.model, config.moe
+    if not model.num_experts:
+        return {}
+    dense = model.num_dense_layers
+    return {
+        "num_moe_experts": model.num_experts,
+        "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": model.shared_expert_ffn_hidden_size or None,
+        "moe_layer_freq": [0] * dense + [1] * (model.num_layers - dense),
+        "moe_router_topk": moe.top_k,
+        "moe_router_load_balancing_type": "none",  # pangu.moe has its own losses
+        "moe_router_enable_expert_bias": moe.expert_bias,
+        "moe_router_bias_update_rate": moe.expert_bias_update_rate,
+        "moe_router_score_function": "sigmoid" if moe.expert_bias else moe.score_function,
+        "moe_token_dispatcher_type": "alltoall",  # pangu.moe builds its own dispatcher
+        "moe_grouped_gemm": True,
+    }
+
+
+def _parallel(config: Config) -> dict[str, Any]:
+    p = config.parallel
+    tensor, virtual = p.tensor_model_parallel_size, p.virtual_pipeline_model_parallel_size
+    return {
+        "tensor_model_parallel_size": tensor,
+        "sequence_parallel": p.sequence_parallel and tensor > 1,
+        "pipeline_model_parallel_size": p.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": virtual if virtual > 1 else None,
+        "pipeline_model_parallel_layout": _pipeline_layout(config),
+        # Two ranks exchange in both directions at once when chunks interleave over PP 2: batched
+        # sends would be matched in the wrong order.
+        "overlap_p2p_comm": virtual > 1,
+        "batch_p2p_comm": virtual == 1,
+        "context_parallel_size": p.context_parallel_size,
+        "expert_model_parallel_size": p.expert_model_parallel_size,
+        "expert_tensor_parallel_size": p.expert_tensor_parallel_size,
+    }
+
+
+def _pipeline_layout(config: Config) -> list[list[str]] | None:
+    """megatron-core's layout of uneven stages: the names of each virtual stage's parts."""
+    if config.parallel.pipeline_model_parallel_size == 1 or is_even(config):
+        return None
+    stages = [["decoder"] * count for count in layers_per_virtual_stage(config)]
+    stages[0].insert(0, "embedding")
+    stages[-1] += ["mtp"] * config.model.mtp_num_layers + ["loss"]
+    return stages
+
+
+def _recompute(config: Config) -> dict[str, Any]:
+    memory = config.memory
+    if memory.recompute_granularity == "none":
+        return {}
+    if memory.recompute_granularity == "selective":
+        return {
+            "recompute_granularity": "selective",
+            "recompute_modules": list(memory.recompute_modules),
+        }
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": memory.recompute_method,
+        "recompute_num_layers": memory.recompute_num_layers,
+    }

@@ -1,0 +1,118 @@
+"""Causal attention, optionally confined to documents. Reference, SDPA and NPU variants.
+
+Shapes: s = query positions, t = key positions, b = batch, n = heads, g = KV heads (n a multiple
+of g), d = head size of query and key, e = head size of value.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from pangu import backends
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    document_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """query `[s, b, n, d]`, key `[t, b, g, d]`, value `[t, b, g, e]` → `[s, b, n, e]`.
+
+    Query i sees keys up to t - s + i (t > s: the first keys come from a cache). `document_ids`
+    `[b, t]` (any integer dtype) hides keys of other documents.
+    """
+    name = backends.current().name
+    variant = attention_npu if name == "npu" else attention_sdpa
+    return variant(query, key, value, scale=scale, document_ids=document_ids)
+
+
+def visible(
+    queries: int, keys: int, document_ids: torch.Tensor | None, device: torch.device
+) -> torch.Tensor:
+    """Which keys a query sees: bool `[1 or b, 1, s, t]`."""
+    row = torch.arange(keys - queries, keys, device=device)
+    column = torch.arange(keys, device=device)
+    mask = (column[None, :] <= row[:, None])[None, None]
+    if document_ids is not None:
+        same = document_ids[:, keys - queries :, None] == document_ids[:, None, :]
+        mask = mask & same[:, None]
+    return mask
+
+
+def attention_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    document_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Every score, in the open."""
+    repeat = query.size(2) // key.size(2)
+    key, value = key.repeat_interleave(repeat, 2), value.repeat_interleave(repeat, 2)
+    scores = torch.einsum("sbnd,tbnd->bnst", query, key) * scale
+    mask = visible(query.size(0), key.size(0), document_ids, query.device)
+    probs = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    return torch.einsum("bnst,tbne->sbne", probs, value)
+
+
+def attention_sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    document_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """torch's fused attention (flash on CPU and CUDA)."""
+    queries, keys = query.size(0), key.size(0)
+    causal = queries == keys and document_ids is None
+    mask = None
+    if not causal and (queries > 1 or document_ids is not None):
+        mask = visible(queries, keys, document_ids, query.device)
+    width = value.size(3)
+    if width != query.size(3):  # the flash kernels want one head size (MLA has two)
+        value = F.pad(value, (0, query.size(3) - width))
+    out = F.scaled_dot_product_attention(
+        query.permute(1, 2, 0, 3),
+        key.permute(1, 2, 0, 3),
+        value.permute(1, 2, 0, 3),
+        attn_mask=mask,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=query.size(2) != key.size(2),
+    )
+    return out[..., :width].permute(2, 0, 1, 3)
+
+
+def attention_npu(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    document_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """torch-npu's fused attention in layout BNSD. Not run on an NPU."""
+    import torch_npu
+
+    queries, keys = query.size(0), key.size(0)
+    width = value.size(3)
+    if width != query.size(3):
+        value = F.pad(value, (0, query.size(3) - width))
+    hidden = ~visible(queries, keys, document_ids, query.device)  # True = masked out
+    out = torch_npu.npu_fusion_attention(
+        query.permute(1, 2, 0, 3).contiguous(),
+        key.permute(1, 2, 0, 3).contiguous(),
+        value.permute(1, 2, 0, 3).contiguous(),
+        query.size(2),
+        "BNSD",
+        atten_mask=hidden.expand(hidden.size(0), 1, queries, keys),
+        scale=scale,
+        sparse_mode=1,
+    )[0]
+    return out[..., :width].permute(2, 0, 1, 3)

@@ -1,0 +1,62 @@
+"""Process groups of a run: torch.distributed, then megatron-core's parallel groups."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from configs.schema import Config
+from pangu import backends
+
+
+def initialize(config: Config) -> None:
+    """Join the run. RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT must be in the environment.
+
+    Every group gets the same timeout, so that a missing rank ends the run with a message
+    instead of a hang.
+    """
+    timeout = timedelta(minutes=config.launch.timeout_minutes)
+    backend = backends.current()
+    if not dist.is_initialized():
+        dist.init_process_group(backend.collective_library, timeout=timeout)
+    p = config.parallel
+    virtual = p.virtual_pipeline_model_parallel_size
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=p.tensor_model_parallel_size,
+        pipeline_model_parallel_size=p.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        context_parallel_size=p.context_parallel_size,
+        expert_model_parallel_size=p.expert_model_parallel_size,
+        expert_tensor_parallel_size=p.expert_tensor_parallel_size,
+        distributed_timeout_minutes=max(1, round(config.launch.timeout_minutes)),
+        create_gloo_process_groups=False,
+    )
+    torch.manual_seed(config.seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
+
+
+def shutdown() -> None:
+    """Leave the run."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_last_stage() -> bool:
+    """Whether this rank computes the loss."""
+    return parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+
+
+def sum_over_losses(values: torch.Tensor) -> torch.Tensor:
+    """Sum of `values` over the ranks that see different tokens; same result on every rank.
+
+    Tensor-parallel ranks hold copies and earlier pipeline stages hold nothing: they add zero.
+    """
+    counts = is_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+    total = values if counts else torch.zeros_like(values)
+    dist.all_reduce(total)
+    return total

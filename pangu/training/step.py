@@ -1,0 +1,137 @@
+"""One optimizer step: micro-batches through megatron-core's schedule, then AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from pangu import backends
+from pangu.training.distributed import sum_over_losses
+from pangu.training.optimizer import gradients_are_finite
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did. `loss` is the mean cross-entropy per token in nats, over the global batch;
+    `grad_norm` is the norm before clipping; a skipped step changed nothing."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    skipped: bool
+
+
+def run_schedule(
+    chunks: list[Any],
+    batches: list[Iterator[Batch]],
+    *,
+    num_microbatches: int,
+    micro_batch_size: int,
+    seq_length: int,
+    forward_only: bool = False,
+) -> torch.Tensor:
+    """Forward (and backward) over one global batch.
+
+    `batches` has one iterator per model chunk, all over the same micro-batches.
+    Returns (sum of token losses, tokens) over all ranks, float64 `[2]`.
+    """
+    outputs: list[torch.Tensor] = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=batches if len(chunks) > 1 else batches[0],
+        model=chunks,
+        num_microbatches=num_microbatches,
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
+        forward_only=forward_only,
+    )
+    device = backends.current().device
+    local = torch.zeros(2, dtype=torch.float64, device=device)
+    for output in outputs:
+        local += output
+    return sum_over_losses(local)
+
+
+def forward_step(
+    batches: Iterator[Batch], model: GPTModel
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
+    """megatron-core's hook: the model's output for the next micro-batch, and its loss function."""
+    batch = {name: tensor.to(backends.current().device) for name, tensor in next(batches).items()}
+    document_ids = batch.pop("document_ids", None)  # all positions, on every context rank
+    batch = split_sequence(batch)
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        document_ids,
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+    )
+    return output, partial(token_loss, batch["loss_mask"])
+
+
+def split_sequence(batch: Batch) -> Batch:
+    """This context-parallel rank's part of `[batch, seq]` tensors: chunks r and 2 * size - 1 - r
+    of 2 * size, so that every rank sees as many early as late positions."""
+    size = parallel_state.get_context_parallel_world_size()
+    if size == 1:
+        return batch
+    rank = parallel_state.get_context_parallel_rank()
+
+    def part(tensor: torch.Tensor) -> torch.Tensor:
+        chunks = tensor.chunk(2 * size, dim=1)
+        return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]], dim=1)
+
+    return {name: part(tensor) for name, tensor in batch.items()}
+
+
+def token_loss(
+    loss_mask: torch.Tensor, losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(sum of the losses, tokens, both for the report) of a micro-batch; inputs `[batch, seq]`.
+
+    The engine divides gradients by the tokens of the whole global batch.
+    """
+    mask = loss_mask.reshape(-1).to(losses.dtype)
+    total = (losses.reshape(-1) * mask).sum()
+    tokens = loss_mask.sum().to(torch.int)
+    report = torch.stack([total.detach().double(), tokens.double()])
+    return total, tokens, report
+
+
+def train_step(
+    chunks: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    batches: list[Iterator[Batch]],
+    **shape: int,
+) -> StepResult:
+    """One step. A non-finite loss or gradient on any rank leaves the weights as they were."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    total = run_schedule(chunks, batches, **shape)
+    loss = total[0] / total[1]
+    if not gradients_are_finite(chunks, loss):
+        return StepResult(loss.item(), float("nan"), int(total[1]), skipped=True)
+    _, grad_norm, _ = optimizer.step()
+    return StepResult(loss.item(), float(grad_norm), int(total[1]), skipped=False)
+
+
+def evaluate(chunks: list[Any], batches: list[Iterator[Batch]], **shape: int) -> float:
+    """Mean cross-entropy per token, in nats, over one global batch; nothing is trained."""
+    for chunk in chunks:
+        chunk.eval()
+    with torch.no_grad():
+        total = run_schedule(chunks, batches, forward_only=True, **shape)
+    for chunk in chunks:
+        chunk.train()
+    return (total[0] / total[1]).item()
