@@ -40,7 +40,9 @@ def _build_chunk(
         pre_process=parallel_state.is_pipeline_first_stage(**virtual),
         post_process=parallel_state.is_pipeline_last_stage(**virtual),
         share_embeddings_and_output_weights=model.tie_embeddings,
-        position_embedding_type="rope" if model.position_embedding == "rope" else "learned_absolute",
+        position_embedding_type="rope"
+        if model.position_embedding == "rope"
+        else "learned_absolute",
         rotary_base=model.rotary_base,
         mtp_block_spec=mtp_spec(settings, vp_stage)
         if mtp_on_this_rank(settings, ignore_virtual=vp_stage is None, vp_stage=vp_stage)

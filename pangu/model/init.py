@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -83,7 +84,7 @@ def _draw(
     return torch.cat([part.chunk(size, dim)[rank] for part in parts], dim)
 
 
-def _sharding(parameter: torch.nn.Parameter, name: str, dims: int) -> tuple[int, int, int, int]:
+def _sharding(parameter: Any, name: str, dims: int) -> tuple[int, int, int, int]:
     """(dimension, stride, rank, size) of a parameter's split."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return 0, 1, 0, 1

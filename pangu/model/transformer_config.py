@@ -32,7 +32,7 @@ def transformer_config(config: Config) -> PanguTransformerConfig:
     Gradients are sums over tokens, divided once by the number of tokens in the global batch
     (`calculate_per_token_loss`): only then does the gradient not depend on how the batch is split.
     """
-    model, parallel = config.model, config.parallel
+    model = config.model
     dtype = backends.torch_dtype(config.backend.precision)
     heads = model.num_attention_heads
     return PanguTransformerConfig(

@@ -22,6 +22,15 @@ Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
+class StepShape:
+    """What a data-parallel replica computes in one step; sizes in sequences and tokens."""
+
+    num_microbatches: int
+    micro_batch_size: int
+    seq_length: int
+
+
+@dataclass(frozen=True)
 class StepResult:
     """What a step did. `loss` is the mean cross-entropy per token in nats, over the global batch;
     `grad_norm` is the norm before clipping; a skipped step changed nothing."""
@@ -35,10 +44,8 @@ class StepResult:
 def run_schedule(
     chunks: list[Any],
     batches: list[Iterator[Batch]],
+    shape: StepShape,
     *,
-    num_microbatches: int,
-    micro_batch_size: int,
-    seq_length: int,
     forward_only: bool = False,
 ) -> torch.Tensor:
     """Forward (and backward) over one global batch.
@@ -50,9 +57,9 @@ def run_schedule(
         forward_step_func=forward_step,
         data_iterator=batches if len(chunks) > 1 else batches[0],
         model=chunks,
-        num_microbatches=num_microbatches,
-        seq_length=seq_length,
-        micro_batch_size=micro_batch_size,
+        num_microbatches=shape.num_microbatches,
+        seq_length=shape.seq_length,
+        micro_batch_size=shape.micro_batch_size,
         forward_only=forward_only,
     )
     device = backends.current().device
@@ -112,13 +119,13 @@ def train_step(
     chunks: list[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     batches: list[Iterator[Batch]],
-    **shape: int,
+    shape: StepShape,
 ) -> StepResult:
     """One step. A non-finite loss or gradient on any rank leaves the weights as they were."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    total = run_schedule(chunks, batches, **shape)
+    total = run_schedule(chunks, batches, shape)
     loss = total[0] / total[1]
     if not gradients_are_finite(chunks, loss):
         return StepResult(loss.item(), float("nan"), int(total[1]), skipped=True)
@@ -126,12 +133,12 @@ def train_step(
     return StepResult(loss.item(), float(grad_norm), int(total[1]), skipped=False)
 
 
-def evaluate(chunks: list[Any], batches: list[Iterator[Batch]], **shape: int) -> float:
+def evaluate(chunks: list[Any], batches: list[Iterator[Batch]], shape: StepShape) -> float:
     """Mean cross-entropy per token, in nats, over one global batch; nothing is trained."""
     for chunk in chunks:
         chunk.eval()
     with torch.no_grad():
-        total = run_schedule(chunks, batches, forward_only=True, **shape)
+        total = run_schedule(chunks, batches, shape, forward_only=True)
     for chunk in chunks:
         chunk.train()
     return (total[0] / total[1]).item()
