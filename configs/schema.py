@@ -230,6 +230,22 @@ class TrainConfig:
 
 
 @dataclass
+class SimulationConfig:
+    """Traits of the training engine that a forecast assumes. Read by the simulator alone; the
+    defaults are this project's trainer, published runs of other engines set their own."""
+
+    # TransformerEngine keeps a placeholder gradient of every weight shape and fuses norms.
+    transformer_engine: bool = False
+    fused_attention: bool = True  # scores never reach memory
+    fused_cross_entropy: bool = True  # the gradient overwrites the logits
+    fp32_gradients: bool = True  # main gradients accumulated and reduced in float32
+    tp_comm_overlap: bool = False  # tensor-parallel collectives fused with their matrix products
+    hierarchical_dispatch: bool = False  # all-gather between nodes, all-to-all inside
+    swap_modules: list[RecomputeModule] = field(default_factory=list)  # activations kept on host
+    swap_optimizer: bool = False  # optimizer state kept on host between steps
+
+
+@dataclass
 class CheckpointConfig:
     save_every: int = 0  # steps; 0 saves only at the end
     keep_last: int = 2
@@ -253,6 +269,7 @@ class Config:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    simulation: SimulationConfig = field(default_factory=SimulationConfig)
     hardware: dict[str, Any] | None = None  # a preset of configs/hardware, read by the simulator
     devices: int | None = None
     seed: int = 1234

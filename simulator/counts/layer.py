@@ -1,0 +1,46 @@
+"""The building blocks of a pipeline stage, each with everything it does to one micro-batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from simulator.counts.attention import attention
+from simulator.counts.mlp import dense_mlp
+from simulator.counts.moe import moe
+from simulator.counts.records import Counts, Shapes
+from simulator.counts.vocabulary import embedding, head, mtp_entrance
+from simulator.parameters import LayerKind, mtp_kind
+
+Array = Any
+
+
+def layer(s: Shapes, kind: LayerKind, load: Array = 1.0) -> Counts:
+    """One transformer layer."""
+    return attention(s) + (dense_mlp(s) if kind == "dense" else moe(s, load))
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What stages are made of. `head` includes the MTP modules, each with its own use of the
+    output projection."""
+
+    dense: Counts | None
+    moe: Counts | None
+    embedding: Counts
+    head: Counts
+
+
+def blocks(s: Shapes, load: Array = 1.0) -> Blocks:
+    model = s.model
+    dense = moe_layer = None
+    if not model.num_experts or model.num_dense_layers:
+        dense = layer(s, "dense")
+    if model.num_experts:
+        moe_layer = layer(s, "moe", load)
+    end = head(s)
+    for _ in range(model.mtp_num_layers):
+        inside = moe_layer if mtp_kind(model) == "moe" else dense
+        assert inside is not None
+        end = end + mtp_entrance(s) + inside + head(s)
+    return Blocks(dense, moe_layer, embedding(s), end)

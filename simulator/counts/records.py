@@ -1,0 +1,218 @@
+"""The vocabulary of the counts: operators, messages, tensors kept for the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from configs.schema import Config, ModelConfig, MoEConfig, SimulationConfig
+from simulator.hardware import ELEMENT_BYTES
+from simulator.layout import Layout
+from simulator.parameters import Linear
+
+Array = Any
+Phase = Literal["forward", "input_gradient", "weight_gradient"]
+Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv"]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator of one micro-batch on one rank.
+
+    `shape` holds the keyword arguments of the timing function of its `kind`
+    (`simulator.operators`). `recompute` names the module whose selective recomputation repeats
+    a forward operator. `count` is 0 where a layout has no such operator.
+    """
+
+    name: str
+    phase: Phase
+    kind: Literal["matmul", "grouped_matmul", "attention", "vector"]
+    flops: Array
+    bytes: Array
+    shape: dict[str, Any]
+    recompute: str = ""
+    count: Array = 1
+
+
+@dataclass(frozen=True)
+class Message:
+    """One collective of one micro-batch on one rank.
+
+    `bytes` follows `simulator.collectives.collective_seconds`: the whole buffer of one rank.
+    `beside` names the operator and phase that runs at the same time, "" where nothing does.
+    """
+
+    name: str
+    phase: Phase
+    kind: Collective
+    group: str
+    bytes: Array
+    beside: str = ""
+    recompute: str = ""
+    count: Array = 1
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A tensor kept from the forward to the backward pass of a layer, in bytes.
+
+    `dropped_by`: the modules whose selective recomputation (or swap) makes it again.
+    """
+
+    name: str
+    bytes: Array
+    dropped_by: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Everything one layer (or one end of the model) does with one micro-batch."""
+
+    operators: list[Operator] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
+    saved: list[Saved] = field(default_factory=list)
+    # Bytes alive at once beyond the saved tensors at the worst moment of the backward pass.
+    backward_peak: Array = 0
+    # Elements of each weight matrix on this rank, by name.
+    matrices: dict[str, Array] = field(default_factory=dict)
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.operators + other.operators,
+            self.messages + other.messages,
+            self.saved + other.saved,
+            np.maximum(self.backward_peak, other.backward_peak),
+            self.matrices | other.matrices,
+        )
+
+
+PRECISION = {"auto": "bf16"}
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What every count starts from: the model, the layout, and the sizes that follow.
+
+    `tokens` are one micro-batch's on one context-parallel rank; `shard` is the part of them that
+    a rank holds outside the tensor-parallel matrices (all of them without sequence parallelism).
+    """
+
+    model: ModelConfig
+    moe: MoEConfig
+    traits: SimulationConfig
+    layout: Layout
+    seq_length: Array
+    dtype: str  # of matrix products
+
+    @property
+    def element(self) -> float:
+        """Bytes of an activation: quantised training keeps its activations in 16 bits."""
+        return max(ELEMENT_BYTES[self.dtype], 2.0)
+
+    @property
+    def linear_element(self) -> float:
+        """Bytes of a matrix product's saved input."""
+        return ELEMENT_BYTES[self.dtype]
+
+    @property
+    def tokens(self) -> Array:
+        return self.layout.micro_batch * self.seq_length / self.layout.cp
+
+    @property
+    def shard(self) -> Array:
+        return self.tokens / self.layout.sequence_shards
+
+
+def shapes(config: Config, layout: Layout) -> Shapes:
+    precision = config.backend.precision
+    return Shapes(
+        config.model,
+        config.moe,
+        config.simulation,
+        layout,
+        config.train.seq_length,
+        PRECISION.get(precision, precision),
+    )
+
+
+def matmul(
+    s: Shapes, linear: Linear, rows: Array, split: Array, recompute: str = "", count: Array = 1
+) -> list[Operator]:
+    """Forward, input gradient and weight gradient of `linear` over `rows` tokens."""
+    inputs, outputs = linear.local_inputs(split), linear.local_outputs(split)
+    flops = 2.0 * rows * inputs * outputs
+    element = s.linear_element
+    read = rows * inputs + inputs * outputs + rows * outputs
+    weight = (rows * inputs + rows * outputs) * element + 8.0 * inputs * outputs
+    operators = []
+    for phase, m, n, k in (
+        ("forward", rows, outputs, inputs),
+        ("input_gradient", rows, inputs, outputs),
+        ("weight_gradient", outputs, inputs, rows),
+    ):
+        last = phase == "weight_gradient"
+        operators.append(
+            Operator(
+                linear.name,
+                phase,  # type: ignore[arg-type]
+                "matmul",
+                flops,
+                weight if last else read * element,
+                {"m": m, "n": n, "k": k, "dtype": s.dtype, "weight_gradient": last},
+                recompute if phase == "forward" else "",
+                count,
+            )
+        )
+    return operators
+
+
+def grouped_matmul(
+    s: Shapes, linear: Linear, experts: Array, rows: Array, split: Array, recompute: str = ""
+) -> list[Operator]:
+    """The same over `experts` matrices, `rows` tokens each."""
+    inputs, outputs = linear.local_inputs(split), linear.local_outputs(split)
+    flops = 2.0 * experts * rows * inputs * outputs
+    element = s.linear_element
+    moved = experts * (rows * inputs + inputs * outputs + rows * outputs) * element
+    added = experts * (rows * (inputs + outputs) * element + 8.0 * inputs * outputs)
+    operators = []
+    for phase, n, k in (
+        ("forward", outputs, inputs),
+        ("input_gradient", inputs, outputs),
+        ("weight_gradient", outputs, inputs),
+    ):
+        last = phase == "weight_gradient"
+        shape = {"groups": experts, "m_per_group": rows, "n": n, "k": k, "dtype": s.dtype}
+        operators.append(
+            Operator(
+                linear.name,
+                phase,  # type: ignore[arg-type]
+                "grouped_matmul",
+                flops,
+                added if last else moved,
+                shape | {"weight_gradient": last},
+                recompute if phase == "forward" else "",
+            )
+        )
+    return operators
+
+
+def vector(
+    name: str, forward: Array, backward: Array, recompute: str = "", count: Array = 1
+) -> list[Operator]:
+    """An elementwise operator or reduction, given the bytes that it reads and writes."""
+    return [
+        Operator(name, "forward", "vector", 0, forward, {"bytes": forward}, recompute, count),
+        Operator(name, "input_gradient", "vector", 0, backward, {"bytes": backward}, "", count),
+    ]
+
+
+def total(values: Iterable[Array]) -> Array:
+    """Sum that stays an array where its terms are."""
+    result: Array = 0.0
+    for value in values:
+        result = result + value
+    return result

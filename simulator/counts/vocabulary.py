@@ -1,0 +1,82 @@
+"""The two ends of the model: embedding, and final norm, projection and loss; and MTP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from simulator.counts.records import Counts, Message, Saved, Shapes, matmul, vector
+from simulator.counts.tensor_parallel import before_column
+from simulator.parameters import Linear
+
+Array = Any
+
+
+def embedding(s: Shapes) -> Counts:
+    """Look-up in a table cut over tensor-parallel ranks, summed by reduce-scatter."""
+    hidden, element = s.model.hidden_size, s.element
+    states = s.tokens * hidden * element
+    parallel = np.where(s.layout.sequence_parallel, 1, 0)
+    return Counts(
+        operators=vector("embedding", 2 * states, 2 * states),
+        messages=[
+            Message("embedding", "forward", "reduce_scatter", "tp", states, "", "", parallel),
+            Message("embedding", "forward", "all_reduce", "tp", states, "", "", 1 - parallel),
+            Message("embedding", "input_gradient", "all_gather", "tp", states, "", "", parallel),
+        ],
+        saved=[Saved("embedding.tokens", 8.0 * s.tokens)],
+    )
+
+
+def embedding_gradient(s: Shapes) -> Array:
+    """Bytes of the table's gradient, which the look-up's backward writes before it is added to
+    the main gradients."""
+    return s.model.vocab_size / s.layout.tp * s.model.hidden_size * s.element
+
+
+def head(s: Shapes) -> Counts:
+    """Final norm, projection on the vocabulary and cross-entropy over its tensor-parallel parts."""
+    hidden, element, tp = s.model.hidden_size, s.element, s.layout.tp
+    stream = s.shard * hidden * element
+    linear = Linear("head", hidden, s.model.vocab_size, "column")
+    logits = s.tokens * s.model.vocab_size / tp
+    # fused: read the logits, write the gradient over them; otherwise float32 copies in between
+    loss = (6.0 if s.traits.fused_cross_entropy else 22.0) * logits
+    scalars = 3 * 4.0 * s.tokens
+    peak = logits * (element if s.traits.fused_cross_entropy else element + 8.0)
+    gathered = np.where((s.layout.tp > 1) & s.layout.sequence_parallel, 1, 0)
+    states = s.tokens * hidden * element
+    # The gathered input, its gradient, and the placeholder of the matrix's gradient.
+    peak = peak + states * (1 + gathered) + linear.matrix(tp) * element
+    return Counts(
+        operators=[
+            *vector("head.norm", 2 * stream, 3 * stream),
+            *matmul(s, linear, s.tokens, tp),
+            *vector("head.loss", loss, 2 * element * logits),
+        ],
+        messages=[
+            *before_column(s, "head", hidden),
+            Message("head.loss", "forward", "all_reduce", "tp", scalars),
+        ],
+        saved=[Saved("head.norm input", stream), Saved("head.norm output", stream)],
+        backward_peak=peak,
+    )
+
+
+def mtp_entrance(s: Shapes) -> Counts:
+    """What a multi-token-prediction module adds before its transformer layer: two norms and the
+    projection of [embedding, hidden] to hidden."""
+    hidden, element = s.model.hidden_size, s.element
+    stream = s.shard * hidden * element
+    projection = Linear("mtp.projection", 2 * hidden, hidden, "column")
+    return Counts(
+        operators=[
+            *vector("mtp.norm", 4 * stream, 6 * stream),
+            *matmul(s, projection, s.tokens, s.layout.tp),
+        ],
+        messages=before_column(s, "mtp.projection", 2 * hidden),
+        saved=[Saved("mtp.norm input", 2 * stream), Saved("mtp.norm output", 2 * stream)],
+        backward_peak=2 * stream,
+        matrices={projection.name: projection.matrix(s.layout.tp)},
+    )

@@ -1,0 +1,190 @@
+"""Layouts as a struct of arrays: one layout, or a million of them, through the same code.
+
+Ranks are numbered as megatron-core numbers them: tensor, context, (expert,) data, pipeline from
+the nearest neighbours to the farthest; that gives the stride of every group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, get_args
+
+import numpy as np
+
+from configs.schema import Config, ModelConfig, RecomputeModule
+
+Array = Any
+MODULES: tuple[str, ...] = get_args(RecomputeModule)
+SCHEDULES = ("1f1b", "gpipe", "zero_bubble", "1f1b_overlap")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model is spread over devices and what is kept for the backward pass.
+
+    Every field is a number or an array, all of them broadcasting; booleans select with
+    `np.where`. `schedule` indexes `SCHEDULES`.
+    """
+
+    tp: Array = 1
+    sequence_parallel: Array = True
+    pp: Array = 1
+    vpp: Array = 1
+    cp: Array = 1
+    ring: Array = False  # context parallelism by ring exchange; otherwise by all-to-all
+    ep: Array = 1
+    etp: Array = 1
+    dp: Array = 1
+    zero: Array = 1  # ZeRO stage
+    micro_batch: Array = 1
+    num_microbatches: Array = 1
+    noop_layers: Array = 0
+    schedule: Array = 0
+    overlap_grad_reduce: Array = False
+    overlap_param_gather: Array = False
+    # full recomputation: none, or of `recompute_layers` layers of each virtual stage (block), or
+    # of all of them from checkpoints `recompute_layers` apart (uniform)
+    full_recompute: Array = False
+    block_recompute: Array = False
+    recompute_layers: Array = 1
+    core_attn: Array = False  # selective recomputation, by module
+    layernorm: Array = False
+    mla_up_proj: Array = False
+    mlp: Array = False
+    moe: Array = False
+    moe_act: Array = False
+    shared_experts: Array = False
+    stage_layers: tuple[int, ...] | None = None  # layers by virtual stage, where given
+
+    @property
+    def devices(self) -> Array:
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def expert_dp(self) -> Array:
+        """Replicas of each expert."""
+        return self.tp * self.cp * self.dp / (self.ep * self.etp)
+
+    @property
+    def virtual_stages(self) -> Array:
+        return self.pp * self.vpp
+
+    @property
+    def sequence_shards(self) -> Array:
+        """Ranks that share the tokens outside the tensor-parallel matrices."""
+        return np.where(self.sequence_parallel, self.tp, 1)
+
+    def stride(self, group: str) -> Array:
+        """Distance in ranks between neighbours of a group."""
+        if group in ("tp", "etp", "tp_cp", "expert"):
+            return 1
+        if group == "cp":
+            return self.tp
+        if group == "ep":
+            return self.etp
+        if group in ("dp", "dp_cp"):
+            return self.tp if group == "dp_cp" else self.tp * self.cp
+        if group == "expert_dp":
+            return self.ep * self.etp
+        return self.tp * self.cp * self.dp  # pp
+
+    def size(self, group: str) -> Array:
+        """Ranks in a group."""
+        sizes = {
+            "dp_cp": self.dp * self.cp,
+            "tp_cp": self.tp * self.cp,
+            "expert": self.ep * self.etp,
+            "expert_dp": self.expert_dp,
+        }
+        return sizes[group] if group in sizes else getattr(self, group)
+
+    def recomputes(self, module: str) -> Array:
+        """Whether selective recomputation repeats `module` ("" = never)."""
+        return getattr(self, module) if module else False
+
+    def take(self, index: Any) -> Layout:
+        """The layouts at `index` of the arrays."""
+        chosen = {
+            item.name: getattr(self, item.name)[index]
+            for item in fields(self)
+            if isinstance(getattr(self, item.name), np.ndarray)
+        }
+        return replace(self, **chosen)
+
+
+def from_config(config: Config) -> Layout:
+    """The one layout that a configuration describes.
+
+    Sizes that do not divide give a data-parallel size or a number of micro-batches of 0:
+    `simulator.predict` refuses them.
+    """
+    p, memory = config.parallel, config.memory
+    selective = memory.recompute_granularity == "selective"
+    modules = {name: selective and name in memory.recompute_modules for name in MODULES}
+    return Layout(
+        tp=p.tensor_model_parallel_size,
+        sequence_parallel=p.sequence_parallel,
+        pp=p.pipeline_model_parallel_size,
+        vpp=p.virtual_pipeline_model_parallel_size,
+        cp=p.context_parallel_size,
+        ring=p.context_parallel_type == "ring",
+        ep=p.expert_model_parallel_size,
+        etp=p.expert_tensor_parallel_size,
+        dp=config.data_parallel_size,
+        zero=p.zero_stage,
+        micro_batch=config.train.micro_batch_size,
+        num_microbatches=config.num_microbatches,
+        noop_layers=p.num_noop_layers,
+        schedule=SCHEDULES.index(p.schedule),
+        overlap_grad_reduce=p.overlap_grad_reduce,
+        overlap_param_gather=p.overlap_param_gather,
+        full_recompute=memory.recompute_granularity == "full",
+        block_recompute=memory.recompute_method == "block",
+        recompute_layers=memory.recompute_num_layers,
+        stage_layers=tuple(p.pipeline_layout) if p.pipeline_layout is not None else None,
+        **modules,
+    )
+
+
+@dataclass(frozen=True)
+class StageContent:
+    """What a virtual stage holds: layers of each kind, and the ends of the model (0 or 1)."""
+
+    dense: Array
+    moe: Array
+    embedding: Array
+    head: Array  # final norm, output projection and loss, with any MTP modules before them
+
+    @property
+    def layers(self) -> Array:
+        return self.dense + self.moe
+
+
+def stage_content(model: ModelConfig, layout: Layout, rank: int, chunk: int) -> StageContent:
+    """Content of chunk `chunk` of pipeline rank `rank`; empty where the layout has no such one.
+
+    Layers fill the slots in order of depth; no-op layers take the slots at the two ends, the
+    last stage first (`configs.layout`).
+    """
+    index = chunk * layout.pp + rank
+    exists = (rank < layout.pp) & (chunk < layout.vpp)
+    depth = model.num_layers
+    dense_depth = model.num_dense_layers if model.num_experts else depth
+    if layout.stage_layers is not None:
+        counts = layout.stage_layers
+        if not bool(exists):
+            return StageContent(0, 0, 0, 0)
+        start = sum(counts[: int(index)])
+        end = start + counts[int(index)]
+    else:
+        slots = np.ceil((depth + layout.noop_layers) / layout.virtual_stages)
+        front = np.floor(layout.noop_layers / 2)
+        start = np.clip(index * slots - front, 0, depth)
+        end = np.clip((index + 1) * slots - front, 0, depth)
+    dense = np.minimum(end, dense_depth) - np.minimum(start, dense_depth)
+    return StageContent(
+        dense=np.where(exists, dense, 0),
+        moe=np.where(exists, end - start - dense, 0),
+        embedding=np.where(exists & (index == 0), 1, 0),
+        head=np.where(exists & (index == layout.virtual_stages - 1), 1, 0),
+    )

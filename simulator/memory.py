@@ -1,0 +1,259 @@
+"""Memory of every pipeline rank by category, at the moments that can be its peak.
+
+Weights, gradients and optimizer state stay; activations follow the schedule; on top comes the
+worst of three moments of the backward pass: inside a layer, at the loss, and when the embedding's
+gradient is written. What the collective library and the driver hold lies outside the framework's
+allocator and is reported apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from simulator.counts.layer import Blocks
+from simulator.counts.records import Counts, Shapes, total
+from simulator.counts.vocabulary import embedding_gradient
+from simulator.hardware import ELEMENT_BYTES
+from simulator.layout import SCHEDULES, Layout, StageContent, stage_content
+from simulator.parameters import (
+    LayerParameters,
+    layer_parameters,
+    mtp_extra,
+    mtp_kind,
+    norm_parameters,
+)
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one pipeline rank."""
+
+    weights: Array
+    gradients: Array
+    optimizer: Array
+    activations: Array  # most micro-batches in flight
+    temporary: Array
+    buffers: Array  # of the collective library, outside the allocator
+
+    @property
+    def peak(self) -> Array:
+        """What the framework's allocator reports as its peak."""
+        kept = self.weights + self.gradients + self.optimizer
+        return kept + self.activations + self.temporary
+
+
+@dataclass(frozen=True)
+class StageParameters:
+    """Parameters of one pipeline rank on one device: `dense` replicated over the data-parallel
+    group, `experts` over the expert-data-parallel group."""
+
+    dense: Array
+    experts: Array
+
+    @property
+    def total(self) -> Array:
+        return self.dense + self.experts
+
+
+def stage_contents(s: Shapes, rank: int, max_chunks: int) -> list[StageContent]:
+    return [stage_content(s.model, s.layout, rank, chunk) for chunk in range(max_chunks)]
+
+
+def stage_parameters(s: Shapes, contents: list[StageContent]) -> StageParameters:
+    """Parameters of the chunks `contents` of one pipeline rank."""
+    model, layout = s.model, s.layout
+    kinds: dict[str, LayerParameters] = {
+        "dense": layer_parameters(model, s.moe, "dense", layout.tp, layout.ep, layout.etp)
+    }
+    if model.num_experts:
+        kinds["moe"] = layer_parameters(model, s.moe, "moe", layout.tp, layout.ep, layout.etp)
+    dense = total(content.dense for content in contents)
+    moe = total(content.moe for content in contents)
+    embedding = total(content.embedding for content in contents)
+    head = total(content.head for content in contents)
+    table = np.ceil(model.vocab_size / layout.tp) * model.hidden_size
+    ends = embedding * table
+    if model.position_embedding == "learned":
+        ends = ends + embedding * model.max_position_embeddings * model.hidden_size
+    # Tied embeddings on different stages are two copies kept equal by an all-reduce.
+    own_head = head if not model.tie_embeddings else head * (1 - embedding)
+    ends = ends + own_head * table + head * norm_parameters(model, model.hidden_size)
+    shared = ends + dense * kinds["dense"].dense
+    experts: Array = 0.0
+    if model.num_experts:
+        shared = shared + moe * kinds["moe"].dense
+        experts = moe * kinds["moe"].experts
+    if model.mtp_num_layers:
+        inside = kinds[mtp_kind(model)]
+        extra = model.mtp_num_layers * head
+        shared = shared + extra * (inside.dense + mtp_extra(model))
+        experts = experts + extra * inside.experts
+    return StageParameters(shared, experts)
+
+
+def kept_activations(s: Shapes, counts: Counts) -> Array:
+    """Bytes that one micro-batch leaves for the backward pass of a layer, under selective
+    recomputation and swap."""
+    kept: Array = 0.0
+    for tensor in counts.saved:
+        dropped: Array = False
+        for module in tensor.dropped_by:
+            dropped = dropped | s.layout.recomputes(module)
+            if module in s.traits.swap_modules:
+                dropped = True
+        kept = kept + np.where(dropped, 0.0, tensor.bytes)
+    return kept
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes kept per micro-batch by each block, and the peaks while it runs backward."""
+
+    dense: Array
+    moe: Array
+    head: Array
+    embedding: Array
+    checkpoint: Array  # input of a layer
+    layer_peak: Array
+    head_peak: Array
+
+
+def block_activations(s: Shapes, blocks: Blocks) -> Activations:
+    dense = kept_activations(s, blocks.dense) if blocks.dense else 0.0
+    moe = kept_activations(s, blocks.moe) if blocks.moe else 0.0
+    peaks = [block.backward_peak for block in (blocks.dense, blocks.moe) if block]
+    layer_peak: Array = 0.0
+    for peak in peaks:
+        layer_peak = np.maximum(layer_peak, peak)
+    # A layer that is recomputed whole stands in memory once more, complete.
+    whole = np.maximum(dense, moe)
+    chunk = np.where(s.layout.block_recompute, 1, s.layout.recompute_layers)
+    layer_peak = layer_peak + np.where(s.layout.full_recompute, whole * chunk, 0.0)
+    return Activations(
+        dense,
+        moe,
+        kept_activations(s, blocks.head),
+        kept_activations(s, blocks.embedding),
+        s.shard * s.model.hidden_size * s.element,
+        layer_peak,
+        blocks.head.backward_peak,
+    )
+
+
+def chunk_activations(layout: Layout, kept: Activations, content: StageContent) -> Array:
+    """Bytes that one micro-batch keeps in one chunk."""
+    everything = content.dense * kept.dense + content.moe * kept.moe
+    count = layout.recompute_layers
+    first_dense = np.minimum(count, content.dense)
+    first_moe = np.minimum(count - first_dense, content.moe)
+    rest = (content.dense - first_dense) * kept.dense + (content.moe - first_moe) * kept.moe
+    block = (first_dense + first_moe) * kept.checkpoint + rest
+    uniform = np.ceil(content.layers / count) * kept.checkpoint
+    full = np.where(layout.block_recompute, block, uniform)
+    layers = np.where(layout.full_recompute, full, everything)
+    return layers + content.head * kept.head + content.embedding * kept.embedding
+
+
+def units_in_flight(layout: Layout, rank: int) -> Array:
+    """Chunk passes forward but not yet backward, at most, on a pipeline rank.
+
+    1F1B keeps p - rank; interleaving 2(p - rank - 1) + (v - 1)p + 1 chunk passes; the overlapped
+    schedule one more; GPipe all.
+    """
+    p, v, m = layout.pp, layout.vpp, layout.num_microbatches
+    after = np.maximum(p - rank - 1, 0)
+    one = after + 1
+    interleaved = 2 * after + (v - 1) * p + 1
+    units = np.where(v > 1, interleaved, one)
+    units = units + np.where(layout.schedule == SCHEDULES.index("1f1b_overlap"), 1, 0)
+    units = np.where(layout.schedule == SCHEDULES.index("gpipe"), m * v, units)
+    return np.minimum(units, m * v)
+
+
+def live_activations(
+    layout: Layout, kept: Activations, contents: list[StageContent], rank: int
+) -> Array:
+    """Bytes of all activations in flight at the fullest moment of a rank.
+
+    Interleaving runs p micro-batches through a chunk before it turns to the next chunk.
+    """
+    units = units_in_flight(layout, rank)
+    group = np.minimum(layout.pp, layout.num_microbatches)
+    gpipe = layout.schedule == SCHEDULES.index("gpipe")
+    round_ = group * layout.vpp
+    live: Array = 0.0
+    for chunk, content in enumerate(contents):
+        first = np.clip(units - chunk * group, 0, group)
+        again = np.clip(units - round_ - chunk * group, 0, group)
+        count = np.where(layout.vpp > 1, first + again, units)
+        count = np.where(gpipe, layout.num_microbatches, count)
+        live = live + count * chunk_activations(layout, kept, content)
+    return live
+
+
+def rank_memory(
+    s: Shapes, blocks: Blocks, kept: Activations, rank: int, contents: list[StageContent]
+) -> Memory:
+    """Memory of one pipeline rank."""
+    layout = s.layout
+    parameters = stage_parameters(s, contents)
+    element = s.element
+    half = element < 4
+    shard = layout.dp * layout.cp
+    expert_shard = layout.expert_dp
+
+    def sharded(stage: int) -> Array:
+        by_dense = parameters.dense / np.where(layout.zero >= stage, shard, 1)
+        return by_dense + parameters.experts / np.where(layout.zero >= stage, expert_shard, 1)
+
+    weights = sharded(3) * element
+    matrices = _matrices(blocks)
+    if ELEMENT_BYTES[s.dtype] < 2:  # quantised copies of every weight, plain and transposed
+        weights = weights + 2 * ELEMENT_BYTES[s.dtype] * sharded(3)
+    gradients = sharded(2) * (4.0 if s.traits.fp32_gradients or not half else element)
+    state = 12.0 if half else 8.0  # float32 master weights and Adam's two moments
+    optimizer: Array = 0.0 if s.traits.swap_optimizer else sharded(1) * state
+    if s.traits.transformer_engine:
+        gradients = gradients + element * total(matrices.values())
+    largest = np.maximum(
+        blocks_parameters(blocks.dense, s, "dense"), blocks_parameters(blocks.moe, s, "moe")
+    )
+    # ZeRO-3: weights of this layer and the next one, gathered, and the gradient of one
+    gathered = np.where((layout.zero >= 3) & (shard > 1), 3 * element * largest, 0.0)
+    live = live_activations(layout, kept, contents, rank)
+    head = total(content.head for content in contents)
+    embeds = total(content.embedding for content in contents)
+    first = chunk_activations(layout, kept, contents[0])
+    at_embedding = embeds * embedding_gradient(s) - first
+    temporary = np.maximum(kept.layer_peak, np.where(head > 0, kept.head_peak, 0.0))
+    temporary = np.maximum(temporary, at_embedding)
+    return Memory(
+        weights, gradients, optimizer, live, temporary + gathered, communication_buffers(layout)
+    )
+
+
+def blocks_parameters(counts: Counts | None, s: Shapes, kind: Any) -> Array:
+    """Parameters of one layer on a rank; 0 where the model has no such layer."""
+    if counts is None:
+        return 0.0
+    layout = s.layout
+    return layer_parameters(s.model, s.moe, kind, layout.tp, layout.ep, layout.etp).total
+
+
+def _matrices(blocks: Blocks) -> dict[str, Array]:
+    present = [block for block in (blocks.dense, blocks.moe) if block]
+    return {name: size for block in present for name, size in block.matrices.items()}
+
+
+def communication_buffers(layout: Layout) -> Array:
+    """Collective library's buffers: 200 MB per group, HCCL's default, and as much as NCCL takes
+    for the channels of a large one."""
+    groups: Array = 0
+    for name in ("tp", "cp", "dp", "ep", "etp", "pp", "expert_dp"):
+        groups = groups + np.where(layout.size(name) > 1, 1, 0)
+    return groups * 200e6

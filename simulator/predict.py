@@ -1,0 +1,324 @@
+"""The forecast of one configuration: step time from an event-by-event schedule, memory by stage,
+and where every second and byte comes from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.compose import ConfigError, Violation
+from configs.schema import Config
+from simulator.evaluate import (
+    DataParallel,
+    Parts,
+    chunk_seconds,
+    data_parallel,
+    peak_dtype,
+    prepare,
+    send_seconds,
+    sharded_weights,
+    sum_chunks,
+    tokens_per_step,
+)
+from simulator.layout import StageContent, from_config
+from simulator.memory import Memory, rank_memory, stage_contents, stage_parameters
+from simulator.parameters import model_flops_per_token
+from simulator.pipeline import RankSeconds
+from simulator.seconds import BlockSeconds, Line
+from simulator.timeline import Timeline, UnitSeconds, build
+
+ACCURACY = Path(__file__).parent / "accuracy.json"  # written by `validate`
+GIB = 2**30
+# What the driver, the framework and fragmentation take beside the allocator's peak.
+RESERVED_FRACTION = 0.04
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pipeline rank: its content, seconds per micro-batch and memory."""
+
+    rank: int
+    layers: int
+    forward_seconds: float
+    backward_seconds: float
+    idle_seconds: float  # of a step, waiting for other ranks
+    parameters: int
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class BillLine:
+    """An operator or message of one building block: seconds per micro-batch, of which `exposed`
+    are not hidden behind another operator."""
+
+    block: str
+    count: int  # blocks of this kind on the slowest rank
+    line: Line
+
+
+@dataclass(frozen=True)
+class ErrorBar:
+    """Relative error of the validation rows nearest to a forecast."""
+
+    low: float
+    high: float
+    rows: int
+    source: str
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Forecast of one training step. Seconds, GiB, bytes as named; see `breakdown` for where the
+    step's seconds go on its slowest rank."""
+
+    step_seconds: float
+    tokens_per_second: float
+    tokens_per_second_per_device: float
+    mfu: float
+    peak_tflops: float  # that `mfu` is relative to
+    peak_dtype: str
+    model_flops_per_token: float
+    peak_memory_gib: float
+    memory_gib: float  # of the device
+    fits: bool
+    devices: int
+    num_microbatches: int
+    bubble_fraction: float
+    breakdown: dict[str, float]
+    stages: list[Stage]
+    bill: list[BillLine]
+    timeline: Timeline
+    expert_load: float
+    energy_kilojoules: float | None
+    cost_per_million_tokens: float | None
+    error: ErrorBar | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers, with memory by stage and category in GiB."""
+        plain = (
+            "step_seconds tokens_per_second tokens_per_second_per_device mfu peak_tflops peak_dtype"
+            " model_flops_per_token peak_memory_gib memory_gib fits devices num_microbatches"
+            " bubble_fraction breakdown expert_load energy_kilojoules cost_per_million_tokens"
+        )
+        result: dict[str, Any] = {name: getattr(self, name) for name in plain.split()}
+        result["error"] = vars(self.error) if self.error else None
+        result["stages"] = [
+            {
+                **{key: value for key, value in vars(stage).items() if key != "memory"},
+                "memory_gib": {
+                    **{key: float(value) / GIB for key, value in vars(stage.memory).items()},
+                    "peak": float(stage.memory.peak) / GIB,
+                },
+            }
+            for stage in self.stages
+        ]
+        return result
+
+
+def predict(config: Config, load: float | None = None) -> Prediction:
+    """Forecast `config`.
+
+    `load` overrides the expected imbalance of expert-parallel ranks.
+
+    Raises:
+        ConfigError: sizes that do not divide, no machine, or a machine that lacks the precision.
+    """
+    layout = from_config(config)
+    if not layout.dp or not layout.num_microbatches:
+        raise ConfigError([_does_not_divide(config)])
+    parts = prepare(config, layout, load)
+    ranks = range(int(layout.pp))
+    contents = [stage_contents(parts.shapes, rank, int(layout.vpp)) for rank in ranks]
+    units = [
+        [
+            UnitSeconds(*(float(value) for value in vars(chunk_seconds(parts, content)).values()))
+            for content in chunks
+        ]
+        for chunks in contents
+    ]
+    timeline = build(layout, units, float(send_seconds(parts)))
+    seconds = [sum_chunks(chunks) for chunks in units]  # type: ignore[arg-type]
+    held = [stage_parameters(parts.shapes, chunks) for chunks in contents]
+    ends = [data_parallel(parts, *pair) for pair in zip(held, seconds, strict=True)]
+    reduced = [
+        finish + float(end.reduce) for finish, end in zip(timeline.finished, ends, strict=True)
+    ]
+    optimizer = max(float(end.optimizer) for end in ends)
+    gather = max(float(end.gather) for end in ends)
+    step = max(reduced) + optimizer + gather
+    slowest = max(ranks, key=lambda rank: float(seconds[rank].both))
+    stages = [
+        _stage(parts, rank, contents[rank], seconds[rank], float(held[rank].total), timeline)
+        for rank in ranks
+    ]
+    peak = max(float(stage.memory.peak) for stage in stages)
+    outside = max(float(stage.memory.buffers) for stage in stages)
+    memory = parts.hardware.memory_bytes
+    tokens = float(tokens_per_step(config, layout))
+    devices = int(layout.devices)
+    dtype = peak_dtype(parts)
+    flops = model_flops_per_token(config)
+    busy = float(seconds[slowest].both) * int(layout.num_microbatches)
+    return Prediction(
+        step_seconds=step,
+        tokens_per_second=tokens / step,
+        tokens_per_second_per_device=tokens / step / devices,
+        mfu=tokens / step / devices * flops / parts.hardware.peak(dtype),
+        peak_tflops=parts.hardware.peak(dtype) / 1e12,
+        peak_dtype=dtype,
+        model_flops_per_token=flops,
+        peak_memory_gib=peak / GIB,
+        memory_gib=memory / GIB,
+        fits=peak * (1 + RESERVED_FRACTION) + outside <= memory,
+        devices=devices,
+        num_microbatches=int(layout.num_microbatches),
+        bubble_fraction=max(timeline.seconds - busy, 0.0) / step,
+        breakdown=_breakdown(
+            parts, contents[slowest], seconds[slowest], ends[slowest], step, optimizer, gather
+        ),
+        stages=stages,
+        bill=_bill(parts, contents[slowest]),
+        timeline=timeline,
+        expert_load=float(parts.load),
+        energy_kilojoules=_scaled(parts.hardware.power_w, step * devices / 1e3),
+        cost_per_million_tokens=_scaled(
+            parts.hardware.price_per_hour, step * devices / 3600 / tokens * 1e6
+        ),
+        error=error_bar(parts.hardware.name, bool(config.model.num_experts)),
+    )
+
+
+def _does_not_divide(config: Config) -> Violation:
+    if not config.data_parallel_size:
+        reason = "is no multiple of tensor x pipeline x context parallel sizes"
+        return Violation("devices", config.world_size, reason)
+    size = config.train.micro_batch_size * config.data_parallel_size
+    reason = f"is no multiple of micro-batch x data-parallel size = {size}"
+    return Violation("train.global_batch_size", config.train.global_batch_size, reason)
+
+
+def _scaled(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor
+
+
+def _stage(
+    parts: Parts,
+    rank: int,
+    contents: list[StageContent],
+    seconds: RankSeconds,
+    parameters: float,
+    timeline: Timeline,
+) -> Stage:
+    busy = float(seconds.both) * int(parts.layout.num_microbatches)
+    return Stage(
+        rank=rank,
+        layers=int(sum(float(content.layers) for content in contents)),
+        forward_seconds=float(seconds.forward),
+        backward_seconds=float(seconds.backward),
+        idle_seconds=max(timeline.seconds - busy, 0.0),
+        parameters=int(parameters),
+        memory=rank_memory(parts.shapes, parts.blocks, parts.kept, rank, contents),
+    )
+
+
+def _blocks(parts: Parts, contents: list[StageContent]) -> list[tuple[str, float, BlockSeconds]]:
+    """The kinds of building block on a rank, how many of each, and their seconds."""
+    return [
+        (
+            name,
+            sum(float(getattr(content, name)) for content in contents),
+            getattr(parts.seconds, name),
+        )
+        for name in ("embedding", "dense", "moe", "head")
+    ]
+
+
+def _bill(parts: Parts, contents: list[StageContent]) -> list[BillLine]:
+    return [
+        BillLine(name, int(count), line)
+        for name, count, block in _blocks(parts, contents)
+        if count
+        for line in block.lines
+        if float(line.seconds) > 0
+    ]
+
+
+OPERATOR_LINES = {
+    "matmul": "matrix products",
+    "grouped_matmul": "expert matrix products",
+    "attention": "attention",
+    "vector": "vector operators",
+}
+GROUP_LINES = {
+    "tp": "tensor-parallel communication",
+    "cp": "context-parallel communication",
+    "ep": "expert dispatch and combine",
+    "etp": "expert dispatch and combine",
+    "expert": "expert dispatch and combine",
+}
+
+
+def _breakdown(
+    parts: Parts,
+    contents: list[StageContent],
+    seconds: RankSeconds,
+    end: DataParallel,
+    step: float,
+    optimizer: float,
+    gather: float,
+) -> dict[str, float]:
+    """Seconds of a step by what the slowest rank spends them on; they add up to the step."""
+    layout = parts.layout
+    count_of = int(layout.num_microbatches)
+    result: dict[str, float] = {}
+
+    def add(name: str, value: float) -> None:
+        result[name] = result.get(name, 0.0) + value * count_of
+
+    for name, count, block in _blocks(parts, contents):
+        if not count:
+            continue
+        for line in block.lines:
+            key = GROUP_LINES[line.group] if line.group else OPERATOR_LINES[line.kind]
+            add(key, count * float(line.exposed))
+        passes = float(block.forward + block.input_gradient + block.weight_gradient)
+        add("launch gaps", count * (passes - sum(float(line.exposed) for line in block.lines)))
+        if name in ("dense", "moe"):
+            add("sharded weights", count * float(sum(sharded_weights(parts, block, name))))
+    known = sum(result.values())
+    result["recomputation"] = float(seconds.both) * count_of - known
+    result["gradient reduction"] = float(end.reduce)
+    result["optimizer"] = optimizer
+    result["parameter gathering"] = gather
+    waiting = step - sum(result.values())
+    hidden = float(seconds.hideable) * count_of
+    name = "pipeline bubble and sends"
+    if waiting < 0:  # the overlapped schedule has hidden more than the bubble costs
+        experts = "expert dispatch and combine"
+        result[experts] = result.get(experts, 0.0) - min(hidden, -waiting)
+        waiting = step - sum(value for key, value in result.items() if key != name)
+    result[name] = waiting
+    return {key: value for key, value in result.items() if abs(value) > 1e-9 * step}
+
+
+def error_bar(hardware: str, experts: bool) -> ErrorBar | None:
+    """The error of published runs nearest to a forecast: on the same machine and of the same
+    kind of model, else on the same machine, else all. None before `validate` has run."""
+    if not ACCURACY.is_file():
+        return None
+    entries = json.loads(ACCURACY.read_text())
+    kind = "moe" if experts else "dense"
+    for wanted, source in (
+        (lambda e: e["hardware"] == hardware and e["kind"] == kind, f"{hardware}, {kind}"),
+        (lambda e: e["hardware"] == hardware, hardware),
+        (lambda e: True, "all machines"),
+    ):
+        chosen = [entry for entry in entries if wanted(entry)]
+        if chosen:
+            rows = sum(entry["rows"] for entry in chosen)
+            spread = sum(entry["mean_error"] * entry["rows"] for entry in chosen) / rows
+            bias = sum(entry["bias"] * entry["rows"] for entry in chosen) / rows
+            return ErrorBar(-spread - bias, spread - bias, rows, source)
+    return None

@@ -1,0 +1,186 @@
+"""Seconds of the counts on a machine: what each block costs forward and backward, what of its
+communication is exposed, and which line of the bill it stands on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from simulator.collectives import collective_seconds
+from simulator.counts.layer import Blocks
+from simulator.counts.records import Counts, Message, Operator, Shapes
+from simulator.hardware import Hardware
+from simulator.layout import Layout
+from simulator.operators import (
+    attention_seconds,
+    grouped_matmul_seconds,
+    matmul_seconds,
+    vector_seconds,
+)
+
+Array = Any
+# A collective fused with its matrix product still shows its first and last piece.
+FUSED_PIECES = 8
+
+_TIMING: dict[str, Callable[..., Array]] = {
+    "matmul": matmul_seconds,
+    "grouped_matmul": grouped_matmul_seconds,
+    "attention": attention_seconds,
+    "vector": vector_seconds,
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the bill: an operator or message of one micro-batch."""
+
+    name: str
+    phase: str
+    kind: str
+    seconds: Array
+    exposed: Array  # part of a message that no operator hides; all of an operator
+    flops: Array = 0
+    bytes: Array = 0
+    group: str = ""
+    repeated: Array = 0  # 1 where selective recomputation runs it a second time
+
+
+@dataclass(frozen=True)
+class BlockSeconds:
+    """Seconds of one block for one micro-batch, exposed communication included.
+
+    `experts_forward` and `experts_backward` are the exposed seconds of expert dispatch and
+    combine, which the overlapped schedule can hide behind the other direction's computing.
+    """
+
+    forward: Array = 0.0
+    input_gradient: Array = 0.0
+    weight_gradient: Array = 0.0
+    recompute: Array = 0.0  # selective; whole layers repeat `forward`
+    experts_forward: Array = 0.0
+    experts_backward: Array = 0.0
+    lines: list[Line] = field(default_factory=list)
+
+    @property
+    def backward(self) -> Array:
+        return self.input_gradient + self.weight_gradient + self.recompute
+
+
+def operator_seconds(hw: Hardware, operator: Operator) -> Array:
+    """Seconds of one operator, its launch included."""
+    shape = operator.shape
+    if operator.kind in ("matmul", "grouped_matmul", "attention") and "dtype" in shape:
+        shape = shape | {"dtype": _computed_in(hw, shape["dtype"])}
+    return _TIMING[operator.kind](hw, **shape) * operator.count
+
+
+def _computed_in(hw: Hardware, dtype: str) -> str:
+    """float32 products run on matrix units at a lower rate where the machine states one."""
+    return "bf16" if dtype == "fp32" and "fp32" not in hw.peak_tflops else dtype
+
+
+def message_seconds(hw: Hardware, layout: Layout, message: Message) -> Array:
+    """Seconds of one collective over its group's placement."""
+    size = layout.size(message.group)
+    stride = layout.stride(message.group)
+    seconds = collective_seconds(hw, message.kind, message.bytes, size, stride)
+    return seconds * message.count
+
+
+def block_seconds(hw: Hardware, s: Shapes, counts: Counts) -> BlockSeconds:
+    """Price a block. Messages beside an operator show only what outlasts it."""
+    times: dict[str, Array] = {}
+    passes: dict[str, Array] = {"forward": 0.0, "input_gradient": 0.0, "weight_gradient": 0.0}
+    issued = {"forward": 0, "input_gradient": 0, "weight_gradient": 0}
+    recompute: Array = 0.0
+    experts: dict[str, Array] = {"forward": 0.0, "input_gradient": 0.0, "weight_gradient": 0.0}
+    lines = []
+    for operator in counts.operators:
+        seconds = operator_seconds(hw, operator)
+        times[f"{operator.name}:{operator.phase}"] = seconds
+        passes[operator.phase] = passes[operator.phase] + seconds
+        issued[operator.phase] += 1
+        again = _again(s.layout, operator.recompute)
+        recompute = recompute + again * seconds
+        lines.append(
+            Line(
+                operator.name,
+                operator.phase,
+                operator.kind,
+                seconds,
+                seconds,
+                operator.flops * operator.count,
+                operator.bytes * operator.count,
+                repeated=again,
+            )
+        )
+    for phase, count in issued.items():  # the device waits where the host is slower
+        passes[phase] = np.maximum(passes[phase], count * hw.launch_us.host * 1e-6)
+    for message in counts.messages:
+        seconds = message_seconds(hw, s.layout, message)
+        exposed = seconds
+        if message.beside in times:
+            room = times[message.beside]
+            exposed = np.maximum(seconds - room, 0.0)
+            times[message.beside] = np.maximum(room - seconds, 0.0)
+            if s.traits.tp_comm_overlap:
+                exposed = np.maximum(exposed, seconds / FUSED_PIECES)
+        passes[message.phase] = passes[message.phase] + exposed
+        again = _again(s.layout, message.recompute)
+        recompute = recompute + again * seconds
+        if message.group in ("ep", "etp", "expert"):
+            experts[message.phase] = experts[message.phase] + exposed
+        lines.append(
+            Line(
+                message.name,
+                message.phase,
+                message.kind,
+                seconds,
+                exposed,
+                bytes=message.bytes * message.count,
+                group=message.group,
+                repeated=again,
+            )
+        )
+    return BlockSeconds(
+        passes["forward"],
+        passes["input_gradient"],
+        passes["weight_gradient"],
+        recompute,
+        experts["forward"],
+        experts["input_gradient"],
+        lines,
+    )
+
+
+def _again(layout: Layout, modules: str) -> Array:
+    """1 where selective recomputation of one of `modules` ("a|b") is on."""
+    if not modules:
+        return 0.0
+    on: Array = False
+    for module in modules.split("|"):
+        on = on | layout.recomputes(module)
+    return np.where(on, 1.0, 0.0)
+
+
+@dataclass(frozen=True)
+class StageBlocks:
+    """Seconds of every building block."""
+
+    dense: BlockSeconds
+    moe: BlockSeconds
+    embedding: BlockSeconds
+    head: BlockSeconds
+
+
+def price_blocks(hw: Hardware, s: Shapes, blocks: Blocks) -> StageBlocks:
+    nothing = BlockSeconds()
+    return StageBlocks(
+        block_seconds(hw, s, blocks.dense) if blocks.dense else nothing,
+        block_seconds(hw, s, blocks.moe) if blocks.moe else nothing,
+        block_seconds(hw, s, blocks.embedding),
+        block_seconds(hw, s, blocks.head),
+    )

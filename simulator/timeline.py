@@ -1,0 +1,254 @@
+"""A pipeline schedule event by event: every pass of every micro-batch on every rank.
+
+Orders are megatron-core's (1F1B, interleaved 1F1B with groups of p micro-batches); a pass starts
+when its rank is free and its input has arrived, so bubbles, uneven stages and exposed sends come
+out instead of being put in.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from simulator.layout import SCHEDULES, Layout
+
+MAX_EVENTS = 60_000  # beyond that the steady state is continued, not repeated
+
+
+@dataclass(frozen=True)
+class Event:
+    """One pass: `kind` is F, B (input and weight gradient), I (input gradient), W (weight
+    gradient) or FB (a forward beside a backward pass; `micro_batch` is the forward's)."""
+
+    rank: int
+    kind: str
+    micro_batch: int
+    chunk: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class UnitSeconds:
+    """Seconds of one chunk of one rank for one micro-batch."""
+
+    forward: float
+    input_gradient: float
+    weight_gradient: float
+    hideable: float = 0.0
+
+    @property
+    def backward(self) -> float:
+        return self.input_gradient + self.weight_gradient
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Events of a step and when each rank has finished; `seconds` covers all micro-batches even
+    where `events` stops after the steady state."""
+
+    events: list[Event]
+    finished: list[float]
+    seconds: float
+
+
+Unit = tuple[str, int, int]  # kind, micro-batch, chunk
+
+
+def build(layout: Layout, units: list[list[UnitSeconds]], send: float) -> Timeline:
+    """Run the schedule of a single layout.
+
+    `units[rank][chunk]` are the passes' seconds, `send` the time of one hop.
+    """
+    p, v, m = int(layout.pp), int(layout.vpp), int(layout.num_microbatches)
+    simulated = m
+    if p * v * m * 2 > MAX_EVENTS:
+        simulated = max(4 * p, MAX_EVENTS // (2 * p * v) // p * p)
+        simulated = min(simulated, m)
+    timeline = _run(layout, units, send, p, v, simulated)
+    if simulated == m:
+        return timeline
+    shorter = _run(layout, units, send, p, v, simulated - p)
+    per_micro_batch = (timeline.seconds - shorter.seconds) / p
+    extra = per_micro_batch * (m - simulated)
+    finished = [end + extra for end in timeline.finished]
+    return Timeline(timeline.events, finished, timeline.seconds + extra)
+
+
+def _run(
+    layout: Layout, units: list[list[UnitSeconds]], send: float, p: int, v: int, m: int
+) -> Timeline:
+    schedule = SCHEDULES[int(layout.schedule)]
+    if schedule == "zero_bubble" and v == 1:
+        return _zero_bubble(units, send, p, m)
+    if schedule == "gpipe":
+        orders = [_gpipe(v, m) for _ in range(p)]
+    else:
+        early = 1 if schedule == "1f1b_overlap" else 0
+        orders = [interleaved_order(p, v, m, rank, early) for rank in range(p)]
+        if early:
+            orders = [_paired(order, p, v, m, rank) for rank, order in enumerate(orders)]
+    return _follow(orders, units, send, p, v)
+
+
+def forward_units(p: int, v: int, m: int) -> list[tuple[int, int]]:
+    """(micro-batch, chunk) of the forward passes of a rank: groups of p micro-batches go through
+    one chunk, then through the next."""
+    order = []
+    group = p if v > 1 else m
+    for first in range(0, m, group):
+        for chunk in range(v):
+            order += [(batch, chunk) for batch in range(first, min(first + group, m))]
+    return order
+
+
+def interleaved_order(p: int, v: int, m: int, rank: int, early: int = 0) -> list[Unit]:
+    """1F1B, interleaved where v > 1."""
+    ahead = forward_units(p, v, m)
+    back = [(batch, v - 1 - chunk) for batch, chunk in ahead]
+    after = p - rank - 1
+    warmup = min((2 * after + (v - 1) * p if v > 1 else after) + early, len(ahead))
+    order: list[Unit] = [("F", *unit) for unit in ahead[:warmup]]
+    for index in range(len(ahead) - warmup):
+        order.append(("F", *ahead[warmup + index]))
+        order.append(("B", *back[index]))
+    order += [("B", *unit) for unit in back[len(ahead) - warmup :]]
+    return order
+
+
+def _gpipe(v: int, m: int) -> list[Unit]:
+    order: list[Unit] = [("F", batch, chunk) for chunk in range(v) for batch in range(m)]
+    return order + [("B", batch, chunk) for _, batch, chunk in reversed(order)]
+
+
+def _paired(order: list[Unit], p: int, v: int, m: int, rank: int) -> list[Unit]:
+    """Join the steady state's forward and backward passes into one that overlaps both."""
+    after = p - rank - 1
+    warmup = min((2 * after + (v - 1) * p if v > 1 else after) + 1, m * v)
+    pairs = m * v - warmup
+    steady = order[warmup : warmup + 2 * pairs]
+    joined: list[Unit] = []
+    for index in range(0, len(steady), 2):
+        _, batch, chunk = steady[index]
+        joined.append(("FB", batch, chunk))
+        joined.append(steady[index + 1])  # the backward half, which FB runs along
+    return order[:warmup] + joined + order[warmup + 2 * pairs :]
+
+
+def _follow(
+    orders: list[list[Unit]], units: list[list[UnitSeconds]], send: float, p: int, v: int
+) -> Timeline:
+    """Run fixed orders. Without interleaving a rank waits for its sends; with it they only
+    delay the receiver."""
+    waits = send if v == 1 else 0.0
+    delay = send if v > 1 else 0.0
+    done: list[dict[tuple[str, int, int], float]] = [{} for _ in range(p)]
+    free = [0.0] * p
+    position = [0] * p
+    events: list[Event] = []
+    last = p * v - 1
+    waiting = set(range(p))
+
+    def arrival(rank: int, kind: str, batch: int, chunk: int) -> float | None:
+        stage = chunk * p + rank
+        if kind == "F":
+            if stage == 0:
+                return 0.0
+            source, before = (stage - 1) % p, (stage - 1) // p
+            end = done[source].get(("F", batch, before))
+        elif stage == last:
+            source, end = rank, done[rank].get(("F", batch, chunk))
+        else:
+            source, after = (stage + 1) % p, (stage + 1) // p
+            end = done[source].get(("B", batch, after))
+        if end is None:
+            return None
+        return end + (delay if source != rank else 0.0)
+
+    while waiting:
+        progressed = False
+        for rank in sorted(waiting):
+            order = orders[rank]
+            while position[rank] < len(order):
+                kind, batch, chunk = order[position[rank]]
+                ready = arrival(rank, "F" if kind == "FB" else kind, batch, chunk)
+                unit = units[rank][chunk]
+                stage = chunk * p + rank
+                ahead = waits if stage < last else 0.0
+                behind = waits if stage > 0 else 0.0
+                if kind == "FB":
+                    _, other, other_chunk = order[position[rank] + 1]
+                    second = arrival(rank, "B", other, other_chunk)
+                    if ready is None or second is None:
+                        break
+                    start = max(free[rank], ready, second)
+                    back = units[rank][other_chunk]
+                    hidden = (unit.hideable + back.hideable) / 2
+                    end = start + unit.forward + back.backward - hidden + ahead + behind
+                    done[rank]["F", batch, chunk] = end
+                    done[rank]["B", other, other_chunk] = end
+                    position[rank] += 1
+                else:
+                    if ready is None:
+                        break
+                    start = max(free[rank], ready)
+                    length = unit.forward + ahead if kind == "F" else unit.backward + behind
+                    end = start + length
+                    done[rank][kind, batch, chunk] = end
+                events.append(Event(rank, kind, batch, chunk, start, end))
+                free[rank] = end
+                position[rank] += 1
+                progressed = True
+            if position[rank] == len(order):
+                waiting.discard(rank)
+        if not progressed:
+            raise RuntimeError("the schedule waits for itself")
+    return Timeline(events, free, max(free))
+
+
+def _zero_bubble(units: list[list[UnitSeconds]], send: float, p: int, m: int) -> Timeline:
+    """ZB-H1: backward passes split; an idle rank fills up with weight gradients. At most p - rank
+    micro-batches are in flight, as in 1F1B."""
+    time_of: Callable[[int], UnitSeconds] = lambda rank: units[rank][0]  # noqa: E731
+    forward_at: list[list[float]] = [[0.0] * m if rank == 0 else [] for rank in range(p)]
+    backward_at: list[list[float]] = [[] for _ in range(p)]
+    forwards, backwards, weights = [0] * p, [0] * p, [0] * p
+    events: list[Event] = []
+    free = [0.0] * p
+    queue = [(0.0, rank) for rank in range(p)]
+    while queue:
+        now, rank = heapq.heappop(queue)
+        if now < free[rank] or weights[rank] == m:
+            continue
+        unit = time_of(rank)
+        f, b, w = forwards[rank], backwards[rank], weights[rank]
+        can_back = b < len(backward_at[rank]) and backward_at[rank][b] <= now
+        room = f - b < p - rank
+        can_ahead = f < m and room and f < len(forward_at[rank]) and forward_at[rank][f] <= now
+        if can_back:
+            end = now + unit.input_gradient
+            kind, index = "I", b
+            backwards[rank] += 1
+            if rank:
+                backward_at[rank - 1].append(end + send)
+                heapq.heappush(queue, (end + send, rank - 1))
+        elif can_ahead:
+            end = now + unit.forward
+            kind, index = "F", f
+            forwards[rank] += 1
+            if rank < p - 1:
+                forward_at[rank + 1].append(end + send)
+                heapq.heappush(queue, (end + send, rank + 1))
+            else:
+                backward_at[rank].append(end)
+        elif w < b:
+            end = now + unit.weight_gradient
+            kind, index = "W", w
+            weights[rank] += 1
+        else:
+            continue  # woken by the next arrival
+        events.append(Event(rank, kind, index, 0, now, end))
+        free[rank] = end
+        heapq.heappush(queue, (end, rank))
+    return Timeline(events, free, max(free))
