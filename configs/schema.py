@@ -229,6 +229,26 @@ class TrainConfig:
     max_rollbacks: int = 2
 
 
+Dtype = Literal["bf16", "fp16", "fp8", "int8", "fp4", "int4"]
+
+
+@dataclass
+class InferenceConfig:
+    """What is served, for `python -m simulator infer`. Lengths in tokens; `batch_size` counts the
+    sequences of one copy of the model, 0 finds the largest within memory and `latency_limit_ms`
+    per output token."""
+
+    batch_size: int = 0
+    input_length: int = 2048
+    output_length: int = 2048
+    weight_dtype: Dtype = "bf16"  # W8A8 is int8 and int8, W4A8 is int4 and int8
+    compute_dtype: Dtype = "bf16"
+    kv_dtype: Dtype = "bf16"
+    draft_tokens: int = 0  # proposed per step by multi-token prediction
+    acceptance_rate: float = 0.8  # of each drafted token, those before it being accepted
+    latency_limit_ms: float | None = None
+
+
 @dataclass
 class SimulationConfig:
     """Traits of the training engine that a forecast assumes. Read by the simulator alone; the
@@ -270,6 +290,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
     hardware: dict[str, Any] | None = None  # a preset of configs/hardware, read by the simulator
     devices: int | None = None
     seed: int = 1234

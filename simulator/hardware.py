@@ -97,12 +97,14 @@ class Matmul:
 class Attention:
     """Efficiency of fused attention: `forward` and `backward` are parts of the matrix peak for
     long sequences and heads of 128; half of it is reached at `half_length` keys. Narrower heads
-    keep d/(d + `half_head`) relative to 128's."""
+    keep d/(d + `half_head`) relative to 128's. `cache` is the part of the memory efficiency that
+    reading keys and values keeps, which is what decoding a token spends its time on."""
 
     forward: float
     backward: float
     half_length: float
     half_head: float = 16.0
+    cache: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -118,9 +118,9 @@ def attention_seconds(
     kv_heads = heads if kv_heads is None else np.asarray(kv_heads, dtype=float)
     kv = batch * kv_heads * seq_kv * (qk_dim + v_dim) * (element if kv_bytes is None else kv_bytes)
     queries = batch * heads * seq_q * (qk_dim + v_dim) * element
-    moved = (queries + kv) * (2.0 if backward else 1.0)
+    moving = memory_seconds(hw, queries + kv / curve.cache) * (2.0 if backward else 1.0)
     compute = flops / (hw.peak(dtype) * reached)
-    return np.maximum(compute, memory_seconds(hw, moved)) + _launch(hw.launch_us.matmul, pairs)
+    return np.maximum(compute, moving) + _launch(hw.launch_us.matmul, pairs)
 
 
 def vector_seconds(hw: Hardware, bytes: Array, flops: Array = 0) -> Array:

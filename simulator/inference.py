@@ -1,0 +1,412 @@
+"""Serving: time of prefill and of decoding steps, memory, and the largest batch within limits.
+
+Layout (hybrid hierarchical parallelism, arXiv 2505.21411): `n` devices hold one copy of the model.
+Attention runs on n / tp data-parallel groups of tp devices, routed experts on ep x etp = n devices,
+dense and shared MLPs and the vocabulary on all n. Around each sublayer the tokens are
+reduce-scattered over its devices and gathered for the next, which is an all-reduce in two halves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from configs.compose import ConfigError, Violation
+from configs.schema import Config, InferenceConfig, ModelConfig, MoEConfig
+from simulator.collectives import collective_seconds
+from simulator.hardware import ELEMENT_BYTES, Hardware
+from simulator.imbalance import routing_factor
+from simulator.operators import (
+    attention_seconds,
+    grouped_matmul_seconds,
+    matmul_seconds,
+    vector_seconds,
+)
+from simulator.parameters import (
+    Linear,
+    attention_linears,
+    count_parameters,
+    layer_counts,
+    matmul_parameters_per_token,
+    mlp_linears,
+    mtp_kind,
+    qk_size,
+    query_groups,
+    v_size,
+)
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class Serving:
+    """One copy of a model on `devices` devices: the layout and the precisions."""
+
+    config: Config
+    hardware: Hardware
+    devices: int
+    tp: int
+    ep: int
+    etp: int
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.config.model
+
+    @property
+    def moe(self) -> MoEConfig:
+        return self.config.moe
+
+    @property
+    def options(self) -> InferenceConfig:
+        return self.config.inference
+
+    @property
+    def attention_dp(self) -> int:
+        return self.devices // self.tp
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of one pass over the whole model, by part; arrays over the batch."""
+
+    parts: dict[str, Array]
+
+    @property
+    def seconds(self) -> Array:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What serving `batch` sequences gives; see `forecast`."""
+
+    batch: int
+    ttft_seconds: float
+    tpot_seconds: float
+    tokens_per_second_per_device: float
+    memory_gib: float
+    fits: bool
+    prefill: Step
+    decode: Step
+
+
+def serving(config: Config, hardware: Hardware) -> Serving:
+    """The layout of a configuration, checked.
+
+    `parallel.tensor_model_parallel_size` is attention's. Where expert sizes are left at 1, experts
+    are spread over all devices.
+
+    Raises:
+        ConfigError: with every size that does not divide.
+    """
+    p, n = config.parallel, config.world_size
+    ep, etp = p.expert_model_parallel_size, p.expert_tensor_parallel_size
+    experts = config.model.num_experts
+    if experts and ep * etp == 1:
+        ep = n
+    tp = p.tensor_model_parallel_size
+    wrong = []
+    if n % tp:
+        wrong.append(Violation("parallel.tensor_model_parallel_size", tp, f"must divide {n}"))
+    if config.model.num_attention_heads % tp:
+        wrong.append(Violation("parallel.tensor_model_parallel_size", tp, "must divide the heads"))
+    if experts and ep * etp != n:
+        reason = f"times the expert tensor-parallel size {etp} must be the {n} devices"
+        wrong.append(Violation("parallel.expert_model_parallel_size", ep, reason))
+    if experts and experts % ep:
+        reason = f"must divide the {experts} experts"
+        wrong.append(Violation("parallel.expert_model_parallel_size", ep, reason))
+    if p.pipeline_model_parallel_size != 1:
+        value = p.pipeline_model_parallel_size
+        wrong.append(
+            Violation("parallel.pipeline_model_parallel_size", value, "serving has no pipeline")
+        )
+    limits: dict[str, float] = {
+        "batch_size": 0,
+        "input_length": 1,
+        "output_length": 1,
+        "draft_tokens": 0,
+        "latency_limit_ms": 0,
+    }
+    for name, least in limits.items():
+        given = getattr(config.inference, name)
+        if given is not None and not given >= least:
+            wrong.append(Violation(f"inference.{name}", given, f"must be at least {least}"))
+    rate = config.inference.acceptance_rate
+    if not 0 <= rate <= 1:
+        wrong.append(Violation("inference.acceptance_rate", rate, "must be between 0 and 1"))
+    if wrong:
+        raise ConfigError(wrong)
+    hardware.peak(config.inference.compute_dtype)
+    return Serving(config, hardware, n, tp, ep, etp)
+
+
+def decode_step(
+    serving: Serving, batch: Array, context: Array, tokens_per_sequence: Array = 1
+) -> Step:
+    """One decoding step of `batch` sequences in all, each with `context` cached positions.
+
+    `tokens_per_sequence` new tokens of every sequence pass through the model together: one in
+    plain decoding, more when drafted tokens are verified or when several continuations share a
+    cache.
+    """
+    batch, context = np.asarray(batch, dtype=float), np.asarray(context, dtype=float)
+    new = np.asarray(tokens_per_sequence, dtype=float)
+    local = np.ceil(batch / serving.attention_dp)
+
+    def attend() -> Array:
+        return _cached_attention(serving, local, new, context)
+
+    return _pass(
+        serving, tokens=batch * new, local=local * new, heads_on=batch * new, attend=attend
+    )
+
+
+def prefill(serving: Serving, batch: Array, length: Array) -> Step:
+    """The first pass over `batch` prompts of `length` tokens, to the first token of each."""
+    batch, length = np.asarray(batch, dtype=float), np.asarray(length, dtype=float)
+    local = np.ceil(batch / serving.attention_dp)
+    model = serving.model
+
+    def attend() -> Array:
+        return attention_seconds(
+            serving.hardware,
+            batch=local,
+            heads=model.num_attention_heads / serving.tp,
+            kv_heads=max(query_groups(model) / serving.tp, 1),
+            seq_q=length,
+            seq_kv=length,
+            qk_dim=qk_size(model),
+            v_dim=v_size(model),
+            dtype=_attention_dtype(serving),
+        )
+
+    return _pass(
+        serving, tokens=batch * length, local=local * length, heads_on=batch, attend=attend
+    )
+
+
+def forecast(serving: Serving, batch: int) -> Forecast:
+    """Latency and throughput of `batch` sequences of `input_length` and `output_length` tokens.
+
+    The cache holds the prompt and, on average, half of the output. With drafting, a step verifies
+    `draft_tokens` more tokens of every sequence, each accepted with `acceptance_rate` if all
+    before it were; a draft costs one transformer layer, its projection and the head.
+    """
+    options = serving.options
+    first = prefill(serving, batch, options.input_length)
+    context = options.input_length + options.output_length / 2
+    step = decode_step(serving, batch, context, 1 + options.draft_tokens)
+    parts = dict(step.parts)
+    if options.draft_tokens:
+        parts["draft"] = options.draft_tokens * _draft_seconds(serving, batch, context)
+    step = Step(parts)
+    gained = sum(options.acceptance_rate**i for i in range(options.draft_tokens + 1))
+    tpot = float(step.seconds) / gained
+    memory = float(memory_bytes(serving, batch)) / 2**30
+    return Forecast(
+        batch=batch,
+        ttft_seconds=float(first.seconds),
+        tpot_seconds=tpot,
+        tokens_per_second_per_device=batch / tpot / serving.devices,
+        memory_gib=memory,
+        fits=memory <= usable_bytes(serving) / 2**30,
+        prefill=first,
+        decode=step,
+    )
+
+
+def memory_bytes(serving: Serving, batch: Array) -> Array:
+    """Weights, cache at its longest, and the widest activations, on one device."""
+    model, options = serving.model, serving.options
+    vocabulary = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
+    matrices = count_parameters(serving.config).total - vocabulary
+    if options.draft_tokens:
+        matrices += count_parameters(serving.config).mtp
+    weights = matrices * ELEMENT_BYTES[options.weight_dtype] + vocabulary * 2.0
+    length = options.input_length + options.output_length
+    cached = _cache_bytes_per_token(serving) * model.num_layers * length
+    local = np.ceil(np.asarray(batch) / serving.attention_dp)
+    # Logits in float32 and a few tensors of hidden size for the tokens of one step.
+    tokens = np.asarray(batch) * (1 + options.draft_tokens)
+    widest = tokens * (4.0 * model.vocab_size / serving.devices + 16.0 * model.hidden_size)
+    return weights / serving.devices + cached * local + widest
+
+
+def usable_bytes(serving: Serving) -> float:
+    """Memory left after what the runtime keeps for itself (about 6 %)."""
+    return 0.94 * serving.hardware.memory_bytes
+
+
+def largest_batch(serving: Serving) -> tuple[int, str]:
+    """The most sequences that fit memory and the latency limit, in multiples of the attention
+    groups, and which of the two stops it. 0: none does."""
+    options, step = serving.options, serving.attention_dp
+    fits = _largest(step, lambda b: float(memory_bytes(serving, b)) <= usable_bytes(serving))
+    limit = options.latency_limit_ms
+    if not limit:
+        return fits, "memory"
+    quick = _largest(step, lambda b: 1e3 * forecast(serving, b).tpot_seconds <= limit)
+    return min(fits, quick), "memory" if fits <= quick else "latency"
+
+
+def _largest(step: int, allowed: Callable[[int], bool]) -> int:
+    high = step
+    while high < 2**20 and allowed(high):
+        high *= 2
+    low = high // 2 if high > step else 0
+    while high - low > step:
+        middle = (low + high) // 2 // step * step
+        if middle == low:
+            break
+        low, high = (middle, high) if allowed(middle) else (low, middle)
+    return low
+
+
+def _pass(
+    serving: Serving, tokens: Array, local: Array, heads_on: Array, attend: Callable[[], Array]
+) -> Step:
+    """Every layer once: `tokens` in all, `local` of them in each attention group; the vocabulary
+    projection is applied to `heads_on` tokens."""
+    model, hw, n = serving.model, serving.hardware, serving.devices
+    counts = layer_counts(model)
+    layers = model.num_layers
+    projections = sum(_linear(serving, x, local, serving.tp) for x in attention_linears(model))
+    parts: dict[str, Array] = {
+        "attention": layers * attend(),
+        "attention_projections": layers * projections,
+        "norms_and_casts": layers * _small_operators(serving, tokens, local),
+        "communication": layers * _exchange(serving, tokens, local),
+    }
+    if counts["dense"]:
+        width = model.ffn_hidden_size
+        parts["mlp"] = counts["dense"] * _mlp(serving, width, tokens)
+    if counts["moe"]:
+        parts["experts"] = counts["moe"] * _experts(serving, tokens)
+        if width := model.shared_expert_ffn_hidden_size:
+            parts["shared_experts"] = counts["moe"] * _mlp(serving, width, tokens)
+    head = matmul_seconds(hw, heads_on, model.vocab_size / n, model.hidden_size, dtype=_plain(hw))
+    gather = collective_seconds(hw, "all_gather", heads_on * model.vocab_size * 2.0, n)
+    parts["head"] = head + gather
+    return Step(parts)
+
+
+def _linear(serving: Serving, linear: Linear, tokens: Array, tp: int) -> Array:
+    return matmul_seconds(
+        serving.hardware,
+        tokens,
+        linear.local_outputs(tp),
+        linear.local_inputs(tp),
+        dtype=serving.options.compute_dtype,
+        weight_bytes=ELEMENT_BYTES[serving.options.weight_dtype],
+    )
+
+
+def _mlp(serving: Serving, width: int, tokens: Array) -> Array:
+    """A dense MLP over all devices, with its activation."""
+    n = serving.devices
+    products = sum(_linear(serving, x, tokens, n) for x in mlp_linears(serving.model, width))
+    return products + vector_seconds(serving.hardware, 6.0 * tokens * width / n)
+
+
+def _experts(serving: Serving, tokens: Array) -> Array:
+    """Router and routed experts of the slowest device."""
+    model, moe, hw = serving.model, serving.moe, serving.hardware
+    factor = routing_factor(moe, model.num_experts, np.maximum(tokens, 1.0), serving.ep)
+    held = model.num_experts / serving.ep
+    touched = held * (1.0 - (1.0 - moe.top_k / model.num_experts) ** tokens)
+    rows = tokens * moe.top_k / serving.ep * factor
+    dtype, weight = serving.options.compute_dtype, ELEMENT_BYTES[serving.options.weight_dtype]
+    products: Array = 0.0
+    for linear in mlp_linears(model, model.moe_ffn_hidden_size):
+        inputs, outputs = linear.local_inputs(serving.etp), linear.local_outputs(serving.etp)
+        products = products + grouped_matmul_seconds(
+            hw, touched, rows / touched, outputs, inputs, dtype=dtype, weight_bytes=weight
+        )
+    router = matmul_seconds(hw, tokens, model.num_experts, model.hidden_size, dtype=_plain(hw))
+    # Softmax, choice inside groups, weights, casts; sorting, counting and cumulating the rows.
+    choice = 10 * vector_seconds(hw, 4.0 * tokens * model.num_experts)
+    permute = 3 * vector_seconds(hw, 4.0 * rows * model.hidden_size)
+    activation = vector_seconds(hw, 6.0 * rows * model.moe_ffn_hidden_size / serving.etp)
+    return router + choice + permute + products + activation
+
+
+def _small_operators(serving: Serving, tokens: Array, local: Array) -> Array:
+    """Two norms with residuals, rotary embedding, cache write, and the casts of quantised
+    activations; norms run on scattered tokens."""
+    model, hw, n = serving.model, serving.hardware, serving.devices
+    hidden = 2.0 * tokens * model.hidden_size / n
+    norms = (4 if model.sandwich_norm else 2) * vector_seconds(hw, 4 * hidden)
+    heads = (model.num_attention_heads + query_groups(model)) / serving.tp
+    rotary = vector_seconds(hw, 4.0 * local * heads * qk_size(model))
+    cache = vector_seconds(hw, 2.0 * local * _cache_bytes_per_token(serving))
+    quantised = ELEMENT_BYTES[serving.options.compute_dtype] < 2
+    casts = 4 * vector_seconds(hw, 3.0 * local * model.hidden_size) if quantised else 0.0
+    return norms + rotary + cache + casts
+
+
+def _exchange(serving: Serving, tokens: Array, local: Array) -> Array:
+    """The halves of two all-reduces: out of attention, into the MLP or experts, and back."""
+    hw, n, tp = serving.hardware, serving.devices, serving.tp
+    width = 2.0 * serving.model.hidden_size
+    inside = [("reduce_scatter", local * width, tp), ("all_gather", local * width, tp)]
+    across = [("all_gather", tokens * width, n), ("reduce_scatter", tokens * width, n)]
+    return sum(
+        collective_seconds(hw, kind, size, group)  # type: ignore[arg-type]
+        for kind, size, group in inside + across
+    )
+
+
+def _cached_attention(serving: Serving, local: Array, new: Array, context: Array) -> Array:
+    """Attention of a few new tokens over the cache: MLA multiplies the compressed cache itself
+    (absorbed up-projections), shared by all heads."""
+    model, options = serving.model, serving.options
+    heads = model.num_attention_heads / serving.tp
+    mla = model.attention == "mla"
+    rank = model.kv_lora_rank
+    return attention_seconds(
+        serving.hardware,
+        batch=local,
+        heads=heads,
+        kv_heads=0.5 if mla else max(query_groups(model) / serving.tp, 1),
+        seq_q=new,
+        seq_kv=context + new,
+        qk_dim=rank + model.qk_pos_emb_head_dim if mla else qk_size(model),
+        v_dim=rank if mla else v_size(model),
+        causal=False,
+        dtype=_attention_dtype(serving),
+        kv_bytes=ELEMENT_BYTES[options.kv_dtype],
+    )
+
+
+def _draft_seconds(serving: Serving, batch: Array, context: Array) -> Array:
+    """Drafting one token: one layer of the model's last kind, its projection, and the head."""
+    model = serving.model
+    step = decode_step(serving, batch, context)
+    matrices = matmul_parameters_per_token(model, serving.moe, mtp_kind(model))
+    layer = (step.seconds - step.parts["head"]) / model.num_layers
+    projection = 2.0 * model.hidden_size**2 / matrices
+    return layer * (1 + projection) + step.parts["head"]
+
+
+def _cache_bytes_per_token(serving: Serving) -> float:
+    """One layer's keys and values of one token on one device."""
+    model = serving.model
+    element = ELEMENT_BYTES[serving.options.kv_dtype]
+    if model.attention == "mla":
+        return (model.kv_lora_rank + model.qk_pos_emb_head_dim) * element
+    groups = max(query_groups(model) / serving.tp, 1)
+    return groups * (qk_size(model) + v_size(model)) * element
+
+
+def _attention_dtype(serving: Serving) -> str:
+    return _plain(serving.hardware)
+
+
+def _plain(hardware: Hardware) -> str:
+    """The 16-bit dtype of the device."""
+    return "bf16" if "bf16" in hardware.peak_tflops else "fp16"

@@ -1,0 +1,1 @@
+"""Forecasts against published measurements, with the error of every row."""

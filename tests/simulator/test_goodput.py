@@ -1,0 +1,60 @@
+"""Goodput against simulated failures and the classical formulas."""
+
+import numpy as np
+import pytest
+
+from configs.compose import ConfigError
+from simulator.goodput import best_interval, daly_interval, expected_seconds, goodput
+
+
+def simulated(mtbf: float, interval: float, cost: float, restart: float) -> float:
+    """Useful share of a long run with failures drawn one by one."""
+    rng = np.random.default_rng(3)
+    clock = 0.0
+    intervals = 20_000
+    for _ in range(intervals):
+        while (failure := rng.exponential(mtbf)) < interval + cost:
+            clock += failure
+            while (failure := rng.exponential(mtbf)) < restart:
+                clock += failure
+            clock += restart
+        clock += interval + cost
+    return intervals * interval / clock
+
+
+def test_expectation_agrees_with_drawn_failures() -> None:
+    # 1,000 s between failures, 200 s of work, 30 s of checkpoint, 60 s of restart.
+    result = goodput(10.0, 10_000 / 3600, 30.0, 60.0, interval_seconds=200.0)
+    assert result.mtbf == pytest.approx(1000.0)
+    assert result.goodput == pytest.approx(simulated(1000.0, 200.0, 30.0, 60.0), rel=0.01)
+    parts = result.goodput + result.checkpointing + result.lost_work + result.restarting
+    assert parts == pytest.approx(1.0)
+    assert result.lost_work > 0
+    assert result.restarting > 0
+
+
+def test_best_interval_is_the_minimum_and_close_to_young_and_daly() -> None:
+    mtbf, cost = np.array([3600.0, 86_400.0]), 60.0
+    best = best_interval(mtbf, cost)
+    at_best = expected_seconds(mtbf, best, cost, 300.0) / best
+    for factor in (0.9, 1.1):
+        other = expected_seconds(mtbf, factor * best, cost, 300.0) / (factor * best)
+        assert (other > at_best).all()
+    assert best == pytest.approx(daly_interval(mtbf, cost), rel=0.002)
+    assert best == pytest.approx(np.sqrt(2 * cost * mtbf), rel=0.13)
+    assert best[1] == pytest.approx(np.sqrt(2 * cost * mtbf[1]), rel=0.02)
+
+
+def test_larger_clusters_lose_more() -> None:
+    result = goodput(np.array([1e3, 1e4, 1e5]), 50_000.0, 30.0, 600.0)
+    assert (np.diff(result.goodput) < 0).all()
+    assert (np.diff(result.interval) < 0).all()
+    assert result.goodput[0] > 0.97
+    # 16,384 devices failing 419 times in 54 days is a mean of 50,700 hours per device.
+    day = goodput(16_384, 50_700.0, 30.0, 600.0).failures_per_day
+    assert day == pytest.approx(419 / 54, rel=0.03)
+
+
+def test_impossible_inputs_are_named_together() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)devices=0.*restart_seconds=nan"):
+        goodput(0, 1000.0, 1.0, float("nan"))

@@ -1,0 +1,102 @@
+"""Serving forecasts against published latencies, and against arithmetic."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from configs.compose import ConfigError, load
+from simulator.hardware import load_hardware
+from simulator.inference import (
+    Serving,
+    decode_step,
+    forecast,
+    largest_batch,
+    memory_bytes,
+    serving,
+    usable_bytes,
+)
+from simulator.validation.serving import TABLE, serving_outcomes
+
+PRO = ["model=pangu_pro_moe", "hardware=ascend_910b_280t", "devices=4"]
+PRO += ["parallel.tensor_model_parallel_size=4", "inference.weight_dtype=int8"]
+PRO += ["inference.compute_dtype=int8", "inference.kv_dtype=int8"]
+
+
+def make(*overrides: str) -> Serving:
+    config = load([*PRO, *overrides])
+    return serving(config, load_hardware(config.hardware))
+
+
+def test_published_latencies_are_within_ten_percent_on_average() -> None:
+    outcomes = serving_outcomes()
+    with TABLE.open() as lines:
+        assert len(outcomes) == len(list(csv.DictReader(lines))) == 13
+    errors = [outcome.error for outcome in outcomes]
+    assert np.mean(np.abs(errors)) < 0.10  # type: ignore[arg-type]
+    judged = [abs(x.error) for x in outcomes if x.split == "judged"]  # type: ignore[arg-type]
+    assert len(judged) == 5
+    assert np.mean(judged) < 0.10
+    assert max(judged) < 0.20
+
+
+def test_memory_by_hand() -> None:
+    # 71.99 B parameters, 1.57 B of them in two 16-bit tables, over 4 cards; a cache of 48 layers,
+    # 8 heads, 128 + 128 bytes over 4 cards.
+    tables = 2 * 153376 * 5120
+    weights = (71.99e9 - tables + 2 * tables) / 4
+    cache = 48 * 2 * 256 * 4096
+    one = memory_bytes(make(), 1)
+    assert one == pytest.approx(weights + cache, rel=2e-3)
+    assert memory_bytes(make(), 101) - one == pytest.approx(100 * cache, rel=0.02)
+    half = make("inference.weight_dtype=int4")
+    assert memory_bytes(half, 1) < 0.55 * one
+
+
+def test_weights_bound_a_small_batch_and_the_cache_a_long_context() -> None:
+    layout = make()
+    small = decode_step(layout, 1, 2048)
+    assert decode_step(layout, 1, 2048, 2).seconds == pytest.approx(small.seconds, rel=0.25)
+    long = decode_step(layout, 256, np.array([4096, 8192]))
+    growth = np.diff(long.parts["attention"])[0]
+    bytes_more = 64 * 48 * 4096 * 8 * 256  # 256/4 sequences worth of all heads on each card
+    reached = 1.6 * 2**40 * 0.75 * 0.42
+    assert growth == pytest.approx(bytes_more / reached, rel=0.01)
+
+
+def test_largest_batch_stops_at_memory_or_latency() -> None:
+    layout = make()
+    batch, reason = largest_batch(layout)
+    assert reason == "memory"
+    assert memory_bytes(layout, batch) <= usable_bytes(layout) < memory_bytes(layout, batch + 1)
+    limited = make("inference.latency_limit_ms=50")
+    quick, reason = largest_batch(limited)
+    assert reason == "latency"
+    assert 0 < quick < batch
+    assert forecast(limited, quick).tpot_seconds <= 0.050
+    assert forecast(limited, quick + 4).tpot_seconds > 0.050
+    assert largest_batch(make("inference.latency_limit_ms=1"))[0] == 0
+
+
+def test_drafting_gains_where_it_is_accepted() -> None:
+    plain = forecast(make("model.mtp_num_layers=1"), 64)
+    good = ["model.mtp_num_layers=1", "inference.draft_tokens=1", "inference.acceptance_rate=0.9"]
+    assert forecast(make(*good), 64).tpot_seconds < plain.tpot_seconds
+    never = forecast(make(*good[:2], "inference.acceptance_rate=0"), 64)
+    assert never.tpot_seconds > plain.tpot_seconds
+    assert plain.tokens_per_second_per_device == pytest.approx(64 / plain.tpot_seconds / 4)
+
+
+def test_hybrid_layouts_and_impossible_ones() -> None:
+    hybrid = make("devices=8", "parallel.expert_model_parallel_size=4",
+                  "parallel.expert_tensor_parallel_size=2")  # fmt: skip
+    assert (hybrid.attention_dp, hybrid.ep, hybrid.etp) == (2, 4, 2)
+    assert forecast(hybrid, 64).tpot_seconds < forecast(make(), 64).tpot_seconds
+    mla = load(["model=deepseek_v3", "hardware=cloudmatrix384", "devices=32"])
+    wide = serving(mla, load_hardware(mla.hardware))
+    assert (wide.ep, wide.attention_dp) == (32, 32)
+    # One layer of DeepSeek-V3 caches 576 elements per token, whatever the heads.
+    step = memory_bytes(wide, 64) - memory_bytes(wide, 32)
+    assert step == pytest.approx(61 * 576 * 2 * 4096, rel=0.06)
+    with pytest.raises(ConfigError, match=r"(?s)tensor_model.*must divide 4.*acceptance_rate=2"):
+        make("parallel.tensor_model_parallel_size=3", "inference.acceptance_rate=2")
