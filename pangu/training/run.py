@@ -1,0 +1,59 @@
+"""One process of a run, from joining its peers to leaving them."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch.distributed as dist
+
+from configs.compose import to_yaml
+from configs.schema import Config
+from launch.environment import ProcessEnvironment
+from pangu import backends
+
+
+def run(config: Config, process: ProcessEnvironment) -> int:
+    """Train as `config` says. The exit code is 0 when the run reached its end.
+
+    The configuration must have been checked for `process.world_size` ranks.
+    """
+    # The engine and torch announce their own deprecations on every rank.
+    warnings.filterwarnings("ignore", module="megatron|torch")
+    backends.select(config.backend.name, process.local_rank, config.backend.precision)
+
+    # After the choice of the backend: megatron-core must find its device.
+    from pangu.data.datasets import build_datasets
+    from pangu.model.build import build_model
+    from pangu.training import distributed
+    from pangu.training.loop import Trainer, run_folder
+    from pangu.training.metrics import MetricsFile
+    from pangu.training.optimizer import build_optimizer, wrap_model
+    from pangu.training.state import RunState
+
+    distributed.initialize(config)
+    try:
+        folder = run_folder(config)
+        if dist.get_rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(to_yaml(config))
+        t = config.train
+        datasets = build_datasets(
+            config,
+            train_samples=t.steps * t.global_batch_size,
+            validation_samples=t.validation_batches * t.global_batch_size,
+            seq_length=t.seq_length,
+        )
+        chunks, settings = build_model(config)
+        wrapped = wrap_model(config, settings, chunks)
+        trainer = Trainer(
+            config=config,
+            chunks=wrapped,
+            optimizer=build_optimizer(config, wrapped),
+            datasets=datasets,
+            state=RunState(),
+            metrics=MetricsFile(folder, active=dist.get_rank() == 0),
+        )
+        trainer.train()
+    finally:
+        distributed.shutdown()
+    return 0
