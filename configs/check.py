@@ -57,24 +57,39 @@ def load_checked(
 ) -> Config:
     """Compose, type and check a configuration.
 
+    Raises:
+        ConfigError: with everything wrong with it; see `examine`.
+    """
+    config, found = examine(overrides, purpose=purpose, processes=processes, alone=alone)
+    if config is None or found:
+        raise ConfigError(found)
+    return config
+
+
+def examine(
+    overrides: list[str],
+    *,
+    purpose: Purpose = "train",
+    processes: int | None = None,
+    alone: bool = False,
+) -> tuple[Config | None, list[Violation]]:
+    """The configuration, where one can be made, and everything wrong with it.
+
+    Overrides that cannot be read are left out when the rest is checked.
+
     Args:
         processes: what a launcher has started; becomes `devices`.
         alone: no launcher, so that this machine's processes are all there is.
-
-    Raises:
-        ConfigError: with everything wrong with it. Overrides that cannot be read are left out
-            when the rest is checked.
     """
     found: list[Violation] = []
     try:
         tree = compose_dict(overrides)
     except ConfigError as error:
         found += error.violations
-        readable = [line for line in overrides if _composes(line)]
         try:
-            tree = compose_dict(readable)
+            tree = compose_dict([line for line in overrides if _composes(line)])
         except ConfigError:
-            raise ConfigError(found) from None
+            return None, found
     try:
         config = from_dict(tree)
     except ConfigError as error:
@@ -84,7 +99,7 @@ def load_checked(
         try:
             config = from_dict(tree)
         except ConfigError:
-            raise ConfigError(found) from None
+            return None, found
     if processes and config.devices not in (None, processes):
         reason = f"the launcher started {processes} processes"
         found.append(Violation("devices", config.devices, reason, f"devices={processes} or null"))
@@ -94,9 +109,7 @@ def load_checked(
         found += _alone(config)
     named = {violation.key for violation in found}
     found += [v for v in violations(config, purpose=purpose) if v.key not in named]
-    if found:
-        raise ConfigError(found)
-    return config
+    return config, found
 
 
 def _alone(config: Config) -> Iterator[Violation]:

@@ -142,7 +142,11 @@ def _values(override: Override) -> list[str]:
     pattern: Any = override.value()
     if isinstance(pattern, Glob):
         return pattern.filter(groups().get(override.key_or_group, []))
-    return list(override.sweep_string_iterator())
+    values = list(override.sweep_string_iterator())
+    # As typed where that is plain, so that 1e-3 names a folder 1e-3 and not 0.001.
+    typed = [text.strip() for text in str(override.input_line).partition("=")[2].split(",")]
+    plain = len(typed) == len(values) and all(re.fullmatch(r"[\w.+-]+", text) for text in typed)
+    return typed if plain else values
 
 
 def _quoted(text: str) -> str:

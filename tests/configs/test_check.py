@@ -206,3 +206,32 @@ def test_every_preset_reads() -> None:
             continue
         for name in names:
             load([f"{group}={name}"])
+
+
+def test_three_phases_of_pangu_pro() -> None:
+    """Tokens and sequence of each phase as published, to the step."""
+    config = load_checked(["experiment=pangu_pro_three_phases"])
+    phases = config.optimizer.phases
+    tokens = [
+        phase.steps
+        * (phase.global_batch_size or config.train.global_batch_size)
+        * (phase.seq_length or config.train.seq_length)
+        for phase in phases
+    ]
+    assert tokens == pytest.approx([9.6e12, 3e12, 0.4e12], rel=1e-4)
+    assert config.train.steps == sum(phase.steps for phase in phases)
+    assert [phase.lr for phase in phases[1:]] == [phase.min_lr for phase in phases[:-1]]
+
+
+def test_phases_are_checked_too() -> None:
+    phase = "{name: long, steps: 100, lr: 1e-3, min_lr: 1e-2, global_batch_size: 3, seq_length: 33}"
+    overrides = [f"optimizer.phases=[{phase}]", f"{TP}=2", "launch.processes=4", "train.steps=101"]
+    found = {v.key: v for v in violations(load(overrides))}
+    assert set(found) == {
+        "optimizer.phases[0].min_lr",
+        "optimizer.phases[0].global_batch_size",
+        "optimizer.phases[0].seq_length",
+        "train.steps",
+    }
+    assert "2 or 4" in found["optimizer.phases[0].global_batch_size"].suggestion
+    assert found["train.steps"].suggestion == "train.steps=100"

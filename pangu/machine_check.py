@@ -1,0 +1,141 @@
+"""What this machine has to offer, found without importing torch (which may be what fails)."""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = (
+    "torch",
+    "torch-npu",
+    "megatron-core",
+    "transformer-engine",
+    "apex",
+    "numpy",
+    "hydra-core",
+    "transformers",
+    "mindspore",
+)
+REQUIRED = ("torch", "megatron-core", "numpy", "hydra-core")
+
+NO_CANN = (
+    "torch-npu is installed but CANN's libraries are not: `import torch` fails. Source CANN's "
+    "set_env.sh, or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 (pangu.train sets it itself)."
+)
+
+
+def packages() -> dict[str, str | None]:
+    """Installed versions; None where a package is missing."""
+    return {name: _version(name) for name in PACKAGES}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def has_cann() -> bool:
+    """Whether the loader would find CANN's collective library."""
+    folders = os.environ.get("LD_LIBRARY_PATH", "").split(":")
+    return bool(ctypes.util.find_library("hccl")) or any(
+        folder and (Path(folder) / "libhccl.so").exists() for folder in folders
+    )
+
+
+def devices(pattern: str) -> int:
+    """Device files of a driver, e.g. `davinci[0-9]*`."""
+    return len(list(Path("/dev").glob(pattern)))
+
+
+def backend(requested: str) -> tuple[str, str]:
+    """The backend that a run would take, and why."""
+    if requested != "auto":
+        return requested, "as asked for"
+    found = packages()
+    if found["torch-npu"] and has_cann() and (count := devices("davinci[0-9]*")):
+        return "npu", f"torch-npu, CANN and {count} NPUs are here"
+    torch = found["torch"] or ""
+    if (count := devices("nvidia[0-9]*")) and "+cpu" not in torch:
+        return "cuda", f"{count} GPUs are here"
+    return "cpu", "no NPU with torch-npu and CANN, no GPU with a CUDA build of torch"
+
+
+def complaints(requested: str) -> list[str]:
+    """What is wrong with the installation, one sentence each, with what to do."""
+    found, said = packages(), []
+    missing = [name for name in REQUIRED if not found[name]]
+    if missing:
+        said.append(
+            f"{', '.join(missing)} missing: pip install 'pangu-moe[train]', or make install"
+        )
+    torch, npu = found["torch"], found["torch-npu"]
+    if npu and not has_cann():
+        said.append(NO_CANN)
+    if npu and torch and npu.split(".post")[0].split("+")[0] != torch.split("+")[0]:
+        said.append(f"torch-npu {npu} needs torch of the same version, not {torch}")
+    if requested == "npu" and not npu:
+        said.append("backend=npu needs torch-npu: pip install 'pangu-moe[train,npu]'")
+    if requested == "cuda" and torch and "+cpu" in torch:
+        said.append(f"backend=cuda needs a CUDA build of torch, not {torch}")
+    return said
+
+
+@dataclass(frozen=True)
+class Variable:
+    """An environment variable of Ascend's stack, with the value that we start from."""
+
+    name: str
+    recommended: str
+    why: str
+
+
+VARIABLES = (
+    Variable(
+        "HCCL_CONNECT_TIMEOUT", "1200", "seconds to meet; 120 by default, short for many ranks"
+    ),
+    Variable("HCCL_EXEC_TIMEOUT", "{timeout}", "seconds of one collective; launch.timeout_minutes"),
+    Variable("HCCL_BUFFSIZE", "200", "MB per process group and device; this layout: {buffers} MB"),
+    Variable("HCCL_WHITELIST_DISABLE", "1", "no list of allowed hosts to keep"),
+    Variable("HCCL_SOCKET_IFNAME", "", "the network card between nodes, where there are several"),
+    Variable("ASCEND_RT_VISIBLE_DEVICES", "", "a subset of the node's NPUs"),
+    Variable("TASK_QUEUE_ENABLE", "2", "kernels are queued by a thread of their own"),
+    Variable("CPU_AFFINITY_CONF", "1", "processes are bound to the cores near their NPU"),
+    Variable("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:True", "less fragmented memory"),
+    Variable("CUDA_DEVICE_MAX_CONNECTIONS", "1", "order of queued kernels; pangu.train sets it"),
+    Variable("NPU_ASD_ENABLE", "1", "detection of silent errors"),
+)
+
+
+def variables(
+    environ: Mapping[str, str], *, timeout_minutes: float, groups: int
+) -> list[tuple[Variable, str]]:
+    """Each variable, filled in for a run, with its present value.
+
+    Args:
+        groups: process groups of more than one rank that a device belongs to.
+    """
+    size = int(environ.get("HCCL_BUFFSIZE", "200"))
+    return [
+        (
+            Variable(
+                v.name,
+                v.recommended.format(timeout=round(60 * timeout_minutes)),
+                v.why.format(buffers=size * groups),
+            ),
+            environ.get(v.name, ""),
+        )
+        for v in VARIABLES
+    ]
+
+
+def machine() -> str:
+    """Processor, cores and Python in one line."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{platform.machine()}, {cores} cores, Python {platform.python_version()}"

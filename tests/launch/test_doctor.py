@@ -1,0 +1,96 @@
+"""The preflight command, as a user runs it and by its figures."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs.compose import load
+from pangu import machine_check
+from pangu.doctor import parameters_per_rank
+from simulator.parameters import count_parameters
+
+ROOT = Path(__file__).parents[2]
+
+
+def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "pangu.doctor", *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_ten_thousand_ranks() -> None:
+    result = doctor(
+        "model=pangu_ultra_moe",
+        "parallel=pangu_ultra",
+        "devices=10240",
+        "train.global_batch_size=1280",
+        "train.seq_length=4096",
+        "hardware=ascend_910b_280t",
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert re.search(r"expert \(EP\) +│ 32 +│ 320 +│ 0, 1, 2, … 31", result.stdout)
+    assert re.search(r"pipeline \(PP\) +│ 16 +│ 640 +│ 0, 640, 1280, … 9600", result.stdout)
+    assert re.search(r"tensor \(TP\).*one node", result.stdout)
+    assert "HCCL_CONNECT_TIMEOUT" in result.stdout
+    assert not re.search(r"\| +torch$", result.stderr, re.MULTILINE), "torch was imported"
+
+
+def test_violations_end_with_2_and_show_the_rest() -> None:
+    result = doctor("experiment=quickstart", "train.global_batch_size=7", "moe.topk=1")
+    assert result.returncode == 2
+    assert "did you mean top_k" in result.stderr
+    assert "train.global_batch_size" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "expert (EP)" in result.stdout
+    broken = doctor("parallel.pipeline_model_parallel_size=0")
+    assert broken.returncode == 2
+    assert "at least 1" in broken.stderr
+
+
+@pytest.mark.parametrize("model", ["moge_tiny", "pangu_pro_moe", "pangu_ultra_moe", "mixtral_8x7b"])
+def test_parameters_per_rank_add_up(model: str) -> None:
+    """With experts and stages spread, and nothing else, ranks add up to the whole model."""
+    layout = "parallel.pipeline_model_parallel_size=2"
+    noop = "parallel.num_noop_layers=1" if model == "pangu_ultra_moe" else "seed=1"
+    config = load([f"model={model}", layout, noop, "devices=8", EP4])
+    ranks = parameters_per_rank(config)
+    count = count_parameters(config)
+    copy = config.model.vocab_size * config.model.hidden_size if config.model.tie_embeddings else 0
+    total = sum(dense + 4 * experts for _, dense, experts in ranks)
+    assert total == count.allocated + copy
+
+
+EP4 = "parallel.expert_model_parallel_size=4"
+
+
+def test_torch_npu_without_cann(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"torch": "2.13.0+cpu", "torch-npu": "2.12.0", "megatron-core": "0.16.1"}
+    found = {name: installed.get(name) for name in machine_check.PACKAGES}
+    monkeypatch.setattr(machine_check, "packages", lambda: found)
+    said = " ".join(machine_check.complaints("npu"))
+    assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in said
+    assert "torch-npu 2.12.0 needs torch of the same version, not 2.13.0+cpu" in said
+    assert "numpy, hydra-core missing" in said
+    assert machine_check.backend("auto")[0] == "cpu"
+
+
+def test_variables_are_filled_in() -> None:
+    rows = {
+        variable.name: (variable, value)
+        for variable, value in machine_check.variables(
+            {"HCCL_BUFFSIZE": "100"}, timeout_minutes=30, groups=5
+        )
+    }
+    assert rows["HCCL_EXEC_TIMEOUT"][0].recommended == "1800"
+    assert "500 MB" in rows["HCCL_BUFFSIZE"][0].why
+    assert rows["HCCL_BUFFSIZE"][1] == "100"
