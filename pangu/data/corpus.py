@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -199,6 +200,7 @@ _held_out: float
 
 def _start_worker(tokenizer: Path, held_out: float) -> None:
     global _tokenizer, _held_out
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for us
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _tokenizer, _held_out = load_tokenizer(tokenizer), held_out
     parent = multiprocessing.parent_process()

@@ -8,6 +8,7 @@ with sequence n, whatever its layout; in each step the replicas share consecutiv
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,6 +182,8 @@ def _build(
 
     from pangu.data.indexed import SequenceConfig, SequenceDataset
 
+    # It warns that a blend's index is not kept: keeping it would take longer than making it.
+    logging.getLogger("megatron.core.datasets.blended_dataset").setLevel(logging.ERROR)
     blends: list[Any] = [None, None, None]
     blends[split] = (list(blend), list(blend.values()))
     sizes = [0, 0, 0]

@@ -72,7 +72,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eod = _find_eod(path, eod, vocabulary.get)
 
     def encode(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
+        # a batch of one: only the batch has the variant without offsets, 1.5 times as fast
+        return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=False)

@@ -1,0 +1,269 @@
+"""Preparing corpora: every source, the split, the command line, and what an interruption leaves."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from typer.testing import CliRunner
+
+from pangu.data import DataError, sources, stdlib
+from pangu.data.corpus import Preparation, prepare, read_info
+from pangu.data.prepare import app
+from pangu.data.sources import cut, find_files, is_held_out
+from pangu.data.tokenizer import load_tokenizer
+
+TEXTS = [f"document {i}: größe {i * i} 专家\nsecond line" for i in range(300)]
+
+
+def documents(folder: Path, part: str = "train") -> list[str]:
+    """The texts of one part, without their end-of-document tokens."""
+    tokenizer = load_tokenizer(folder)
+    dataset = IndexedDataset(str(folder / part))
+    assert np.array_equal(dataset.document_indices, np.arange(len(dataset) + 1))
+    rows = [dataset[i].tolist() for i in range(len(dataset))]
+    assert all(row[-1] == tokenizer.eod and tokenizer.eod not in row[:-1] for row in rows)
+    return [tokenizer.decode(row[:-1]) for row in rows]
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    """Exit code and output of the command."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return result.exit_code, result.output
+
+
+def make_source(kind: str, folder: Path) -> Path:
+    folder.mkdir()
+    records = [json.dumps({"text": text, "id": i}) for i, text in enumerate(TEXTS)]
+    if kind == "jsonl":
+        path = folder / "a.jsonl"
+        path.write_text("\n\n".join(records))  # blank lines, and none at the end
+    elif kind == "jsonl.gz":
+        path = folder / "a.jsonl.gz"
+        path.write_bytes(gzip.compress("\n".join(records).encode()))
+    elif kind == "parquet":
+        path = folder / "a.parquet"
+        column = [*TEXTS[:100], None, *TEXTS[100:]]
+        pq.write_table(pa.table({"id": range(301), "text": column}), path, row_group_size=70)
+    else:
+        for i, text in enumerate(TEXTS):
+            (folder / f"{i:03}.txt").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "text"])
+def test_every_source_gives_the_same_documents(kind: str, corpus: Path, tmp_path: Path) -> None:
+    source = make_source(kind, tmp_path / "source")
+    output = tmp_path / "out"
+    code, text = run(source, "--output", output, "--tokenizer", corpus, "--held-out", 0.2)
+    assert code == 0, text
+    info = read_info(output)
+    train, held_out = documents(output), documents(output, "validation")
+    keys = [f"{i:03}.txt" for i in range(300)] if kind == "text" else TEXTS
+    assert train == [t for t, key in zip(TEXTS, keys, strict=True) if not is_held_out(key, 0.2)]
+    assert held_out == [t for t, key in zip(TEXTS, keys, strict=True) if is_held_out(key, 0.2)]
+    assert 35 <= len(held_out) <= 85
+    assert info.documents == {"train": len(train), "validation": len(held_out)}
+    assert info.text_bytes["train"] == len("".join(train).encode())
+    for part in ("train", "validation"):
+        assert info.tokens[part] == (output / f"{part}.bin").stat().st_size // 2
+        assert f"{output / part}: {info.documents[part]} documents" in text
+
+
+def test_the_result_does_not_depend_on_the_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many pieces, so that they may overtake each other."""
+    monkeypatch.setattr(sources, "PIECE_BYTES", 4096)
+    source = tmp_path / "source"
+    source.mkdir()
+    lines = "".join(json.dumps({"body": text}) + "\n" for text in TEXTS)
+    for name in ("a.jsonl", "b.jsonl"):
+        (source / name).write_text(lines)
+    assert sum(1 for _ in cut(find_files([source], "*"), "body")) > 10
+    for workers in (1, 3):
+        job = Preparation(
+            [source], tmp_path / str(workers), train_tokenizer=270, column="body", workers=workers
+        )
+        assert prepare(job).documents["train"] > 550
+    for path in (tmp_path / "1").iterdir():
+        assert path.read_bytes() == (tmp_path / "3" / path.name).read_bytes()
+
+
+def test_the_tokenizer_is_trained_on_the_training_part_only(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for i in range(40):
+        name = f"{i}.txt"
+        word = "zzzz" if is_held_out(name, 0.3) else "abab"
+        (source / name).write_text(f" {word}" * 50)
+    prepare(Preparation([source], tmp_path / "out", train_tokenizer=270, held_out=0.3))
+    tokenizer = load_tokenizer(tmp_path / "out")
+    assert len(tokenizer.encode(" abab")) == 1
+    assert len(tokenizer.encode(" zzzz")) == 5
+
+
+def test_folders_are_searched_sensibly(corpus: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for name in ("b/x.py", "a.py", ".git/y.py", "__pycache__/z.py", "c/site-packages/w.py", "d.md"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    (source / "latin.py").write_bytes("größe".encode("latin-1"))
+    (source / "binary.py").write_bytes(b"a\0b")
+    (source / "empty.py").write_text("")
+    (source / "packed.py.gz").write_bytes(gzip.compress(b"packed"))
+    prepare(Preparation([source], tmp_path / "out", tokenizer=corpus, pattern="*.py*", held_out=0))
+    assert documents(tmp_path / "out") == ["a.py", "b/x.py", "packed"]
+    assert not (tmp_path / "out" / "validation.bin").exists()
+
+
+def test_half_a_surrogate_pair_is_no_obstacle(corpus: Path, tmp_path: Path) -> None:
+    path = tmp_path / "odd.jsonl"
+    path.write_text('{"text": "a \\ud83d b"}\n{"text": "\\ud83d\\ude80"}\n')
+    prepare(Preparation([path], tmp_path / "out", tokenizer=corpus, held_out=0))
+    assert documents(tmp_path / "out") == ["a ? b", "🚀"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": ', r"a.jsonl, line 3, is not JSON"),
+        ("a.jsonl", b'{"body": "x"}', "line 1, has no text under 'text' (its keys are body)"),
+        ("a.jsonl", b"[1]", "a.jsonl, line 1, has no text under 'text'"),
+        ("a.jsonl.gz", gzip.compress(b"{}" * 9999)[:-9], "a.jsonl.gz cannot be read to its end"),
+        ("a.parquet", b"PAR1", "a.parquet is not a complete Parquet file"),
+        ("a.txt", b"", "no document with text in"),
+    ],
+)
+def test_damaged_input_is_named(
+    corpus: Path, tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    code, text = run(tmp_path / name, "--output", tmp_path / "out", "--tokenizer", corpus)
+    assert code == 2
+    assert message in text
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "Traceback" not in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, ".out.lock"])
+
+
+def test_mistakes_on_the_command_line(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    table = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"body": ["x"], "count": [1]}), table)
+    for arguments, message in (
+        ([table], "either --tokenizer or --train-tokenizer"),
+        ([table, "--train-tokenizer", 300, "--held-out", 1.5], "--held-out 1.5 is not a fraction"),
+        ([table, "--train-tokenizer", 300, "--workers", 0], "--workers 0 is not a number"),
+        ([table, "--train-tokenizer", 10, "--column", "body"], "need 257"),
+        ([tmp_path / "absent", "--train-tokenizer", 300], "there is no file or folder"),
+        ([tmp_path, "--pattern", "*.md", "--train-tokenizer", 300], "no file matches '*.md'"),
+        ([table, "--tokenizer", corpus], "has no column 'text' (it has body, count)"),
+        ([table, "--tokenizer", corpus, "--column", "count"], "holds int64, not text"),
+        ([table, "--tokenizer", corpus, "--eod", "END"], "has no token 'END'"),
+    ):
+        code, text = run(*arguments, "--output", out)
+        assert (code, message in text) == (2, True), text
+        assert not out.exists()
+    code, text = run(table, "--tokenizer", corpus, "--output", corpus)
+    assert code == 2
+    assert f"{corpus} exists already" in text
+
+
+def test_argument_errors_do_not_wait_for_torch() -> None:
+    code = (
+        "import sys, pangu.data.prepare as p\n"
+        "try: p.app(['nothing', '--output', 'out'])\n"
+        "except SystemExit as end: assert end.code == 2\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_killed_preparation_leaves_nothing_that_looks_complete(
+    corpus: Path, tmp_path: Path
+) -> None:
+    out, partial = tmp_path / "out", tmp_path / ".out.partial"
+    source = Path(sysconfig.get_path("stdlib"))
+    command = [sys.executable, "-m", "pangu.data.prepare", str(source), "--pattern", "*.py"]
+    command += ["--tokenizer", str(corpus), "--output", str(out), "--workers", "1"]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (partial / "train.bin").exists() or not (partial / "train.bin").stat().st_size:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    assert partial.exists()
+    while _group_lives(process.pid):  # the worker leaves with its parent
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    small = make_source("text", tmp_path / "small")
+    prepare(Preparation([small], out, tokenizer=corpus, held_out=0))
+    assert documents(out) == TEXTS
+    assert not partial.exists()
+
+
+def _group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_the_default_corpus_is_prepared_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part of the real standard library stands for all of it; three processes ask at once."""
+    library = Path(sysconfig.get_path("stdlib"))
+    part = tmp_path / "lib"
+    (part / "email").mkdir(parents=True)
+    for path in (library / "os.py", *(library / "email").glob("*.py")):
+        (part / path.relative_to(library)).write_bytes(path.read_bytes())
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(part))
+    started = []
+    real_run = subprocess.run
+    monkeypatch.setattr(
+        stdlib.subprocess, "run", lambda *a, **k: started.append(1) or real_run(*a, **k)
+    )
+    folders = []
+    ask = [
+        threading.Thread(
+            target=lambda: folders.append(stdlib.prepare_standard_library(tmp_path / "c", 400))
+        )
+        for _ in range(3)
+    ]
+    for thread in ask:
+        thread.start()
+    for thread in ask:
+        thread.join()
+    assert len(set(folders)) == 1
+    assert len(folders) == 3
+    assert started == [1]
+    info = read_info(folders[0])
+    assert info.vocab_size == 400
+    names = [path.relative_to(part).as_posix() for path in sorted(part.rglob("*.py"))]
+    held_out = [name for name in names if is_held_out(name, stdlib.HELD_OUT)]
+    expected = [(part / name).read_text() for name in names if name not in held_out]
+    assert documents(folders[0]) == [text for text in expected if text]
+
+    (part / "os.py").unlink()
+    with pytest.raises(DataError, match=r"no standard library source in .*data=indexed"):
+        stdlib.prepare_standard_library(tmp_path / "other", 400)
