@@ -74,21 +74,27 @@ def _train(process: ProcessEnvironment, overrides: list[str]) -> int:
 
     try:
         config = resolve(process, overrides)
-        if not process.launched and config.launch.processes > 1:
-            from pangu.local_launch import start_local
-
-            command = [sys.executable, "-m", "pangu.train", *overrides]
-            return start_local(command, config.launch.processes, Path(config.run_dir) / "logs")
-        if process.rank == 0:
-            print_warnings(warnings(config))
-        process = prepare_environment(config, process)
-        # The first import of torch: everything above has passed.
-        from pangu.training.run import run
-
-        return run(config, process)
     except ConfigError as error:
+        # The same on every rank.
         if process.rank == 0:
             print_violations(error.violations)
+        return 2
+    if not process.launched and config.launch.processes > 1:
+        from pangu.local_launch import start_local
+
+        command = [sys.executable, "-m", "pangu.train", *overrides]
+        return start_local(command, config.launch.processes, Path(config.run_dir) / "logs")
+    if process.rank == 0:
+        print_warnings(warnings(config))
+    process = prepare_environment(config, process)
+    # The first import of torch: everything above has passed.
+    from pangu.training.run import run
+
+    try:
+        return run(config, process)
+    except ConfigError as error:
+        # What only the run can find, such as a missing device, may differ from rank to rank.
+        print_violations(error.violations)
         return 2
 
 

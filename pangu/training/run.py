@@ -6,7 +6,7 @@ import warnings
 
 import torch.distributed as dist
 
-from configs.compose import to_yaml
+from configs.compose import ConfigError, Violation, to_yaml
 from configs.schema import Config
 from launch.environment import ProcessEnvironment
 from pangu import backends
@@ -16,10 +16,16 @@ def run(config: Config, process: ProcessEnvironment) -> int:
     """Train as `config` says. The exit code is 0 when the run reached its end.
 
     The configuration must have been checked for `process.world_size` ranks.
+
+    Raises:
+        ConfigError: this machine does not have the backend.
     """
     # The engine and torch announce their own deprecations on every rank.
     warnings.filterwarnings("ignore", module="megatron|torch")
-    backends.select(config.backend.name, process.local_rank, config.backend.precision)
+    try:
+        backends.select(config.backend.name, process.local_rank, config.backend.precision)
+    except RuntimeError as error:
+        raise ConfigError([Violation("backend", config.backend.name, str(error))]) from None
 
     # After the choice of the backend: megatron-core must find its device.
     from pangu.data.datasets import build_datasets
