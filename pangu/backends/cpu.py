@@ -27,7 +27,7 @@ class _Stream:
     def wait_event(self, event: object) -> None: ...
 
     def record_event(self, event: object = None) -> object:
-        return event
+        return self if event is None else event
 
     def record(self, stream: object = None) -> None: ...
 

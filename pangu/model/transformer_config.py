@@ -104,10 +104,13 @@ def _experts(config: Config) -> dict[str, Any]:
         "moe_shared_expert_intermediate_size": model.shared_expert_ffn_hidden_size or None,
         "moe_layer_freq": [0] * dense + [1] * (model.num_layers - dense),
         "moe_router_topk": moe.top_k,
-        "moe_router_load_balancing_type": "none",  # pangu.moe has its own losses
+        # pangu.moe has its own losses. This name makes the engine tell the routers at the end of
+        # each global batch.
+        "moe_router_load_balancing_type": "global_aux_loss",
         "moe_router_enable_expert_bias": moe.expert_bias,
         "moe_router_bias_update_rate": moe.expert_bias_update_rate,
         "moe_router_score_function": "sigmoid" if moe.expert_bias else moe.score_function,
+        "moe_router_pre_softmax": not moe.softmax_after_top_k,
         "moe_token_dispatcher_type": "alltoall",  # pangu.moe builds its own dispatcher
         "moe_grouped_gemm": True,
     }
