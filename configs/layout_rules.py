@@ -58,14 +58,11 @@ def widths(config: Config) -> Iterator[Problem]:
         }
         yield Problem("heads/CP", CP, cp, reason, options)
     groups = model.num_query_groups or model.num_attention_heads
-    shards = tp * cp if all_to_all else tp
-    if model.attention == "gqa" and groups % shards and shards % groups:
-        reason = f"{groups} key/value heads neither split over nor repeat on {shards} ranks"
-        options = {TP: divisors(groups), CP: divisors(groups)}
+    if model.attention == "gqa" and groups % tp and tp % groups:
+        reason = f"{groups} key/value heads neither split over nor repeat on {tp} ranks"
+        options = {TP: divisors(groups)}
         options["model.num_query_groups"] = divisors(model.num_attention_heads)
-        yield Problem(
-            "query groups/TP", TP if tp > 1 else CP, tp if tp > 1 else cp, reason, options
-        )
+        yield Problem("query groups/TP", TP, tp, reason, options)
     reason = "a vocabulary of {value} does not split over {size} tensor-parallel ranks"
     yield from divides(config, "vocabulary/TP", "model.vocab_size", TP, reason)
     if not model.num_experts or model.num_dense_layers:
@@ -99,6 +96,9 @@ def _expert_widths(config: Config) -> Iterator[Problem]:
     if dispatcher == "local" and spread > 1:
         reason = f"tokens cannot stay local: experts are spread over EP x ETP = {spread} ranks"
         yield Problem("local", key, dispatcher, reason, {key: ["auto", "alltoall", "allgather"]})
+    elif dispatcher == "local" and config.moe.router == "expert_choice":
+        reason = "it counts on a fixed number of experts per token, which expert choice has not"
+        yield Problem("local choice", key, dispatcher, reason, {key: ["auto", "alltoall"]})
     if dispatcher == "moge" and config.moe.router != "moge":
         reason = f"its equal splits come from router=moge, not {config.moe.router}"
         options = {key: ["auto", "alltoall", "allgather"]}

@@ -80,11 +80,8 @@ def _routing(config: Config) -> Iterator[Problem]:
                 f"hold fewer than top_k={moe.top_k}"
             )
             yield Problem("topk_group room", key, moe.topk_group, reason, {key: usable})
-        elif moe.top_k % moe.topk_group:
-            reason = f"groups are ranked by their best top_k / topk_group = {moe.top_k} / "
-            reason += f"{moe.topk_group} experts, which must be whole"
-            yield Problem("topk_group rank", key, moe.topk_group, reason, {key: usable})
-    if moe.softmax_after_top_k and (moe.router != "top_k" or moe.score_function != "softmax"):
+    after = moe.router in ("top_k", "forced_balance") and moe.score_function == "softmax"
+    if moe.softmax_after_top_k and not after:
         key = "moe.softmax_after_top_k"
         reason = "softmax over the chosen logits belongs to router=top_k with softmax scores"
         yield Problem("softmax order", key, True, reason, {key: [False]})

@@ -45,6 +45,7 @@ BROKEN = [
     (["moe.router=group_limited", "moe.topk_group=1", "moe.top_k=8"], "moe.topk_group", "fewer"),
     (["moe.softmax_after_top_k=true"], "moe.softmax_after_top_k", "router=top_k"),
     (["moe.router=expert_choice", "moe.expert_bias=true"], "moe.expert_bias", "without a bias"),
+    (["moe.dispatcher=local", "moe=expert_choice"], "moe.dispatcher", "fixed number"),
     (["moe.dispatcher=moge", "moe=top_k"], "moe.dispatcher", "equal splits"),
     (
         ["moe.dispatcher=moge", f"{EP}=8", "devices=8"],
@@ -235,3 +236,11 @@ def test_phases_are_checked_too() -> None:
     }
     assert "2 or 4" in found["optimizer.phases[0].global_batch_size"].suggestion
     assert found["train.steps"].suggestion == "train.steps=100"
+
+
+@pytest.mark.parametrize("moe", groups()["moe"])
+@pytest.mark.parametrize("model", [m for m in groups()["model"] if m != "pangu_ultra_dense"])
+def test_every_routing_fits_every_model(moe: str, model: str) -> None:
+    if moe == "group_limited" and model != "deepseek_v3":
+        moe = "group_limited moe.num_expert_groups=2 moe.topk_group=1"
+    load_checked([f"model={model}", *f"moe={moe}".split()])
