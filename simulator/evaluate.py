@@ -6,7 +6,7 @@ and builds the schedule event by event.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,37 +14,27 @@ import numpy as np
 from configs.schema import Config
 from simulator.collectives import collective_seconds
 from simulator.counts.layer import Blocks, blocks
-from simulator.counts.records import Shapes, shapes, total
+from simulator.counts.records import Counts, Shapes, shapes, total
 from simulator.hardware import Hardware, load_hardware
 from simulator.imbalance import routing_factor
-from simulator.layout import Layout, StageContent
+from simulator.layout import MODULES, Layout, StageContent
 from simulator.memory import (
     Activations,
-    Memory,
     StageParameters,
     block_activations,
     blocks_parameters,
+    communication_buffers,
     rank_memory,
     stage_contents,
     stage_parameters,
 )
 from simulator.operators import vector_seconds
 from simulator.parameters import model_flops_per_token
-from simulator.pipeline import RankSeconds, pipeline_seconds
+from simulator.pipeline import Ranks, RankSeconds, distinct_ranks, pipeline_seconds
 from simulator.seconds import BlockSeconds, StageBlocks, price_blocks
 
 Array = Any
 BUCKET_ELEMENTS = 40e6  # megatron-core's smallest gradient bucket
-
-
-@dataclass(frozen=True)
-class ChunkSeconds:
-    """One micro-batch through one chunk of one rank."""
-
-    forward: Array
-    input_gradient: Array
-    weight_gradient: Array
-    hideable: Array
 
 
 @dataclass(frozen=True)
@@ -67,6 +57,7 @@ class Evaluation:
     tokens_per_second_per_device: Array
     mfu: Array
     peak_memory_bytes: Array
+    buffer_bytes: Array  # of the collective library, beside the peak
     pipeline_seconds: Array
     bubble_fraction: Array
     data_parallel_seconds: Array
@@ -114,44 +105,93 @@ def expected_load(s: Shapes) -> Array:
 
 def evaluate(config: Config, layout: Layout, load: Array | None = None) -> Evaluation:
     """Step time, throughput, MFU and peak memory of every layout (`load`: see `prepare`)."""
-    parts = prepare(config, layout, load)
-    ranks_count = int(np.max(layout.pp))
+    parts = prepare_distinct(config, layout, load)
     chunk_count = int(np.max(layout.vpp))
     peak: Array = 0.0
-    ranks: list[RankSeconds] = []
-    ends: list[DataParallel] = []
-    for rank in range(ranks_count):
-        contents = stage_contents(parts.shapes, rank, chunk_count)
-        inside = rank < layout.pp
-        memory = rank_memory(parts.shapes, parts.blocks, parts.kept, rank, contents)
-        peak = np.maximum(peak, np.where(inside, memory.peak, 0.0))
-        chunks = [chunk_seconds(parts, content) for content in contents]
-        seconds = sum_chunks(chunks)
-        ranks.append(seconds)
-        ends.append(data_parallel(parts, stage_parameters(parts.shapes, contents), seconds))
-    passing = pipeline_seconds(layout, ranks, send_seconds(parts))
-    reduce = optimizer = gather = 0.0 * passing
-    for end in ends:
-        reduce = np.maximum(reduce, end.reduce)
-        optimizer = np.maximum(optimizer, end.optimizer)
-        gather = np.maximum(gather, end.gather)
     work: Array = 0.0
-    for index, seconds in enumerate(ranks):
-        work = work + np.where(index < layout.pp, seconds.both, 0.0)
+    reduce: Array = 0.0
+    optimizer: Array = 0.0
+    gather: Array = 0.0
+    buffers = communication_buffers(layout)
+    ranks: list[tuple[Ranks, RankSeconds]] = []
+    for group in distinct_ranks(config.model, layout):
+        contents = stage_contents(parts.shapes, group.first, chunk_count)
+        memory = rank_memory(parts.shapes, parts.blocks, parts.kept, group.first, contents)
+        seconds = rank_seconds(parts, contents)
+        end = data_parallel(parts, stage_parameters(parts.shapes, contents), seconds)
+        held = group.count > 0
+        peak = np.maximum(peak, np.where(held, memory.peak, 0.0))
+        reduce = np.maximum(reduce, np.where(held, end.reduce, 0.0))
+        optimizer = np.maximum(optimizer, np.where(held, end.optimizer, 0.0))
+        gather = np.maximum(gather, np.where(held, end.gather, 0.0))
+        work = work + group.count * seconds.both
+        ranks.append((group, seconds))
+    passing = pipeline_seconds(layout, ranks, send_seconds(parts))
     busy = work * layout.num_microbatches / layout.pp
     step = passing + reduce + optimizer + gather
-    tokens = tokens_per_step(config, layout)
-    rate = tokens / step / layout.devices
+    rate = tokens_per_step(config, layout) / step / layout.devices
     return Evaluation(
         step,
         rate,
         rate * model_flops_per_token(config) / parts.hardware.peak(peak_dtype(parts)),
         peak,
+        buffers,
         passing,
         np.maximum(passing - busy, 0.0) / step,
         reduce + gather,
         optimizer,
     )
+
+
+def prepare_distinct(config: Config, layout: Layout, load: Array | None = None) -> Parts:
+    """`prepare`, each distinct building block counted and priced once.
+
+    Blocks know nothing of pipelines, replicas and schedules, so that many layouts share them.
+    """
+    names = [
+        "tp",
+        "sequence_parallel",
+        "cp",
+        "ring",
+        "ep",
+        "etp",
+        "micro_batch",
+        "full_recompute",
+        "block_recompute",
+        "recompute_layers",
+    ]
+    columns = [np.asarray(getattr(layout, name)) for name in (*names, *MODULES)]
+    if load is not None or all(column.ndim == 0 for column in columns):
+        return prepare(config, layout, load)
+    key: Array = 0
+    for column in columns:
+        if column.ndim:
+            values, codes = np.unique(column, return_inverse=True)
+            key = key * len(values) + codes
+    _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
+    if len(first) > len(inverse) // 2:
+        return prepare(config, layout)
+    few = prepare(config, layout.take(first))
+    expanded: Parts = _expand(few, inverse, len(first))
+    return replace(expanded, hardware=few.hardware, shapes=shapes(config, layout))
+
+
+def _expand(value: Any, index: Any, length: int) -> Any:
+    """A record of arrays over distinct blocks as one over all layouts; lists of lines are left
+    out."""
+    if isinstance(value, np.ndarray):
+        return value[index] if value.shape == (length,) else value
+    if isinstance(value, dict):
+        return {key: _expand(item, index, length) for key, item in value.items()}
+    if isinstance(value, BlockSeconds | StageBlocks | Activations | Blocks | Counts | Parts):
+        return replace(
+            value,
+            **{
+                name: [] if isinstance(item, list) else _expand(item, index, length)
+                for name, item in vars(value).items()
+            },
+        )
+    return value
 
 
 def peak_dtype(parts: Parts) -> str:
@@ -165,47 +205,41 @@ def tokens_per_step(config: Config, layout: Layout) -> Array:
     return sequences * config.train.seq_length
 
 
-def chunk_seconds(parts: Parts, content: StageContent) -> ChunkSeconds:
-    """One micro-batch through a chunk with recomputation and sharded weights."""
+def rank_seconds(parts: Parts, contents: list[StageContent]) -> RankSeconds:
+    """One micro-batch through chunks of one rank, with recomputation and sharded weights."""
     layout, priced = parts.layout, parts.seconds
-    dense, moe = priced.dense, priced.moe
-    count = np.where(layout.block_recompute, layout.recompute_layers, content.layers)
-    repeated_dense = np.minimum(count, content.dense)
-    repeated_moe = np.minimum(count - repeated_dense, content.moe)
-    again = repeated_dense * dense.forward + repeated_moe * moe.forward
-    # A layer that is recomputed whole recomputes nothing selectively.
-    selective = np.where(layout.full_recompute, 0.0, 1.0)
-    again = np.where(layout.full_recompute, again, 0.0) + selective * (
-        content.dense * dense.recompute + content.moe * moe.recompute
+    dense_layers = total(content.dense for content in contents)
+    moe_layers = total(content.moe for content in contents)
+    counts = (
+        (priced.dense, dense_layers),
+        (priced.moe, moe_layers),
+        (priced.embedding, total(content.embedding for content in contents)),
+        (priced.head, total(content.head for content in contents)),
     )
-    dense_wait = sharded_weights(parts, dense, "dense")
-    moe_wait = sharded_weights(parts, moe, "moe")
-
-    def whole(field: str) -> Array:
-        return (
-            content.dense * getattr(dense, field)
-            + content.moe * getattr(moe, field)
-            + content.embedding * getattr(priced.embedding, field)
-            + content.head * getattr(priced.head, field)
-        )
-
-    forward = whole("forward") + content.dense * dense_wait[0] + content.moe * moe_wait[0]
-    backward = whole("input_gradient") + again
-    backward = backward + content.dense * dense_wait[1] + content.moe * moe_wait[1]
-    exchanged = whole("experts_forward") + whole("experts_backward")
-    weight = whole("weight_gradient")
+    repeated_dense: Array = 0.0
+    repeated_moe: Array = 0.0
+    for content in contents:
+        first = np.where(layout.block_recompute, layout.recompute_layers, content.layers)
+        some = np.minimum(first, content.dense)
+        repeated_dense = repeated_dense + some
+        repeated_moe = repeated_moe + np.minimum(first - some, content.moe)
+    again = np.where(
+        layout.full_recompute,
+        repeated_dense * priced.dense.forward + repeated_moe * priced.moe.forward,
+        dense_layers * priced.dense.recompute + moe_layers * priced.moe.recompute,
+    )
+    dense_wait = sharded_weights(parts, priced.dense, "dense")
+    moe_wait = sharded_weights(parts, priced.moe, "moe")
+    forward = total(count * block.forward for block, count in counts)
+    forward = forward + dense_layers * dense_wait[0] + moe_layers * moe_wait[0]
+    backward = total(count * block.input_gradient for block, count in counts) + again
+    backward = backward + dense_layers * dense_wait[1] + moe_layers * moe_wait[1]
+    weight = total(count * block.weight_gradient for block, count in counts)
+    exchanged = total(
+        count * (block.experts_forward + block.experts_backward) for block, count in counts
+    )
     computing = forward + backward + weight - exchanged
-    hideable = np.minimum(exchanged, computing)
-    return ChunkSeconds(forward, backward, weight, hideable)
-
-
-def sum_chunks(chunks: list[ChunkSeconds]) -> RankSeconds:
-    return RankSeconds(
-        total(chunk.forward for chunk in chunks),
-        total(chunk.input_gradient for chunk in chunks),
-        total(chunk.weight_gradient for chunk in chunks),
-        total(chunk.hideable for chunk in chunks),
-    )
+    return RankSeconds(forward, backward, weight, np.minimum(exchanged, computing))
 
 
 def sharded_weights(parts: Parts, block: BlockSeconds, kind: str) -> tuple[Array, Array]:
@@ -267,9 +301,3 @@ def data_parallel(parts: Parts, parameters: StageParameters, seconds: RankSecond
     update = (34.0 if s.element < 4 else 32.0) * held
     clear: Array = np.where(layout.zero >= 2, held, parameters.total)
     return DataParallel(reduce, vector_seconds(hw, update + clear * element), gather)
-
-
-def stage_memory(parts: Parts, rank: int) -> Memory:
-    """Memory of one rank of a single layout."""
-    contents = stage_contents(parts.shapes, rank, int(np.max(parts.layout.vpp)))
-    return rank_memory(parts.shapes, parts.blocks, parts.kept, rank, contents)

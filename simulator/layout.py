@@ -160,7 +160,7 @@ class StageContent:
         return self.dense + self.moe
 
 
-def stage_content(model: ModelConfig, layout: Layout, rank: int, chunk: int) -> StageContent:
+def stage_content(model: ModelConfig, layout: Layout, rank: Array, chunk: int) -> StageContent:
     """Content of chunk `chunk` of pipeline rank `rank`; empty where the layout has no such one.
 
     Layers fill the slots in order of depth; no-op layers take the slots at the two ends, the

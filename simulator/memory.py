@@ -60,7 +60,7 @@ class StageParameters:
         return self.dense + self.experts
 
 
-def stage_contents(s: Shapes, rank: int, max_chunks: int) -> list[StageContent]:
+def stage_contents(s: Shapes, rank: Array, max_chunks: int) -> list[StageContent]:
     return [stage_content(s.model, s.layout, rank, chunk) for chunk in range(max_chunks)]
 
 
@@ -159,7 +159,7 @@ def chunk_activations(layout: Layout, kept: Activations, content: StageContent) 
     return layers + content.head * kept.head + content.embedding * kept.embedding
 
 
-def units_in_flight(layout: Layout, rank: int) -> Array:
+def units_in_flight(layout: Layout, rank: Array) -> Array:
     """Chunk passes forward but not yet backward, at most, on a pipeline rank.
 
     1F1B keeps p - rank; interleaving 2(p - rank - 1) + (v - 1)p + 1 chunk passes; the overlapped
@@ -176,7 +176,7 @@ def units_in_flight(layout: Layout, rank: int) -> Array:
 
 
 def live_activations(
-    layout: Layout, kept: Activations, contents: list[StageContent], rank: int
+    layout: Layout, kept: Activations, contents: list[StageContent], rank: Array
 ) -> Array:
     """Bytes of all activations in flight at the fullest moment of a rank.
 
@@ -197,7 +197,7 @@ def live_activations(
 
 
 def rank_memory(
-    s: Shapes, blocks: Blocks, kept: Activations, rank: int, contents: list[StageContent]
+    s: Shapes, blocks: Blocks, kept: Activations, rank: Array, contents: list[StageContent]
 ) -> Memory:
     """Memory of one pipeline rank."""
     layout = s.layout

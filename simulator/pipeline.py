@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from configs.schema import ModelConfig
 from simulator.layout import SCHEDULES, Layout
 
 Array = Any
@@ -40,7 +41,34 @@ class RankSeconds:
         return self.forward + self.backward
 
 
-def warmup_units(layout: Layout, rank: int) -> Array:
+@dataclass(frozen=True)
+class Ranks:
+    """`count` pipeline ranks with the same content, the first of which is `first` (`count` is 0
+    where a layout has none). The first keeps the most micro-batches in flight."""
+
+    first: Array
+    count: Array
+
+
+def distinct_ranks(model: ModelConfig, layout: Layout) -> list[Ranks]:
+    """Pipeline ranks grouped by content: those near the ends one by one (embedding, dense layers,
+    no-op layers, head), those between them together."""
+    most = int(np.max(layout.pp))
+    slots = np.maximum(np.ceil((model.num_layers + layout.noop_layers) / layout.virtual_stages), 1)
+    dense = model.num_dense_layers if model.num_experts else 0
+    near = int(np.max(np.ceil((dense + np.ceil(layout.noop_layers / 2)) / slots))) + 1
+    if layout.stage_layers is not None or 2 * near + 1 >= most:
+        return [Ranks(rank, np.where(rank < layout.pp, 1, 0)) for rank in range(most)]
+    front = [Ranks(rank, np.where(rank < layout.pp, 1, 0)) for rank in range(near)]
+    middle = Ranks(near, np.maximum(layout.pp - 2 * near, 0))
+    back = [
+        Ranks(layout.pp - 1 - end, np.where(layout.pp - 1 - end >= near, 1, 0))
+        for end in range(near)
+    ]
+    return [*front, middle, *back]
+
+
+def warmup_units(layout: Layout, rank: Array) -> Array:
     """Chunk passes forward before the first backward pass (megatron-core's order)."""
     p, v, m = layout.pp, layout.vpp, layout.num_microbatches
     after = np.maximum(p - rank - 1, 0)
@@ -49,49 +77,40 @@ def warmup_units(layout: Layout, rank: int) -> Array:
     return np.minimum(units, m * v)
 
 
-def pipeline_seconds(layout: Layout, ranks: list[RankSeconds], send: Array) -> Array:
+def pipeline_seconds(layout: Layout, ranks: list[tuple[Ranks, RankSeconds]], send: Array) -> Array:
     """Seconds from the first forward to the last backward pass of a step.
 
     `send` is one hop between neighbouring ranks. 1F1B waits for it; interleaving hides it beside
     other chunks' work except where the pipeline fills and drains.
     """
     p, v, m = layout.pp, layout.vpp, layout.num_microbatches
-    count = len(ranks)
-    inside = [np.where(rank < p, 1.0, 0.0) for rank in range(count)]
-    waits = np.where(v > 1, 0.0, 1.0) * send
-    forward, backward, first_pass = [], [], []
     schedule = layout.schedule
     zero_bubble = (schedule == SCHEDULES.index("zero_bubble")) & (v == 1)
     overlapped = schedule == SCHEDULES.index("1f1b_overlap")
-    for rank, seconds in enumerate(ranks):
-        there = np.where(rank < p - 1, waits, 0.0)
-        back = np.where(rank > 0, waits, 0.0)
-        forward.append((seconds.forward + there) * inside[rank])
-        backward.append((seconds.backward + back) * inside[rank])
-        passing = forward[-1] + backward[-1]
-        saved = np.where(zero_bubble, 2 * seconds.weight_gradient * inside[rank], 0.0)
-        first_pass.append(np.maximum(passing - saved, 0.0) / v)
-    through = _sum(first_pass)
+    waits = np.where(v > 1, 0.0, 1.0) * send
+    through: Array = 0.0
+    forward_through: Array = 0.0
+    slowest_forward: Array = 0.0
+    slowest_backward: Array = 0.0
+    passes = []
+    for group, seconds in ranks:
+        there = np.where(group.first < p - 1, waits, 0.0)
+        back = np.where(group.first > 0, waits, 0.0)
+        forward, backward = seconds.forward + there, seconds.backward + back
+        saved = np.where(zero_bubble, 2 * seconds.weight_gradient, 0.0)
+        once = np.maximum(forward + backward - saved, 0.0) / v
+        through = through + group.count * once
+        forward_through = forward_through + group.count * (forward + backward)
+        held = group.count > 0
+        slowest_forward = np.maximum(slowest_forward, np.where(held, forward, 0.0))
+        slowest_backward = np.maximum(slowest_backward, np.where(held, backward, 0.0))
+        passes.append((forward + backward, once))
     slowest: Array = 0.0
-    for rank, seconds in enumerate(ranks):
-        own = m * (forward[rank] + backward[rank])
-        pairs = m * v - warmup_units(layout, rank)
-        own = own - np.where(overlapped, pairs / v * seconds.hideable * inside[rank], 0.0)
-        slowest = np.maximum(slowest, own + through - first_pass[rank])
+    for (group, seconds), (both, once) in zip(ranks, passes, strict=True):
+        pairs = m - warmup_units(layout, group.first) / v
+        own = m * both - np.where(overlapped, pairs * seconds.hideable, 0.0)
+        own = np.where(group.count > 0, own + through - once, 0.0)
+        slowest = np.maximum(slowest, own)
     slowest = slowest + np.where(v > 1, 2.0 * (p - 1 + (v - 1) * p) * send, 0.0)
-    gpipe = (m - 1) * (_maximum(forward) + _maximum(backward)) + _sum(forward) + _sum(backward)
+    gpipe = (m - 1) * (slowest_forward + slowest_backward) + forward_through
     return np.where(schedule == SCHEDULES.index("gpipe"), gpipe, slowest)
-
-
-def _sum(values: list[Array]) -> Array:
-    result: Array = 0.0
-    for value in values:
-        result = result + value
-    return result
-
-
-def _maximum(values: list[Array]) -> Array:
-    result: Array = 0.0
-    for value in values:
-        result = np.maximum(result, value)
-    return result

@@ -13,13 +13,12 @@ from configs.schema import Config
 from simulator.evaluate import (
     DataParallel,
     Parts,
-    chunk_seconds,
     data_parallel,
     peak_dtype,
     prepare,
+    rank_seconds,
     send_seconds,
     sharded_weights,
-    sum_chunks,
     tokens_per_step,
 )
 from simulator.layout import StageContent, from_config
@@ -133,13 +132,13 @@ def predict(config: Config, load: float | None = None) -> Prediction:
     contents = [stage_contents(parts.shapes, rank, int(layout.vpp)) for rank in ranks]
     units = [
         [
-            UnitSeconds(*(float(value) for value in vars(chunk_seconds(parts, content)).values()))
+            UnitSeconds(*(float(value) for value in vars(rank_seconds(parts, [content])).values()))
             for content in chunks
         ]
         for chunks in contents
     ]
     timeline = build(layout, units, float(send_seconds(parts)))
-    seconds = [sum_chunks(chunks) for chunks in units]  # type: ignore[arg-type]
+    seconds = [rank_seconds(parts, chunks) for chunks in contents]
     held = [stage_parameters(parts.shapes, chunks) for chunks in contents]
     ends = [data_parallel(parts, *pair) for pair in zip(held, seconds, strict=True)]
     reduced = [

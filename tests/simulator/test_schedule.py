@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from simulator.layout import SCHEDULES, Layout
-from simulator.pipeline import RankSeconds, pipeline_seconds
+from simulator.pipeline import Ranks, RankSeconds, pipeline_seconds
 from simulator.timeline import UnitSeconds, build, interleaved_order
 
 
@@ -16,8 +16,11 @@ def layout(p: int, m: int, v: int = 1, schedule: str = "1f1b") -> Layout:
 def both(chosen: Layout, units: list[list[UnitSeconds]], send: float = 0.0) -> tuple[float, float]:
     """Seconds by events and in closed form."""
     ranks = [
-        RankSeconds(*(sum(getattr(u, name) for u in chunks) for name in vars(chunks[0])))
-        for chunks in units
+        (
+            Ranks(rank, 1),
+            RankSeconds(*(sum(getattr(u, name) for u in chunks) for name in vars(chunks[0]))),
+        )
+        for rank, chunks in enumerate(units)
     ]
     return build(chosen, units, send).seconds, float(pipeline_seconds(chosen, ranks, send))
 
