@@ -8,7 +8,6 @@ with sequence n, whatever its layout; in each step the replicas share consecutiv
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from configs.schema import Config
 from pangu.data import DataError
 from pangu.data.stdlib import prepare_standard_library
 from pangu.data.synthetic import NumberTokenizer, SyntheticDataset
-from pangu.data.tokenizer import Tokenizer, load_tokenizer
+from pangu.data.tokenizer import INFO_FILE, Tokenizer, load_tokenizer
 
 _VALIDATION_SEED = 0  # the same held-out sequences whatever the run's seed
 _KEYS = ("tokens", "labels", "loss_mask", "position_ids", "document_ids")
@@ -61,6 +60,7 @@ def build_datasets(
     violations = [
         *_check_weights("data.blend", config.data.blend),
         *_check_weights("data.validation_blend", config.data.validation_blend),
+        *_check_tokenizers({**blend, **validation_blend}),
         *_check_blend("data.blend", blend, seq_length),
         *_check_blend("data.validation_blend", validation_blend, seq_length),
     ]
@@ -144,6 +144,22 @@ def _check_weights(key: str, blend: dict[str, float]) -> list[Violation]:
     ]
 
 
+def _check_tokenizers(blend: dict[str, float]) -> list[Violation]:
+    """Corpora of different tokenizers must not meet; files from elsewhere do not say."""
+    first: tuple[str, str] | None = None
+    violations = []
+    for prefix in blend:
+        info = Path(prefix).with_name(INFO_FILE)
+        if not info.is_file():
+            continue
+        written_with = info.read_text()
+        first = first or (prefix, written_with)
+        if written_with != first[1]:
+            reason = f"it was written with another tokenizer than {first[0]}"
+            violations.append(Violation("data.blend", prefix, reason))
+    return violations
+
+
 def _check_blend(key: str, blend: dict[str, float], seq_length: int) -> list[Violation]:
     from pangu.data.indexed import count_tokens
 
@@ -176,14 +192,9 @@ def _build(
     tokenizer: Tokenizer,
 ) -> Any:
     """The dataset of one split with megatron-core's builder; 0 is training, 1 validation."""
-    from megatron.core.datasets.blended_megatron_dataset_builder import (
-        BlendedMegatronDatasetBuilder,
-    )
-
+    from pangu.data.blend import BlendBuilder
     from pangu.data.indexed import SequenceConfig, SequenceDataset
 
-    # It warns that a blend's index is not kept: keeping it would take longer than making it.
-    logging.getLogger("megatron.core.datasets.blended_dataset").setLevel(logging.ERROR)
     blends: list[Any] = [None, None, None]
     blends[split] = (list(blend), list(blend.values()))
     sizes = [0, 0, 0]
@@ -201,8 +212,7 @@ def _build(
         index_dir=str(Path(config.data.cache_dir) / "index"),
         vocab_size=config.model.vocab_size,
     )
-    builder = BlendedMegatronDatasetBuilder(SequenceDataset, sizes, lambda: True, dataset_config)
-    return builder.build()[split]
+    return BlendBuilder(SequenceDataset, sizes, lambda: True, dataset_config).build()[split]
 
 
 def batches(
@@ -249,11 +259,4 @@ class _Collate:
 
 def token_rows(dataset: Any, count: int) -> np.ndarray:
     """Tokens of the first `count` sequences with their last label, `[count, seq + 1]` int64."""
-    return np.stack([_text(dataset, index) for index in range(min(count, len(dataset)))])
-
-
-def _text(dataset: Any, index: int) -> np.ndarray:
-    if hasattr(dataset, "datasets"):  # megatron-core's blend
-        part = dataset.datasets[dataset.dataset_index[index]]
-        return part.text(dataset.dataset_sample_index[index])
-    return dataset.text(index)
+    return np.stack([dataset.text(index) for index in range(min(count, len(dataset)))])

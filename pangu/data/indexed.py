@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
 import struct
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.helpers import build_sample_idx
 
 from pangu.data import DataError
+from pangu.data.index_cache import cached_arrays
 
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
 _ITEM_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}  # bytes per token, by megatron-core's code
@@ -68,8 +65,7 @@ class SequenceDataset(GPTDataset):
     Each epoch permutes the documents, cuts them into sequences and permutes those, from the seed
     and its own number. megatron-core's order depends on the number of samples asked for too, so
     that training longer would not continue through the same data. Its index files are also keyed
-    by path only, and trusted when half written; these are keyed by the corpus' size and age and
-    appear complete or not at all.
+    by path only, and trusted when half written; these follow the corpus' size and age.
 
     With `reset_attention_mask`, samples carry `document_ids` `[seq]` int32: positions attend to
     each other only where these are equal. The end-of-document token belongs to its document.
@@ -102,36 +98,16 @@ class SequenceDataset(GPTDataset):
         tokens = self._get_num_tokens_per_epoch()
         per_epoch = (tokens - 1) // self.config.sequence_length
         epochs = 1 if self.num_samples is None else max(1, -(-self.num_samples // per_epoch))
-        folder = Path(self.config.index_dir) / self._fingerprint(epochs)
-        names = ("documents", "samples", "shuffle")
-        if not folder.is_dir():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{folder}.lock"):
-                if not folder.is_dir():
-                    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
-                    try:
-                        for name, array in zip(names, self._orders(epochs, tokens), strict=True):
-                            np.save(partial / f"{name}.npy", array)
-                        partial.chmod(0o755)
-                        partial.rename(folder)
-                    finally:
-                        shutil.rmtree(partial, ignore_errors=True)
-        return tuple(np.load(folder / f"{name}.npy", mmap_mode="r") for name in names)
-
-    def _fingerprint(self, epochs: int) -> str:
-        """Names everything that the order follows from."""
         path = Path(f"{self.dataset_path}.idx").resolve()
         stat = path.stat()
-        key = [str(path), stat.st_size, stat.st_mtime_ns, len(self.indices), epochs]
+        key = ["sequences", str(path), stat.st_size, stat.st_mtime_ns, len(self.indices), epochs]
         key += [self.config.sequence_length, self.config.random_seed]
-        return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
+        return cached_arrays(self.config.index_dir, key, lambda: self._orders(epochs, tokens))
 
     def _orders(self, epochs: int, tokens: int) -> tuple[np.ndarray, ...]:
         """Documents in order `[epochs * documents]`; where each sequence starts, as position in
         that order and offset `[epochs * (sequences + 1), 2]`; and the sequences in order, as rows
         of the latter `[epochs * sequences]`."""
-        from megatron.core.datasets.helpers import build_sample_idx
-
         lengths = np.array(self.dataset.sequence_lengths)
         documents, samples, shuffle = [], [], []
         for epoch in range(epochs):

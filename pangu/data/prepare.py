@@ -43,7 +43,7 @@ def main(
 ) -> None:
     """Tokenise text into DIR/train.bin|.idx and DIR/validation.bin|.idx.
 
-    Train on it with data=indexed data.blend.DIR=1.0; several folders are blended by weight.
+    Train on it with data=indexed 'data.blend={DIR: 1.0}'; several folders are blended by weight.
     """
     try:
         if (tokenizer is None) == (train_tokenizer is None):

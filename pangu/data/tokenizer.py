@@ -8,6 +8,7 @@ does not thereby end itself.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -45,10 +46,13 @@ class Tokenizer(ABC):
         """Write the tokenizer's own file as `folder / self.file`."""
 
     def save(self, folder: Path) -> None:
-        """Write what `load_tokenizer(folder)` reads back."""
+        """Write what `load_tokenizer(folder)` reads back, and the hash that tells whether two
+        corpora were written with the same tokenizer."""
         self._write(folder)
-        info = {"kind": self.kind, "file": self.file, "eod": self.eod}
-        (folder / INFO_FILE).write_text(json.dumps(info | {"vocab_size": self.vocab_size}))
+        path = folder / self.file
+        digest = hashlib.sha256(path.read_bytes()).hexdigest() if self.file else ""
+        info = {"kind": self.kind, "file": self.file, "sha256": digest, "eod": self.eod}
+        (folder / INFO_FILE).write_text(json.dumps({**info, "vocab_size": self.vocab_size}))
 
     @property
     def unique_identifiers(self) -> dict[str, Any]:

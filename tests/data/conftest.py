@@ -50,3 +50,11 @@ def second_corpus(corpus: Path) -> Path:
     texts = write_texts(root / "numbers-texts", 20, seed=2, words=["1", "22", "333", "4444"])
     prepare(Preparation([texts], root / "numbers", tokenizer=corpus, held_out=0.2))
     return root / "numbers"
+
+
+@pytest.fixture(scope="session")
+def foreign_corpus(corpus: Path) -> Path:
+    """A corpus with a tokenizer of its own."""
+    output = corpus.parent / "foreign"
+    prepare(Preparation([corpus.parent / "texts"], output, train_tokenizer=280, held_out=0.2))
+    return output

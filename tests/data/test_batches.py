@@ -261,6 +261,20 @@ def test_every_damaged_file_is_named(corpus: Path, tmp_path: Path) -> None:
     assert len(caught.value.violations) == 5
 
 
+def test_corpora_of_different_tokenizers_are_not_blended(
+    corpus: Path, foreign_corpus: Path, tmp_path: Path
+) -> None:
+    config = config_of(corpus, tmp_path)
+    config.data.blend[str(foreign_corpus)] = 1.0
+    with pytest.raises(ConfigError) as caught:
+        build(config)
+    assert [str(violation) for violation in caught.value.violations] == [
+        f"data.blend={foreign_corpus / part}: it was written with another tokenizer than "
+        f"{corpus / 'train'}"
+        for part in ("train", "validation")
+    ]
+
+
 def test_a_corpus_shorter_than_a_sequence_is_refused(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="do not fill one sequence of 1000000"):
         build_datasets(
