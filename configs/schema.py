@@ -198,7 +198,7 @@ class BackendConfig:
     """Which device runs the model, and in which precision."""
 
     name: Literal["auto", "cpu", "cuda", "npu"] = "auto"
-    precision: Literal["auto", "fp32", "fp64", "bf16", "fp16", "fp8", "int8"] = "auto"
+    precision: Literal["auto", "fp32", "fp64", "bf16", "fp16", "fp8", "int8", "fp4"] = "auto"
     threads: int = 0  # CPU threads per process; 0 = cores / processes
     # null: measured with the device's own name; the peak behind MFU, in TFLOPS
     peak_tflops: float | None = None

@@ -22,14 +22,13 @@ from simulator.memory import (
     Activations,
     StageParameters,
     block_activations,
-    blocks_parameters,
     communication_buffers,
     rank_memory,
     stage_contents,
     stage_parameters,
 )
 from simulator.operators import vector_seconds
-from simulator.parameters import model_flops_per_token
+from simulator.parameters import layer_parameters, model_flops_per_token
 from simulator.pipeline import Ranks, RankSeconds, distinct_ranks, pipeline_seconds
 from simulator.seconds import BlockSeconds, StageBlocks, price_blocks
 
@@ -249,16 +248,23 @@ def sharded_weights(parts: Parts, block: BlockSeconds, kind: str) -> tuple[Array
     counts = parts.blocks.dense if kind == "dense" else parts.blocks.moe
     if counts is None or not np.any(np.asarray(layout.zero) >= 2):
         return 0.0, 0.0
-    elements = blocks_parameters(counts, s, kind)
-    size, stride = layout.size("dp_cp"), layout.stride("dp_cp")
-    gather: Array = collective_seconds(hw, "all_gather", elements * s.element, size, stride)
-    gather = np.where(layout.zero >= 3, gather, 0.0)
-    grads = elements * (4.0 if s.traits.fp32_gradients else s.element)
-    reduce: Array = collective_seconds(hw, "reduce_scatter", grads, size, stride)
-    reduce = np.where(layout.zero >= 2, reduce, 0.0)
-    forward = np.maximum(gather - block.forward, 0.0)
+    held = layer_parameters(s.model, s.moe, kind, layout.tp, layout.ep, layout.etp)  # type: ignore[arg-type]
+    grad = 4.0 if s.traits.fp32_gradients else s.element
+    gather: Array = 0.0
+    reduce: Array = 0.0
+    for elements, group in ((held.dense, "dp_cp"), (held.experts, "expert_dp")):
+        size, stride = layout.size(group), layout.stride(group)
+        weights = collective_seconds(hw, "all_gather", elements * s.element, size, stride)
+        gather = gather + np.where(layout.zero >= 3, weights, 0.0)
+        grads = collective_seconds(hw, "reduce_scatter", elements * grad, size, stride)
+        reduce = reduce + np.where(layout.zero >= 2, grads, 0.0)
     work = block.backward + np.where(layout.full_recompute, block.forward, 0.0)
-    return forward, np.maximum(gather + reduce - work, 0.0)
+    return _outlasting(hw, gather, block.forward), _outlasting(hw, gather + reduce, work)
+
+
+def _outlasting(hw: Hardware, messages: Array, work: Array) -> Array:
+    """What of `messages` shows beside `work`."""
+    return messages - np.minimum(messages * hw.overlap.independent, work)
 
 
 def send_seconds(parts: Parts) -> Array:
@@ -288,12 +294,12 @@ def data_parallel(parts: Parts, parameters: StageParameters, seconds: RankSecond
     last = np.minimum(BUCKET_ELEMENTS / np.maximum(parameters.total, 1.0), 1.0)
     reduce = np.where(
         layout.overlap_grad_reduce,
-        np.maximum(reduce - seconds.backward, reduce * last),
+        np.maximum(_outlasting(hw, reduce, seconds.backward), reduce * last),
         reduce,
     )
     gather = np.where(
         layout.overlap_param_gather,
-        np.maximum(gather - seconds.forward, gather * last),
+        np.maximum(_outlasting(hw, gather, seconds.forward), gather * last),
         gather,
     )
     # Norm and update read gradients, master weights and moments and write them back; the

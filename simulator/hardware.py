@@ -119,6 +119,20 @@ class Launch:
 
 
 @dataclass(frozen=True)
+class Overlap:
+    """Part of a collective that really disappears behind an operator running beside it; the rest
+    shows, as both then compete for memory, copy engines or cores.
+
+    `independent`: a collective issued on another stream (a gradient's reduction beside a weight
+    gradient, sharded weights beside the layer before). `fused`: one cut into pieces inside its
+    own matrix product.
+    """
+
+    independent: float = 1.0
+    fused: float = 1.0
+
+
+@dataclass(frozen=True)
 class Hardware:
     """One device and how many of them are joined. See `Link`, `Matmul`, `Attention`, `Launch`.
 
@@ -138,6 +152,7 @@ class Hardware:
     matmul: Matmul
     attention: Attention
     launch_us: Launch
+    overlap: Overlap
     evidence: dict[str, str]
     devices_per_node: int = 8
     host_link_gbps: float = 0.0  # GB/s to host memory, one way per device; 0 = unknown
@@ -258,7 +273,7 @@ def _impossible(key: str, value: Any) -> list[Violation]:
 
 
 _GRADED: tuple[str, ...] = ("peak_tflops", "vector_tflops", "memory_gib", "memory_bandwidth_gbps")
-_GRADED += ("memory_efficiency", "links", "matmul", "attention", "launch_us")
+_GRADED += ("memory_efficiency", "links", "matmul", "attention", "launch_us", "overlap")
 
 
 def _inconsistent(hardware: Hardware) -> list[Violation]:

@@ -22,8 +22,6 @@ from simulator.operators import (
 )
 
 Array = Any
-# A collective fused with its matrix product still shows its first and last piece.
-FUSED_PIECES = 8
 
 _TIMING: dict[str, Callable[..., Array]] = {
     "matmul": matmul_seconds,
@@ -123,11 +121,11 @@ def block_seconds(hw: Hardware, s: Shapes, counts: Counts) -> BlockSeconds:
         seconds = message_seconds(hw, s.layout, message)
         exposed = seconds
         if message.beside in times:
-            room = times[message.beside]
-            exposed = np.maximum(seconds - room, 0.0)
-            times[message.beside] = np.maximum(room - seconds, 0.0)
-            if s.traits.tp_comm_overlap:
-                exposed = np.maximum(exposed, seconds / FUSED_PIECES)
+            fused = message.beside.endswith(f":{message.phase}")
+            share = hw.overlap.fused if fused else hw.overlap.independent
+            hidden = np.minimum(seconds * share, times[message.beside])
+            exposed = seconds - hidden
+            times[message.beside] = times[message.beside] - hidden
         passes[message.phase] = passes[message.phase] + exposed
         again = _again(s.layout, message.recompute)
         recompute = recompute + again * seconds

@@ -1,0 +1,340 @@
+"""From a row of a published table to the configuration that ran.
+
+Tables say less than a configuration needs. What a row leaves open is filled in by rule, from what
+its engine does by default, and listed as an assumption of the forecast. The same rules serve any
+further row in the same columns.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from configs.compose import ConfigError
+from configs.schema import (
+    BackendConfig,
+    Config,
+    MemoryConfig,
+    ModelConfig,
+    MoEConfig,
+    ParallelConfig,
+    SimulationConfig,
+    TrainConfig,
+)
+from simulator.hardware import PRESETS
+from simulator.predict import predict
+from simulator.validation.table import Row
+
+
+class NotPredictable(ValueError):
+    """A row that says too little; the message says what is missing."""
+
+
+@dataclass
+class Case:
+    """A row's configuration and what was assumed to fill it in."""
+
+    row: Row
+    config: Config
+    assumptions: list[str] = field(default_factory=list)
+
+
+DEVICES: tuple[tuple[str, str, dict[str, float]], ...] = (
+    (r"A100-40GB", "a100", {"memory_gib": 40.0, "memory_bandwidth_gbps": 1555.0}),
+    (r"A100.*PCIe", "a100_pcie", {}),
+    (r"A100|Ampere", "a100", {}),
+    (r"H100-96GB", "h100_96g", {}),
+    (r"GB300", "gb300", {}),
+    (r"GB200", "gb200", {}),
+    (r"B300", "b300", {}),
+    (r"B200", "b200", {}),
+    (r"H200", "h200", {}),
+    (r"H800", "h800", {}),
+    (r"H100", "h100", {}),
+    (r"CloudMatrix", "cloudmatrix384", {}),
+    (r"910C|A3", "ascend_910c_die", {}),
+    (r"910B4", "ascend_910b_280t", {}),
+    (r"910B3", "ascend_910b_313t", {}),
+    (r"910B|Ascend", "ascend_910b_376t", {}),
+)
+PRECISIONS = (
+    (r"fp4", "fp4"),
+    (r"fp8|float8", "fp8"),
+    (r"fp16", "fp16"),
+    (r"bf16|^$", "bf16"),
+    (r"fp32", "fp32"),
+)
+VOCABULARIES = {"Mixtral": 32768, "Llama": 128256, "Qwen": 151936, "GPT": 51200}
+
+
+def case(row: Row) -> Case:
+    """The configuration behind a row.
+
+    Raises:
+        NotPredictable: the row does not say enough.
+    """
+    needed = [name for name in ("layers", "hidden", "heads", "seq") if not row.number(name)]
+    if needed:
+        raise NotPredictable(f"{', '.join(needed)} not given")
+    if not row.number("tp") and not row.number("n_devices"):
+        raise NotPredictable("layout not given")
+    assumed: list[str] = []
+    parallel = _parallel(row, assumed)
+    devices = row.number("n_devices") or _model_ranks(parallel) * row.number("dp", 1)
+    if not row.number("n_devices"):
+        assumed.append(f"{devices} devices")
+    config = Config(
+        model=_model(row, assumed),
+        moe=_moe(row),
+        parallel=parallel,
+        memory=_memory(row),
+        backend=BackendConfig(precision=_precision(row)),  # type: ignore[arg-type]
+        train=_train(row, assumed),
+        simulation=_traits(row),
+        hardware=_hardware(row, assumed),
+        devices=devices,
+    )
+    if not config.num_microbatches:
+        raise NotPredictable(
+            f"global batch {row['global_batch']} does not divide over {devices} devices"
+        )
+    found = Case(row, config, assumed)
+    return _assume_recomputation(found) if not row["recompute"] else found
+
+
+def _model(row: Row, assumed: list[str]) -> ModelConfig:
+    gelu = row["mlp"] == "gelu"
+    mpt = row["model"].startswith("MPT")
+    experts = row.number("n_experts")
+    mla = row["mla"] == "yes"
+    vocabulary = row.number("vocab")
+    if not vocabulary:
+        family = next((size for name, size in VOCABULARIES.items() if name in row["model"]), 0)
+        vocabulary = family or 128256
+        assumed.append(f"vocabulary {vocabulary}")
+    head = re.match(r"(\d+)", row["head_dim"])
+    dims = re.match(r"(\d+)\+(\d+)rope/v(\d+)", row["head_dim"])
+    width = row.number("moe_ffn") or row.number("ffn")
+    megatron_gpt = gelu and not mpt
+    model = ModelConfig(
+        name=row["model"],
+        num_layers=row.number("layers"),
+        hidden_size=row.number("hidden"),
+        num_attention_heads=row.number("heads"),
+        num_query_groups=row.number("kv_heads"),
+        vocab_size=vocabulary,
+        ffn_hidden_size=row.number("ffn") or 4 * row.number("hidden"),
+        kv_channels=int(head.group(1)) if head else 0,
+        max_position_embeddings=row.number("seq"),
+        activation="gelu" if gelu else "swiglu",
+        normalization="LayerNorm" if gelu else "RMSNorm",
+        position_embedding="learned" if gelu else "rope",
+        add_mlp_bias=megatron_gpt,
+        add_qkv_bias=megatron_gpt,
+        add_attention_output_bias=megatron_gpt,
+        tie_embeddings=gelu,
+        num_experts=experts,
+        moe_ffn_hidden_size=width if experts else 0,
+        shared_expert_ffn_hidden_size=_shared_width(row, width),
+        num_dense_layers=row.number("dense_layers"),
+        mtp_num_layers=1 if row.mentions("1 MTP layer") else 0,
+    )
+    if not mla:
+        return model
+    assumed.append("latent ranks 1536 and 512")
+    nope, rope, value = (int(x) for x in dims.groups()) if dims else (128, 64, 128)
+    return replace(
+        model,
+        attention="mla",
+        q_lora_rank=1536,
+        kv_lora_rank=512,
+        qk_head_dim=nope,
+        qk_pos_emb_head_dim=rope,
+        v_head_dim=value,
+        kv_channels=0,
+        qk_layernorm=True,
+    )
+
+
+def _shared_width(row: Row, width: int) -> int:
+    text = row["shared_experts"]
+    if not row.number("n_experts") or not text:
+        return 0
+    stated = re.search(r"width (\d+)", text)
+    return int(stated.group(1)) if stated else int(text) * width
+
+
+def _moe(row: Row) -> MoEConfig:
+    if not row.number("n_experts"):
+        return MoEConfig()
+    # Token drop with capacity factor 1 fills every expert to its mean.
+    real = row.mentions("dropless, real", "; dropless", "MindSpeed") or row["notes"] == "dropless"
+    balanced = not row["notes"].startswith("dropless;") and (
+        row.mentions("force-balanced", "forced balance", "CF=1", "SimuMax") or not real
+    )
+    return MoEConfig(router="forced_balance" if balanced else "top_k", top_k=row.number("topk", 2))
+
+
+def _parallel(row: Row, assumed: list[str]) -> ParallelConfig:
+    sizes = {name: row.number(name, 1) for name in ("tp", "pp", "vpp", "ep", "etp", "cp")}
+    if not row.number("vpp") and sizes["pp"] > 1 and row.mentions("interleaved", "Interleaved"):
+        per_rank = row.number("layers") // sizes["pp"]
+        sizes["vpp"] = next((v for v in (2, 3, 4) if per_rank % v == 0), 1)
+        assumed.append(f"{sizes['vpp']} virtual stages")
+    elif not row.number("vpp") and sizes["pp"] > 1:
+        assumed.append("no virtual stages")
+    # Before parallel folding, experts were cut as attention is.
+    unfolded = row.mentions("Parallel Folding") and not row.mentions("w/ Folding")
+    if row.number("n_experts") and not row.number("etp") and (sizes["ep"] == 1 or unfolded):
+        sizes["etp"] = sizes["tp"]
+    sharded = row.mentions("FSDP", "ZeRO-3")
+    modern = row.mentions("Megatron-Bridge", "NeMo", "ModelZoo", "Megatron Core", "MegaScale")
+    return ParallelConfig(
+        tensor_model_parallel_size=sizes["tp"],
+        sequence_parallel=not row.mentions("no sequence parallel", "SC21 arXiv"),
+        pipeline_model_parallel_size=sizes["pp"],
+        virtual_pipeline_model_parallel_size=sizes["vpp"],
+        context_parallel_size=sizes["cp"],
+        context_parallel_type="ring"
+        if row.mentions("megatron_cp_algo", "FSDP+CP")
+        else "all_to_all",
+        expert_model_parallel_size=sizes["ep"],
+        expert_tensor_parallel_size=sizes["etp"],
+        zero_stage=_zero_stage(row, sharded),
+        schedule="1f1b_overlap"
+        if row.mentions("1F1B EP-A2A overlap", "1f1b A2A overlap", "moe-fb-overlap")
+        else "1f1b",
+        overlap_grad_reduce=modern or sharded or row.mentions("overlap-grad-reduce"),
+        overlap_param_gather=modern or sharded or row.mentions("overlap-param-gather"),
+    )
+
+
+def _zero_stage(row: Row, sharded: bool) -> int:
+    if sharded and not row.mentions("FSDP off"):
+        return 3
+    plain = row.mentions("no distributed optimizer", "SC21 arXiv", "Korthikanti")
+    return 0 if plain else 1
+
+
+def _memory(row: Row) -> MemoryConfig:
+    text = row["recompute"].lower()
+    if text.startswith("full/block"):
+        layers = int(re.findall(r"\d+", text)[0])
+        return MemoryConfig(
+            recompute_granularity="full", recompute_method="block", recompute_num_layers=layers
+        )
+    if text.startswith("full"):
+        return MemoryConfig(recompute_granularity="full")
+    if "sac" in text or text.startswith("selective ac"):
+        # torchtitan recomputes every second matrix product and all elementwise operators: as much
+        # as half of the layers whole.
+        half = row.number("layers") // (2 * row.number("pp", 1) * row.number("vpp", 1))
+        return MemoryConfig(
+            recompute_granularity="full", recompute_method="block", recompute_num_layers=half
+        )
+    if not text.startswith("selective"):
+        return MemoryConfig()
+    words = {
+        "attention core": "core_attn",
+        "norm": "layernorm",
+        "mla_up_proj": "mla_up_proj",
+        "moe_act": "moe_act",
+        "act": "moe_act",
+        "mlp": "mlp",
+        "moe": "moe",
+    }
+    parts = re.split(r"[\s,:()]+", text)
+    modules = [
+        module
+        for word, module in words.items()
+        if word in parts or (" " in word and word in text) or (word == "norm" and "norm" in text)
+    ]
+    return MemoryConfig(
+        recompute_granularity="selective",
+        recompute_modules=list(dict.fromkeys(modules)),  # type: ignore[arg-type]
+    )
+
+
+def _train(row: Row, assumed: list[str]) -> TrainConfig:
+    micro = row.number("micro_batch")
+    if not micro:
+        micro = 1
+        assumed.append("micro-batch 1")
+    if not row.number("global_batch"):
+        raise NotPredictable("global batch not given")
+    return TrainConfig(
+        micro_batch_size=micro,
+        global_batch_size=row.number("global_batch"),
+        seq_length=row.number("seq"),
+    )
+
+
+def _traits(row: Row) -> SimulationConfig:
+    early = row.mentions("SC21 arXiv", "Korthikanti")
+    transformer_engine = row.mentions(
+        "SimuMax", "Megatron-Bridge", "NeMo", "ModelZoo", "Megatron Core", "Folding", "Megatron-LM"
+    )
+    fused = row.mentions("mc2", "coc overlap", "async TP", "AsyncTP", "tp-comm-overlap")
+    return SimulationConfig(
+        transformer_engine=transformer_engine and not early,
+        fused_attention=not early,
+        fused_cross_entropy=row.mentions("fused CE", "Megatron-Bridge", "NeMo", "Megatron Core"),
+        fp32_gradients=not (early or row.mentions("mixed precision PURE", "Megatron-Bridge")),
+        tp_comm_overlap=fused or row.mentions("Megatron-Bridge", "NeMo"),
+        swap_optimizer=row.mentions("swap-optimizer"),
+    )
+
+
+def _precision(row: Row) -> str:
+    text = row["precision"].lower()
+    return next((dtype for pattern, dtype in PRECISIONS if re.search(pattern, text)), "bf16")
+
+
+def _hardware(row: Row, assumed: list[str]) -> dict[str, Any]:
+    for pattern, preset, changes in DEVICES:
+        if re.search(pattern, row["device"]):
+            return _preset(preset) | changes
+    raise NotPredictable(f"no preset for the device '{row['device']}'")
+
+
+@cache
+def _preset(name: str) -> dict[str, Any]:
+    tree = OmegaConf.to_container(OmegaConf.load(PRESETS / f"{name}.yaml"))
+    assert isinstance(tree, dict)
+    return {str(key): value for key, value in tree.items()}
+
+
+def _model_ranks(parallel: ParallelConfig) -> int:
+    return (
+        parallel.tensor_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+        * parallel.context_parallel_size
+    )
+
+
+def _assume_recomputation(found: Case) -> Case:
+    """The least recomputation with which the run fits: none, the attention core and norms and
+    activations, or whole layers."""
+    policies = (
+        ("no recomputation", MemoryConfig()),
+        (
+            "selective recomputation",
+            MemoryConfig(
+                recompute_granularity="selective",
+                recompute_modules=["core_attn", "layernorm", "moe_act", "mla_up_proj"],
+            ),
+        ),
+        ("full recomputation", MemoryConfig(recompute_granularity="full")),
+    )
+    for name, memory in policies:
+        chosen = Case(found.row, replace(found.config, memory=memory), [*found.assumptions, name])
+        try:
+            if predict(chosen.config).fits:
+                break
+        except ConfigError:
+            continue
+    return chosen

@@ -1,0 +1,48 @@
+"""Which published rows the presets' general constants were calibrated on.
+
+Decided before any error was looked at, by source and model family, never by row. A constant is
+never fitted to the rows it is judged on: everything that no rule names is judged, and so is every
+row of a table that a user brings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Split = Literal["calibrated", "judged"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Rows whose source and model contain these texts set `constants`."""
+
+    source: str
+    models: tuple[str, ...]
+    constants: str
+
+
+CALIBRATION = (
+    Rule("SC21 arXiv:2104.04473 Table 1", (), "a100: memory efficiency, launch, inter-node links"),
+    Rule("llm-foundry", ("MPT-1b", "MPT-7b"), "a100: attention, sharded weights"),
+    Rule("SimuMax", ("llama3-70b",), "b200: matrix and memory efficiency, attention"),
+    Rule("Megatron-LM README", (), "h100: matrix and memory efficiency, attention"),
+    Rule("Parallel Folding", ("Mixtral-8x22B",), "h100: grouped products, expert exchange"),
+    Rule("llama3_h100_202412", ("Llama-3.1-8B",), "h100_96g: matrix efficiency at 500 W, float8"),
+    Rule("Megatron-Bridge", ("LLAMA3_70B",), "b300, gb200, gb300: fp8 and fp4 efficiency"),
+    Rule("MindSpeed-LLM tag", ("LLaMA", "CodeLlama"), "ascend_910b_376t: all efficiencies"),
+)
+
+
+def split_of(source: str, model: str) -> Split:
+    """Whether a row of the packaged table was used to calibrate. `Mixtral-8x22B-G8T8` is another
+    family than `Mixtral-8x22B`."""
+    for rule in CALIBRATION:
+        named = not rule.models or any(_same_family(model, name) for name in rule.models)
+        if rule.source in source and named:
+            return "calibrated"
+    return "judged"
+
+
+def _same_family(model: str, name: str) -> bool:
+    return model.startswith(name) and not model.removeprefix(name).startswith("-G")
