@@ -80,11 +80,18 @@ def complaints(requested: str) -> list[str]:
         said.append(NO_CANN)
     if npu and torch and npu.split(".post")[0].split("+")[0] != torch.split("+")[0]:
         said.append(f"torch-npu {npu} needs torch of the same version, not {torch}")
-    if requested == "npu" and not npu:
-        said.append("backend=npu needs torch-npu: pip install 'pangu-moe[train,npu]'")
-    if requested == "cuda" and torch and "+cpu" in torch:
-        said.append(f"backend=cuda needs a CUDA build of torch, not {torch}")
-    return said
+    return [*said, *impossible(requested)]
+
+
+def impossible(requested: str) -> list[str]:
+    """Why the backend asked for cannot run with what is installed."""
+    found = packages()
+    torch = found["torch"] or ""
+    if requested == "npu" and not found["torch-npu"]:
+        return ["backend=npu needs torch-npu: pip install 'pangu-moe[train,npu]'"]
+    if requested == "cuda" and "+cpu" in torch:
+        return [f"backend=cuda needs a CUDA build of torch, not {torch}"]
+    return []
 
 
 @dataclass(frozen=True)

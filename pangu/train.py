@@ -104,10 +104,18 @@ def resolve(process: ProcessEnvironment, overrides: list[str]) -> Config:
     Raises:
         ConfigError: with every violation.
     """
-    from configs.check import load_checked
+    from configs.check import examine
+    from configs.compose import ConfigError, Violation
+    from pangu.machine_check import impossible
 
     started = process.world_size if process.launched else None
-    return load_checked(overrides, processes=started, alone=not process.launched)
+    config, found = examine(overrides, processes=started, alone=not process.launched)
+    if config is not None:
+        name = config.backend.name
+        found += [Violation("backend", name, sentence) for sentence in impossible(name)]
+    if config is None or found:
+        raise ConfigError(found)
+    return config
 
 
 def prepare_environment(config: Config, process: ProcessEnvironment) -> ProcessEnvironment:
