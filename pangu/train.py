@@ -82,16 +82,22 @@ def _train(process: ProcessEnvironment, overrides: list[str]) -> int:
     if not process.launched and config.launch.processes > 1:
         from pangu.local_launch import start_local
 
+        if not _default_corpus_is_there(config):
+            return 2
         command = [sys.executable, "-m", "pangu.train", *overrides]
         return start_local(command, config.launch.processes, Path(config.run_dir) / "logs")
     if process.rank == 0:
         print_warnings(warnings(config))
     process = prepare_environment(config, process)
     # The first import of torch: everything above has passed.
+    from pangu.data import DataError
     from pangu.training.run import run
 
     try:
         return run(config, process)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except ConfigError as error:
         # What only the run can find, such as a missing device, may differ from rank to rank.
         print_violations(error.violations)
@@ -116,6 +122,20 @@ def resolve(process: ProcessEnvironment, overrides: list[str]) -> Config:
     if config is None or found:
         raise ConfigError(found)
     return config
+
+
+def _default_corpus_is_there(config: Config) -> bool:
+    """Prepare the default corpus where its progress is seen: before there are ranks."""
+    from pangu.data import DataError
+    from pangu.data.stdlib import prepare_standard_library
+
+    if config.data.name == "stdlib":
+        try:
+            prepare_standard_library(config.data.cache_dir, config.model.vocab_size)
+        except DataError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return False
+    return True
 
 
 def prepare_environment(config: Config, process: ProcessEnvironment) -> ProcessEnvironment:

@@ -21,8 +21,8 @@ from configs.compose import ConfigError, Violation
 from configs.schema import Config
 from pangu.data import DataError
 from pangu.data.stdlib import prepare_standard_library
-from pangu.data.synthetic import NumberTokenizer, SyntheticDataset
-from pangu.data.tokenizer import INFO_FILE, Tokenizer, load_tokenizer
+from pangu.data.synthetic import SyntheticDataset
+from pangu.data.tokenizer import INFO_FILE, NumberTokenizer, Tokenizer, load_tokenizer
 
 _VALIDATION_SEED = 0  # the same held-out sequences whatever the run's seed
 _KEYS = ("tokens", "labels", "loss_mask", "position_ids", "document_ids")
@@ -58,8 +58,6 @@ def build_datasets(
     blend, validation_blend = resolve_blends(config)
     tokenizer = corpus_tokenizer(config)
     violations = [
-        *_check_weights("data.blend", config.data.blend),
-        *_check_weights("data.validation_blend", config.data.validation_blend),
         *_check_tokenizers({**blend, **validation_blend}),
         *_check_blend("data.blend", blend, seq_length),
         *_check_blend("data.validation_blend", validation_blend, seq_length),
@@ -98,17 +96,6 @@ def resolve_blends(config: Config) -> tuple[dict[str, float], dict[str, float]]:
         except DataError as error:
             raise ConfigError([Violation("data.name", data.name, str(error))]) from None
         return {str(folder / "train"): 1.0}, {str(folder / "validation"): 1.0}
-    if not data.blend:
-        raise ConfigError(
-            [
-                Violation(
-                    "data.blend",
-                    "{}",
-                    "data=indexed needs the corpora to train on",
-                    "data.blend={DIR: 1.0}, DIR as written by python -m pangu.data.prepare",
-                )
-            ]
-        )
     blend = {_part(prefix, "train"): weight for prefix, weight in data.blend.items()}
     if data.validation_blend:
         return blend, {_part(p, "validation"): w for p, w in data.validation_blend.items()}
@@ -134,14 +121,6 @@ def corpus_tokenizer(config: Config) -> Tokenizer:
         return load_tokenizer(path)
     except DataError as error:
         raise ConfigError([Violation("data.tokenizer", path, str(error))]) from None
-
-
-def _check_weights(key: str, blend: dict[str, float]) -> list[Violation]:
-    return [
-        Violation(f"{key}.{prefix}", weight, "a weight is positive")
-        for prefix, weight in blend.items()
-        if weight <= 0
-    ]
 
 
 def _check_tokenizers(blend: dict[str, float]) -> list[Violation]:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-
-from pangu.data.tokenizer import Tokenizer
 
 
 class SyntheticDataset(Dataset):
@@ -38,23 +33,3 @@ class SyntheticDataset(Dataset):
             "position_ids": torch.arange(seq_length),
             "document_ids": torch.zeros(seq_length, dtype=torch.int32),
         }
-
-
-class NumberTokenizer(Tokenizer):
-    """Writes ids as numbers: random tokens have no text."""
-
-    kind = "numbers"
-    file = ""
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-        self.eod = 0
-
-    def encode(self, text: str) -> list[int]:
-        return [int(word) % self.vocab_size for word in text.split() if word.isdigit()]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return "".join(f"{i} " for i in ids)
-
-    def _write(self, folder: Path) -> None:
-        """There is nothing to keep but `vocab_size`, which `save` writes."""

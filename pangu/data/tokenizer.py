@@ -48,9 +48,9 @@ class Tokenizer(ABC):
     def save(self, folder: Path) -> None:
         """Write what `load_tokenizer(folder)` reads back, and the hash that tells whether two
         corpora were written with the same tokenizer."""
+        folder.mkdir(parents=True, exist_ok=True)
         self._write(folder)
-        path = folder / self.file
-        digest = hashlib.sha256(path.read_bytes()).hexdigest() if self.file else ""
+        digest = hashlib.sha256((folder / self.file).read_bytes()).hexdigest()
         info = {"kind": self.kind, "file": self.file, "sha256": digest, "eod": self.eod}
         (folder / INFO_FILE).write_text(json.dumps({**info, "vocab_size": self.vocab_size}))
 
@@ -156,6 +156,26 @@ class TiktokenTokenizer(Tokenizer):
         (folder / f"{self.file}.json").write_text(json.dumps(self._rest))
 
 
+class NumberTokenizer(Tokenizer):
+    """Writes ids as numbers: synthetic tokens have no text."""
+
+    kind = "numbers"
+    file = "tokenizer.numbers"
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.eod = 0
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) % self.vocab_size for word in text.split() if word.isdecimal()]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(f"{i} " for i in ids)
+
+    def _write(self, folder: Path) -> None:
+        (folder / self.file).write_text(str(self.vocab_size))
+
+
 def _find_eod(path: Path, wanted: str | int | None, lookup: Callable[[str], int | None]) -> int:
     if isinstance(wanted, int):
         return wanted
@@ -170,7 +190,10 @@ def _find_eod(path: Path, wanted: str | int | None, lookup: Callable[[str], int 
 
 
 _KINDS: dict[str, Callable[[Path, str | int | None], Tokenizer]] = {
-    cls.kind: cls for cls in (HuggingFaceTokenizer, SentencePieceTokenizer, TiktokenTokenizer)
+    "huggingface": HuggingFaceTokenizer,
+    "sentencepiece": SentencePieceTokenizer,
+    "tiktoken": TiktokenTokenizer,
+    "numbers": lambda path, eod: NumberTokenizer(int(path.read_text())),
 }
 _KIND_OF_SUFFIX = {".json": "huggingface", ".model": "sentencepiece", ".tiktoken": "tiktoken"}
 

@@ -49,6 +49,9 @@ def run(config: Config, process: ProcessEnvironment) -> int:
             validation_samples=t.validation_batches * t.global_batch_size,
             seq_length=t.seq_length,
         )
+        if dist.get_rank() == 0:
+            # a run stays readable when its corpus moves, or Python's library with an upgrade
+            datasets.tokenizer.save(folder / "tokenizer")
         chunks, settings = build_model(config)
         wrapped = wrap_model(config, settings, chunks)
         trainer = Trainer(
