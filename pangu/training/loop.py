@@ -12,16 +12,20 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
-from tqdm import tqdm
 
 from configs.schema import Config
 from pangu import backends
 from pangu.data.datasets import Datasets, batches
+from pangu.moe.load import read_load
 from pangu.training import schedule
-from pangu.training.metrics import MetricsFile
+from pangu.training.expert_load import LoadWindow
+from pangu.training.metrics import MetricsFile, step_row
 from pangu.training.optimizer import set_learning_rate
+from pangu.training.progress import Progress
 from pangu.training.state import RunState
 from pangu.training.step import Batch, StepShape, evaluate, train_step
+
+LOAD_INTERVAL = 100  # steps over which an expert that nobody chose counts as dead
 
 
 @dataclass
@@ -34,25 +38,25 @@ class Trainer:
     datasets: Datasets
     state: RunState
     metrics: MetricsFile
+    load: LoadWindow
 
     def train(self) -> None:
         """Run from the current state to the last step."""
-        last = self.config.train.steps
-        with tqdm(
-            total=last, initial=self.state.step, disable=dist.get_rank() != 0, unit="step"
-        ) as bar:
+        self.metrics.continue_after(self.state.step)
+        rank, devices = dist.get_rank(), dist.get_world_size()
+        with Progress(self.config, self.state.step, active=rank == 0, devices=devices) as progress:
             train_batches = self.train_batches()
-            while self.state.step < last:
+            while self.state.step < self.config.train.steps:
                 row = self.one_step(train_batches)
                 self.metrics.write(row)
-                bar.set_postfix_str(
-                    f"loss {row['loss']:.3f}, {row['tokens_per_second_per_device']:.0f} tokens/s"
-                )
-                bar.update()
-                if self.due(self.config.train.validate_every):
-                    self.metrics.write(
-                        {"step": self.state.step, "validation_loss": self.validate()}
-                    )
+                progress.show(row)
+                if self.due(LOAD_INTERVAL) and (dead := self.load.end_interval()):
+                    progress.warn(dead)
+                if self.datasets.validation and self.due(self.config.train.validate_every):
+                    loss = self.validate()
+                    self.metrics.write({"step": self.state.step, "validation_loss": loss})
+                    progress.show_validation(self.state.step, loss)
+        self.metrics.close()
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps, and at the end, happens now."""
@@ -64,20 +68,25 @@ class Trainer:
         started = time.perf_counter()
         lr = schedule.learning_rate(self.config, self.state.step)
         set_learning_rate(self.optimizer, lr)
-        result = train_step(self.chunks, self.optimizer, train_batches, self.shape())
+        shape = self.shape()
+        result = train_step(self.chunks, self.optimizer, train_batches, shape)
+        load = read_load(self.chunks)
         backends.current().synchronize()
         seconds = time.perf_counter() - started
         self.state.step += 1
         self.state.consumed_sequences += self.config.train.global_batch_size
-        return {
-            "step": self.state.step,
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
-            "learning_rate": lr,
-            "tokens": result.tokens,
-            "step_seconds": seconds,
-            "tokens_per_second_per_device": result.tokens / seconds / dist.get_world_size(),
-        }
+        if load:
+            self.load.add(self.state.step, load.counts)
+        return step_row(
+            self.config,
+            result,
+            load,
+            step=self.state.step,
+            learning_rate=lr,
+            seconds=seconds,
+            sequences=self.config.train.global_batch_size,
+            seq_length=shape.seq_length,
+        )
 
     def shape(self) -> StepShape:
         """What this replica computes per step."""

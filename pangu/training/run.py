@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 
 import torch.distributed as dist
@@ -22,6 +23,8 @@ def run(config: Config, process: ProcessEnvironment) -> int:
     """
     # The engine and torch announce their own deprecations on every rank.
     warnings.filterwarnings("ignore", module="megatron|torch")
+    # It knows no MLP but its own ("Unknown MLP type").
+    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
     try:
         backends.select(config.backend.name, process.local_rank, config.backend.precision)
     except RuntimeError as error:
@@ -31,6 +34,7 @@ def run(config: Config, process: ProcessEnvironment) -> int:
     from pangu.data.datasets import build_datasets
     from pangu.model.build import build_model
     from pangu.training import distributed
+    from pangu.training.expert_load import LoadWindow
     from pangu.training.loop import Trainer, run_folder
     from pangu.training.metrics import MetricsFile
     from pangu.training.optimizer import build_optimizer, wrap_model
@@ -61,6 +65,7 @@ def run(config: Config, process: ProcessEnvironment) -> int:
             datasets=datasets,
             state=RunState(),
             metrics=MetricsFile(folder, active=dist.get_rank() == 0),
+            load=LoadWindow(folder, config.moe, active=dist.get_rank() == 0),
         )
         trainer.train()
     finally:

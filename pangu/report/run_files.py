@@ -1,0 +1,71 @@
+"""The files of a run folder that a report reads: numbers only, without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Row = dict[str, Any]
+
+METRICS = "metrics.jsonl"
+EXPERT_LOAD = "expert_load.json"
+BASELINES = "baselines.json"
+CONFIG = "config.yaml"
+SAMPLE = "sample.txt"
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """The rows of a `metrics.jsonl`, of which the last line may be unfinished; [] without one."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:  # written to when it was killed
+            continue
+    return rows
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    """How often every expert was chosen in steps `first_step` to `last_step`.
+
+    `counts[n]` are the choices of the experts of layer n (from 1). `num_groups` is 1 unless the
+    router is MoGE.
+    """
+
+    first_step: int
+    last_step: int
+    num_groups: int
+    counts: dict[int, list[int]]
+
+    def write(self, path: Path) -> None:
+        """Write the file, whole or not at all."""
+        replace_text(path, json.dumps(asdict(self)))
+
+    @classmethod
+    def read(cls, path: Path) -> ExpertLoad | None:
+        """What `write` wrote; None without a file (a dense model)."""
+        if not path.is_file():
+            return None
+        data = json.loads(path.read_text())
+        data["counts"] = {int(layer): values for layer, values in data["counts"].items()}
+        return cls(**data)
+
+    def relative(self) -> np.ndarray:
+        """`[layers, experts]`: choices over those of an even spread; 1 is balance."""
+        counts = np.array(list(self.counts.values()), dtype=np.float64)
+        return counts / np.maximum(counts.mean(axis=1, keepdims=True), 1e-12)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that a reader finds the old one or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)

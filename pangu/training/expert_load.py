@@ -1,0 +1,78 @@
+"""Which experts the router chose lately: the heat map's data, and experts that nobody chose."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import torch
+
+from configs.schema import MoEConfig
+from pangu.moe.load import dead_experts
+from pangu.report.run_files import EXPERT_LOAD, ExpertLoad
+
+_ENOUGH_CHOICES = 20  # per expert on average; fewer say nothing about an expert without any
+_NAMED_LAYERS = 8  # in a warning; a router that collapsed has dead experts everywhere
+
+
+class LoadWindow:
+    """Choices of every expert in the current interval of steps and the one before it."""
+
+    def __init__(self, run_dir: Path, moe: MoEConfig, *, active: bool) -> None:
+        self._path = run_dir / EXPERT_LOAD
+        self._active = active
+        self._groups = moe.num_expert_groups if moe.router == "moge" else 1
+        self._before: dict[int, torch.Tensor] = {}
+        self._current: dict[int, torch.Tensor] = {}
+        self._first_step = self._current_first = self._last_step = 0
+
+    def add(self, step: int, counts: dict[int, torch.Tensor]) -> None:
+        """Count one step's choices, int64 `[experts]` by layer."""
+        if not self._current:
+            self._current_first = step
+            self._first_step = self._first_step or step
+        self._last_step = step
+        self._current = _sum(self._current, counts)
+
+    def end_interval(self) -> str:
+        """Write the heat map's data and start a new interval.
+
+        Returns:
+            A sentence naming the experts that no token chose in the interval; "" without any.
+        """
+        if not self._current:
+            return ""
+        window = _sum(self._before, self._current)
+        counts = {layer: values.tolist() for layer, values in window.items()}
+        if self._active:
+            self._write(ExpertLoad(self._first_step, self._last_step, self._groups, counts))
+        dead = {} if _few(self._current) else dead_experts(self._current)
+        steps = f"steps {self._current_first}–{self._last_step}"
+        self._before, self._current = self._current, {}
+        self._first_step = self._current_first
+        return _name(dead, steps)
+
+    def _write(self, load: ExpertLoad) -> None:
+        with contextlib.suppress(OSError):  # a full disk costs the plot, not the run
+            load.write(self._path)
+
+
+def _few(counts: dict[int, torch.Tensor]) -> bool:
+    """Whether an expert may have no token by chance."""
+    return any(values.float().mean() < _ENOUGH_CHOICES for values in counts.values())
+
+
+def _sum(a: dict[int, torch.Tensor], b: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    return {layer: a[layer] + values if layer in a else values for layer, values in b.items()}
+
+
+def _name(dead: dict[int, list[int]], steps: str) -> str:
+    if not dead:
+        return ""
+    parts = [
+        f"layer {layer} expert{'s' if len(experts) > 1 else ''} {', '.join(map(str, experts))}"
+        for layer, experts in list(dead.items())[:_NAMED_LAYERS]
+    ]
+    if len(dead) > _NAMED_LAYERS:
+        parts.append(f"and {len(dead) - _NAMED_LAYERS} more layers")
+    return f"dead experts, chosen by no token in {steps}: {'; '.join(parts)}"
