@@ -1,0 +1,102 @@
+"""Which dispatcher is taken, and what the MoGE dispatcher does without."""
+
+from dataclasses import replace
+
+import gloo
+import layers
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from configs.schema import ParallelConfig
+from pangu.moe.dispatch import MogeDispatcher, resolve
+from pangu.moe.dispatch.choices import choices
+
+EXPERT_CHOICE = replace(layers.TOP_K, router="expert_choice")
+
+
+@pytest.mark.parametrize(
+    ("moe", "sizes", "expected"),
+    [
+        (layers.MOGE, (1, 1), "local"),
+        (layers.MOGE, (2, 1), "moge"),
+        (layers.MOGE, (4, 2), "moge"),
+        (layers.MOGE, (8, 1), "alltoall"),
+        (layers.MOGE, (1, 2), "moge"),
+        (layers.TOP_K, (1, 1), "local"),
+        (layers.TOP_K, (2, 1), "alltoall"),
+        (EXPERT_CHOICE, (1, 1), "alltoall"),
+        (replace(layers.MOGE, dispatcher="allgather"), (2, 1), "allgather"),
+    ],
+)
+def test_auto(moe, sizes, expected):
+    assert resolve(moe, *sizes) == expected
+
+
+@pytest.mark.parametrize(
+    ("moe", "sizes", "message"),
+    [
+        (replace(layers.MOGE, dispatcher="local"), (2, 1), "expert_model_parallel_size"),
+        (replace(EXPERT_CHOICE, dispatcher="local"), (1, 1), "expert_choice"),
+        (replace(layers.TOP_K, dispatcher="moge"), (2, 1), "moe.router=moge"),
+        (replace(layers.MOGE, dispatcher="moge"), (8, 1), r"4 and 8"),
+    ],
+)
+def test_a_dispatcher_that_cannot_serve_is_refused(moe, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        resolve(moe, *sizes)
+
+
+def test_choices_are_ascending_and_carry_gradients():
+    weights = torch.tensor([[0.1, 0.5, 0.0, 0.4]], requires_grad=True)
+    chosen = torch.tensor([[False, True, True, False]])
+    indices, picked = choices(weights, chosen, 2)
+    assert indices.tolist() == [[1, 2]]
+    assert picked.tolist() == [[0.5, 0.0]]
+    picked.sum().backward()
+    assert weights.grad.tolist() == [[0.0, 1.0, 1.0, 0.0]]
+
+
+class Operators(TorchDispatchMode):
+    """Names of all operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "item", "bincount", "unique")
+
+
+def trace(dispatcher):
+    """Operators of one dispatch and combine, and the shapes in between, for three inputs."""
+    gloo.parallel(expert_model_parallel_size=2)
+    moe = replace(layers.MOGE, dispatcher=dispatcher)
+    layer = layers.build(moe, ParallelConfig(expert_model_parallel_size=2))
+    names, rows = [], []
+    for _ in range(3):
+        hidden = torch.randn(16, 1, layers.HIDDEN, dtype=torch.float64)
+        probs, routing_map = layer.route(hidden)
+        with Operators() as operators:
+            tokens, weights = layer.preprocess(hidden, probs, routing_map)
+            tokens, weights = layer.dispatch(tokens, weights)
+            stage = layer.token_dispatcher.dispatch_postprocess(tokens, weights)
+            output = layer.token_dispatcher.combine_preprocess(stage[0])
+            layer.postprocess(layer.combine(output), None)
+        names += operators.names
+        rows.append(stage[0].size(0))
+    return names, rows, isinstance(layer.token_dispatcher, MogeDispatcher)
+
+
+@pytest.mark.distributed
+def test_moge_waits_for_no_device_and_its_shapes_are_known_beforehand():
+    for names, rows, is_moge in gloo.run(2, trace, "moge"):
+        assert is_moge
+        assert rows == [16 * 2 * 4 // 2] * 3  # tokens of both ranks, half of the choices each
+        assert not [name for name in names if any(word in name for word in WAITING)]
+    names, _, _ = gloo.run(2, trace, "alltoall")[0]
+    assert [name for name in names if any(word in name for word in WAITING)]  # the test can fail
