@@ -1,0 +1,44 @@
+"""Fused attention against the reference that forms every score."""
+
+import pytest
+import torch
+
+from pangu.ops.attention import attention, attention_reference, visible
+
+
+def tensors(s, t, heads, groups, size, value_size, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(s, 2, heads, size), (t, 2, groups, size), (t, 2, groups, value_size)]
+    return [
+        torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True)
+        for shape in shapes
+    ]
+
+
+@pytest.mark.parametrize("heads_groups", [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("value_size", [8, 6])
+@pytest.mark.parametrize("documents", [False, True])
+def test_outputs_and_gradients_equal_the_reference(heads_groups, value_size, documents):
+    ids = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 2, 2, 3, 3]]) if documents else None
+    results = []
+    for function in (attention, attention_reference):
+        inputs = tensors(7, 7, *heads_groups, 8, value_size)
+        out = function(*inputs, scale=0.3, document_ids=ids)
+        (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+        results.append([out.detach(), *(tensor.grad for tensor in inputs)])
+    for fused, plain in zip(*results, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("s", [1, 3])
+def test_queries_behind_a_cache_see_all_earlier_keys(s):
+    query, key, value = tensors(7, 7, 4, 2, 8, 8)
+    whole = attention_reference(query, key, value, scale=0.3)
+    last = attention(query[-s:], key, value, scale=0.3)
+    torch.testing.assert_close(last, whole[-s:], rtol=1e-12, atol=1e-13)
+
+
+def test_visible_is_causal_and_stays_inside_documents():
+    mask = visible(3, 3, torch.tensor([[0, 1, 1]]), torch.device("cpu"))
+    expected = [[True, False, False], [False, True, False], [False, True, True]]
+    assert mask[0, 0].tolist() == expected

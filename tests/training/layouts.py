@@ -1,0 +1,75 @@
+"""Runs several layouts of one model in the same processes, and returns what each step gave."""
+
+import tempfile
+import warnings
+
+from configs.compose import load
+
+MODEL = [
+    "model.hidden_size=32",
+    "model.kv_channels=8",
+    "model.vocab_size=256",
+    "model.num_experts=8",
+    "model.moe_ffn_hidden_size=32",
+    "model.shared_expert_ffn_hidden_size=32",
+    "moe.top_k=2",
+    "moe.num_expert_groups=2",
+    "data=synthetic",
+    "train.seq_length=32",
+    "train.global_batch_size=8",
+    "train.micro_batch_size=1",
+    "optimizer.lr=1e-3",
+    "optimizer.warmup_steps=0",
+    "backend=cpu",
+]
+
+
+def steps(overrides: list[str], world_size: int, count: int) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of the first `count` steps on this rank's part of a layout."""
+    from pangu.data.datasets import build_datasets
+    from pangu.model.build import build_model
+    from pangu.training import distributed
+    from pangu.training.optimizer import build_optimizer, set_learning_rate, wrap_model
+    from pangu.training.step import StepShape, train_step
+    from pangu.data.datasets import batches
+    from megatron.core import parallel_state
+
+    warnings.filterwarnings("ignore")
+    config = load([*MODEL, f"launch.processes={world_size}", *overrides])
+    distributed.initialize(config)
+    train = config.train
+    data = build_datasets(
+        config,
+        train_samples=count * train.global_batch_size,
+        validation_samples=0,
+        seq_length=train.seq_length,
+    )
+    chunks, settings = build_model(config)
+    wrapped = wrap_model(config, settings, chunks)
+    optimizer = build_optimizer(config, wrapped)
+    shape = StepShape(config.num_microbatches, train.micro_batch_size, train.seq_length)
+    iterators = [
+        batches(
+            data.train,
+            config,
+            data_parallel_rank=parallel_state.get_data_parallel_rank(),
+            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+            consumed_sequences=0,
+            micro_batch_size=train.micro_batch_size,
+        )
+        for _ in wrapped
+    ]
+    results = []
+    for _ in range(count):
+        set_learning_rate(optimizer, config.optimizer.lr)
+        result = train_step(wrapped, optimizer, iterators, shape)
+        results.append((result.loss, result.grad_norm))
+    parallel_state.destroy_model_parallel()
+    return results
+
+
+def all_layouts(
+    layouts: dict[str, list[str]], world_size: int, count: int
+) -> dict[str, list[tuple[float, float]]]:
+    """`steps` of every layout, by name."""
+    return {name: steps(overrides, world_size, count) for name, overrides in layouts.items()}

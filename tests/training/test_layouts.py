@@ -1,0 +1,47 @@
+"""Every parallel layout trains the same model as one process does."""
+
+import pytest
+from gloo import run
+from layouts import all_layouts
+
+STEPS = 20
+TP2, PP2, CP2 = (f"parallel.{name}_model_parallel_size=2" for name in ("tensor", "pipeline", "x"))
+CP2 = "parallel.context_parallel_size=2"
+EP2 = "parallel.expert_model_parallel_size=2"
+ETP2 = "parallel.expert_tensor_parallel_size=2"
+VPP2 = "parallel.virtual_pipeline_model_parallel_size=2"
+TWO = {
+    "dp2": [],
+    "dp2 without sharded optimizer": ["parallel.zero_stage=0"],
+    "ep2": [EP2],
+    "ep2 allgather": [EP2, "moe.dispatcher=allgather"],
+    "ep2 alltoall": [EP2, "moe.dispatcher=alltoall"],
+    "tp2": [TP2],
+    "pp2": [PP2],
+    "pp2 vpp2": [PP2, VPP2],
+    "cp2": [CP2],
+    "etp2": [ETP2],
+}
+FOUR = {"tp2 ep2": [TP2, EP2], "pp2 ep2": [PP2, EP2]}
+
+
+def farthest(found: list[tuple[float, float]], expected: list[tuple[float, float]]) -> float:
+    return max(
+        abs(a - b) / abs(b) for x, y in zip(found, expected, strict=True) for a, b in zip(x, y)
+    )
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("router", ["moge", "top_k"])
+def test_twenty_steps_equal_the_single_process(router):
+    moe = [f"moe={router}"]
+    two = {name: moe + overrides for name, overrides in TWO.items()}
+    if router == "moge":
+        two["ep2 moge"] = [*moe, EP2, "moe.dispatcher=moge"]
+    four = {name: moe + overrides for name, overrides in FOUR.items()}
+    expected = run(1, all_layouts, {"single": moe}, 1, STEPS)[0]["single"]
+    assert expected[-1][0] < expected[0][0] - 0.01, "the model does not learn"
+    found = {**run(2, all_layouts, two, 2, STEPS)[0], **run(4, all_layouts, four, 4, STEPS)[0]}
+    errors = {name: farthest(values, expected) for name, values in found.items()}
+    print(errors)
+    assert {name: error for name, error in errors.items() if not error < 1e-5} == {}
