@@ -60,6 +60,10 @@ def import_engine(*, jit: bool) -> list[types.ModuleType]:
         warnings.simplefilter("ignore")
         for name in ENGINE_MODULES:
             importlib.import_module(name)
+    latent: Any = importlib.import_module("megatron.core.transformer.multi_latent_attention")
+    # It takes the presence of its own wrappers for that of Transformer Engine, and then tests
+    # `isinstance(module, None)`.
+    latent.HAVE_TE = latent.HAVE_TE and isinstance(latent.TELinear, type)
     prefix = "megatron.core"
     return [module for name, module in sys.modules.items() if name.startswith(prefix) and module]
 

@@ -5,7 +5,8 @@ from gloo import run
 from layouts import all_layouts
 
 STEPS = 20
-TP2, PP2, CP2 = (f"parallel.{name}_model_parallel_size=2" for name in ("tensor", "pipeline", "x"))
+TP2 = "parallel.tensor_model_parallel_size=2"
+PP2 = "parallel.pipeline_model_parallel_size=2"
 CP2 = "parallel.context_parallel_size=2"
 EP2 = "parallel.expert_model_parallel_size=2"
 ETP2 = "parallel.expert_tensor_parallel_size=2"
@@ -40,7 +41,7 @@ def test_twenty_steps_equal_the_single_process(router):
         two["ep2 moge"] = [*moe, EP2, "moe.dispatcher=moge"]
     four = {name: moe + overrides for name, overrides in FOUR.items()}
     expected = run(1, all_layouts, {"single": moe}, 1, STEPS)[0]["single"]
-    assert expected[-1][0] < expected[0][0] - 0.01, "the model does not learn"
+    assert farthest(expected[1:], expected[:-1]) > 1e-3, "every step looks alike"
     found = {**run(2, all_layouts, two, 2, STEPS)[0], **run(4, all_layouts, four, 4, STEPS)[0]}
     errors = {name: farthest(values, expected) for name, values in found.items()}
     print(errors)
