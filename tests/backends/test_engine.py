@@ -15,7 +15,11 @@ from pangu.backends import engine
 # one of these needs another look at pangu/backends.
 NAMED_BY_CONSTANT = [
     ("megatron.core.optimizer.clip_grads", "get_grad_norm_fp32", "cuda"),
-    ("megatron.core.optimizer.clip_grads", "clip_grad_by_total_norm_fp32", "torch.cuda.FloatTensor"),
+    (
+        "megatron.core.optimizer.clip_grads",
+        "clip_grad_by_total_norm_fp32",
+        "torch.cuda.FloatTensor",
+    ),
     (
         "megatron.core.optimizer.distrib_optimizer",
         "DistributedOptimizer._build_model_and_main_param_groups",

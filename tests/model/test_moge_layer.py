@@ -13,7 +13,9 @@ def moge(x, router, w1, w2, groups, choices):
     for t, token in enumerate(x):
         for group in range(groups):
             size = len(router) // groups
-            order = probs[t, group * size : (group + 1) * size].argsort(descending=True, stable=True)
+            order = probs[t, group * size : (group + 1) * size].argsort(
+                descending=True, stable=True
+            )
             for e in (order[:choices] + group * size).tolist():
                 gate, up = w1[e].unbind(1)
                 hidden = torch.nn.functional.silu(token @ gate) * (token @ up)
