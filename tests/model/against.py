@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+
 from configs.compose import load
 
 TINY = [

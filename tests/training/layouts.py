@@ -1,6 +1,5 @@
 """Runs several layouts of one model in the same processes, and returns what each step gave."""
 
-import tempfile
 import warnings
 
 from configs.compose import load
@@ -26,13 +25,13 @@ MODEL = [
 
 def steps(overrides: list[str], world_size: int, count: int) -> list[tuple[float, float]]:
     """(loss, gradient norm) of the first `count` steps on this rank's part of a layout."""
-    from pangu.data.datasets import build_datasets
+    from megatron.core import parallel_state
+
+    from pangu.data.datasets import batches, build_datasets
     from pangu.model.build import build_model
     from pangu.training import distributed
     from pangu.training.optimizer import build_optimizer, set_learning_rate, wrap_model
     from pangu.training.step import StepShape, train_step
-    from pangu.data.datasets import batches
-    from megatron.core import parallel_state
 
     warnings.filterwarnings("ignore")
     config = load([*MODEL, f"launch.processes={world_size}", *overrides])

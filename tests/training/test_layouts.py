@@ -28,7 +28,9 @@ FOUR = {"tp2 ep2": [TP2, EP2], "pp2 ep2": [PP2, EP2]}
 
 def farthest(found: list[tuple[float, float]], expected: list[tuple[float, float]]) -> float:
     return max(
-        abs(a - b) / abs(b) for x, y in zip(found, expected, strict=True) for a, b in zip(x, y)
+        abs(a - b) / abs(b)
+        for x, y in zip(found, expected, strict=True)
+        for a, b in zip(x, y, strict=True)
     )
 
 
