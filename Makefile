@@ -28,7 +28,7 @@ train: $(INSTALLED)
 	$(BIN)/python -m pangu.train experiment=quickstart $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -36,7 +36,9 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks $(ARGS)
+	@set -e; for file in $(sort $(wildcard benchmarks/*.py)); do \
+		echo "== $$file"; $(BIN)/python "$$file" $(ARGS); \
+	done
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache
