@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from configs.schema import Config
 from pangu import backends
-from pangu.data.datasets import Datasets, batches
+from pangu.data.datasets import Datasets, batches, build_datasets
 from pangu.moe.load import read_load
 from pangu.training import schedule
 from pangu.training.expert_load import LoadWindow
@@ -35,6 +35,7 @@ class Trainer:
     config: Config
     chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
+    phase: schedule.PhaseAt
     datasets: Datasets
     state: RunState
     metrics: MetricsFile
@@ -47,6 +48,8 @@ class Trainer:
         with Progress(self.config, self.state.step, active=rank == 0, devices=devices) as progress:
             train_batches = self.train_batches()
             while self.state.step < self.config.train.steps:
+                if self.enter_phase():
+                    train_batches = self.train_batches()
                 row = self.one_step(train_batches)
                 self.metrics.write(row)
                 progress.show(row)
@@ -57,6 +60,15 @@ class Trainer:
                     self.metrics.write({"step": self.state.step, "validation_loss": loss})
                     progress.show_validation(self.state.step, loss)
         self.metrics.close()
+
+    def enter_phase(self) -> bool:
+        """Change data when the next step belongs to another phase; whether it does."""
+        phase = schedule.phase_at(self.config, self.state.step)
+        if phase == self.phase:
+            return False
+        self.phase, self.datasets = phase, phase_datasets(self.config, phase)
+        self.state.consumed_sequences = 0
+        return True
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps, and at the end, happens now."""
@@ -69,12 +81,13 @@ class Trainer:
         lr = schedule.learning_rate(self.config, self.state.step)
         set_learning_rate(self.optimizer, lr)
         shape = self.shape()
+        sequences = schedule.global_batch_size(self.config, self.phase.phase)
         result = train_step(self.chunks, self.optimizer, train_batches, shape)
         load = read_load(self.chunks)
         backends.current().synchronize()
         seconds = time.perf_counter() - started
         self.state.step += 1
-        self.state.consumed_sequences += self.config.train.global_batch_size
+        self.state.consumed_sequences += sequences
         if load:
             self.load.add(self.state.step, load.counts)
         return step_row(
@@ -84,19 +97,16 @@ class Trainer:
             step=self.state.step,
             learning_rate=lr,
             seconds=seconds,
-            sequences=self.config.train.global_batch_size,
+            sequences=sequences,
             seq_length=shape.seq_length,
         )
 
     def shape(self) -> StepShape:
         """What this replica computes per step."""
-        t = self.config.train
+        phase, micro = self.phase.phase, self.config.train.micro_batch_size
         replicas = parallel_state.get_data_parallel_world_size()
-        return StepShape(
-            t.global_batch_size // replicas // t.micro_batch_size,
-            t.micro_batch_size,
-            t.seq_length,
-        )
+        batch = schedule.global_batch_size(self.config, phase)
+        return StepShape(batch // replicas // micro, micro, schedule.seq_length(self.config, phase))
 
     def train_batches(self) -> list[Iterator[Batch]]:
         """The training data from here on, one iterator per model chunk."""
@@ -120,6 +130,18 @@ class Trainer:
             )
             for _ in self.chunks
         ]
+
+
+def phase_datasets(config: Config, at: schedule.PhaseAt) -> Datasets:
+    """The data of one phase. Each phase has an order of its own, from the seed and its first
+    step, so that the same corpus is not read twice in the same order."""
+    sequences = schedule.global_batch_size(config, at.phase)
+    return build_datasets(
+        replace(config, seed=config.seed + at.first_step),
+        train_samples=at.phase.steps * sequences,
+        validation_samples=config.train.validation_batches * sequences,
+        seq_length=schedule.seq_length(config, at.phase),
+    )
 
 
 def run_folder(config: Config) -> Path:

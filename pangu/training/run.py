@@ -31,11 +31,10 @@ def run(config: Config, process: ProcessEnvironment) -> int:
         raise ConfigError([Violation("backend", config.backend.name, str(error))]) from None
 
     # After the choice of the backend: megatron-core must find its device.
-    from pangu.data.datasets import build_datasets
     from pangu.model.build import build_model
-    from pangu.training import distributed
+    from pangu.training import distributed, schedule
     from pangu.training.expert_load import LoadWindow
-    from pangu.training.loop import Trainer, run_folder
+    from pangu.training.loop import Trainer, phase_datasets, run_folder
     from pangu.training.metrics import MetricsFile
     from pangu.training.optimizer import build_optimizer, wrap_model
     from pangu.training.state import RunState
@@ -46,13 +45,9 @@ def run(config: Config, process: ProcessEnvironment) -> int:
         if dist.get_rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(to_yaml(config))
-        t = config.train
-        datasets = build_datasets(
-            config,
-            train_samples=t.steps * t.global_batch_size,
-            validation_samples=t.validation_batches * t.global_batch_size,
-            seq_length=t.seq_length,
-        )
+        state = RunState()
+        phase = schedule.phase_at(config, state.step)
+        datasets = phase_datasets(config, phase)
         if dist.get_rank() == 0:
             # a run stays readable when its corpus moves, or Python's library with an upgrade
             datasets.tokenizer.save(folder / "tokenizer")
@@ -62,8 +57,9 @@ def run(config: Config, process: ProcessEnvironment) -> int:
             config=config,
             chunks=wrapped,
             optimizer=build_optimizer(config, wrapped),
+            phase=phase,
             datasets=datasets,
-            state=RunState(),
+            state=state,
             metrics=MetricsFile(folder, active=dist.get_rank() == 0),
             load=LoadWindow(folder, config.moe, active=dist.get_rank() == 0),
         )

@@ -10,11 +10,10 @@ from configs.schema import Config, Phase
 
 @dataclass(frozen=True)
 class PhaseAt:
-    """The phase of a step, where it starts, and how many sequences came before it."""
+    """The phase of a step, and the step that it starts with."""
 
     phase: Phase
     first_step: int
-    first_sequence: int
 
 
 def phases(config: Config) -> list[Phase]:
@@ -25,23 +24,17 @@ def phases(config: Config) -> list[Phase]:
     return [Phase("train", config.train.steps, o.lr, o.min_lr, o.schedule, o.warmup_steps)]
 
 
-def total_steps(config: Config) -> int:
-    """Steps of all phases, cut by `train.steps` where phases are given."""
-    return sum(phase.steps for phase in phases(config))
-
-
 def phase_at(config: Config, step: int) -> PhaseAt:
     """The phase that step `step` (from 0) belongs to; the last one goes on for ever."""
-    first_step = first_sequence = 0
+    first_step = 0
     everything = phases(config)
     for phase in everything[:-1]:
         if step < first_step + phase.steps:
             break
         first_step += phase.steps
-        first_sequence += phase.steps * global_batch_size(config, phase)
     else:
         phase = everything[-1]
-    return PhaseAt(phase, first_step, first_sequence)
+    return PhaseAt(phase, first_step)
 
 
 def global_batch_size(config: Config, phase: Phase) -> int:
