@@ -42,7 +42,8 @@ def transformer_config(config: Config) -> PanguTransformerConfig:
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size or model.moe_ffn_hidden_size,
         num_attention_heads=heads,
-        num_query_groups=model.num_query_groups or heads,
+        # MLA has a key for every head, and the engine sizes its cache by this.
+        num_query_groups=heads if model.attention == "mla" else model.num_query_groups or heads,
         kv_channels=model.kv_channels or model.hidden_size // heads,
         layernorm_epsilon=model.norm_epsilon,
         normalization=model.normalization,

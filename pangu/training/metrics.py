@@ -149,7 +149,7 @@ class MetricsFile:
             if self._board is None:
                 self._board = self._open_board()
             for name, value in row.items():
-                if name != "step" and value is not None:
+                if name != "step" and isinstance(value, int | float):
                     self._board.add_scalar(name, value, row["step"])
         except OSError as error:
             print(f"warning: no TensorBoard from here on: {error}", file=sys.stderr)

@@ -4,12 +4,11 @@ import json
 import math
 import sys
 
+import gloo
 import pytest
 import torch
-import torch.distributed as dist
 
 from configs.compose import load
-from pangu import backends
 from pangu.moe.load import RoutingLoad
 from pangu.report.run_files import ExpertLoad, read_metrics
 from pangu.training.expert_load import LoadWindow
@@ -35,16 +34,9 @@ KEYS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def alone(tmp_path):
-    backends.select("cpu")
-    joined = dist.is_initialized()
-    if not joined:
-        store = dist.FileStore(str(tmp_path / "store"), 1)
-        dist.init_process_group("gloo", rank=0, world_size=1, store=store)
-    yield
-    if not joined:
-        dist.destroy_process_group()
+@pytest.fixture(scope="module", autouse=True)
+def alone():
+    gloo.single()
 
 
 def row(config, routing=None, tokens=2000):
