@@ -58,6 +58,11 @@ BOUNDS: dict[str, tuple[float, float | None]] = {
     "checkpoint.save_every": (0, None),
     "checkpoint.keep_last": (1, None),
     "checkpoint.keep_every": (0, None),
+    "inference.batch_size": (0, None),
+    "inference.input_length": (1, None),
+    "inference.output_length": (1, None),
+    "inference.draft_tokens": (0, None),
+    "inference.acceptance_rate": (0, 1),
 }
 
 
