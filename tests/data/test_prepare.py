@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
 from pangu.data import DataError, sources, stdlib
@@ -267,3 +268,15 @@ def test_the_default_corpus_is_prepared_once(
     (part / "os.py").unlink()
     with pytest.raises(DataError, match=r"no standard library source in .*data=indexed"):
         stdlib.prepare_standard_library(tmp_path / "other", 400)
+
+
+def test_a_vocabulary_beyond_two_bytes(tmp_path: Path) -> None:
+    vocabulary = {f"w{i}": i for i in range(70_000)} | {"<|endoftext|>": 70_000}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(tmp_path / "words.json"))
+    (tmp_path / "a.txt").write_text("w69999 w3 w65536")
+    job = Preparation([tmp_path / "a.txt"], tmp_path / "out", tmp_path / "words.json", held_out=0)
+    prepare(job)
+    dataset = IndexedDataset(str(tmp_path / "out" / "train"))
+    assert dataset[0].tolist() == [69999, 3, 65536, 70000]
