@@ -77,6 +77,9 @@ def compose_dict(overrides: list[str], primary: str = "config") -> dict[str, Any
         ConfigError: naming every override that cannot be read or whose group has no such option.
     """
     violations, parsed = _parse(overrides)
+    if experiment := _experiment_file(parsed):
+        others = [str(o.input_line) for o in parsed if o.key_or_group != "experiment"]
+        return compose_dict([*experiment, *others], primary)
     parsed, machine = _machine_file(parsed)
     known = groups()
     for override in parsed:
@@ -130,6 +133,47 @@ def _machine_file(parsed: list[Override]) -> tuple[list[Override], dict[str, Any
             raise ConfigError([Violation("hardware", value, "holds no figures")])
         machine = {str(key): item for key, item in tree.items()}
     return others, machine
+
+
+def _experiment_file(parsed: list[Override]) -> list[str]:
+    """What `experiment=FILE.yaml` (what the simulator's search wrote) overrides, line by line."""
+    files = [str(o.value()) for o in parsed if o.key_or_group == "experiment"]
+    if not files or not files[-1].endswith((".yaml", ".yml")):
+        return []
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(files[-1]), resolve=True)
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        reason = f"cannot be read: {' '.join(str(error).split())}"
+        raise ConfigError([Violation("experiment", files[-1], reason)]) from error
+    if not isinstance(tree, dict) or not tree:
+        raise ConfigError([Violation("experiment", files[-1], "overrides nothing")])
+    lines = []
+    for item in tree.pop("defaults", []):
+        for group, option in item.items():
+            lines.append(f"{str(group).removeprefix('override /')}={option}")
+    return lines + [f"++{key}={_grammar(value)}" for key, value in _leaves(tree)]
+
+
+def _leaves(tree: dict[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    leaves: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        nested = isinstance(value, dict) and value
+        leaves += _leaves(value, f"{prefix}{key}.") if nested else [(f"{prefix}{key}", value)]
+    return leaves
+
+
+def _grammar(value: Any) -> str:
+    """A value as the override grammar writes it."""
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    if isinstance(value, list):
+        return "[" + ",".join(map(_grammar, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{_grammar(k)}:{_grammar(v)}" for k, v in value.items()) + "}"
+    return (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )
 
 
 def _parse(overrides: list[str]) -> tuple[list[Violation], list[Override]]:

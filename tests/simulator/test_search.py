@@ -1,0 +1,149 @@
+"""The search: nothing that works is missed, nothing that cannot work is offered, and what it
+recommends is a configuration that the trainer accepts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from configs.check import load_checked, violations
+from configs.compose import load
+from simulator.emit import experiment, launch_flags
+from simulator.evaluate import evaluate
+from simulator.layout import from_config
+from simulator.predict import predict
+from simulator.search import configure, enumerate_layouts, recompute_policies, search
+
+TINY = [
+    "model=pangu_pro_moe",
+    "model.num_layers=8",
+    "hardware=ascend_910b_376t",
+    "devices=16",
+    "train.global_batch_size=64",
+    "train.seq_length=4096",
+]
+
+
+@pytest.fixture(scope="module")
+def config():
+    return load(TINY)
+
+
+@pytest.fixture(scope="module")
+def result(config):
+    return search(config, top=5)
+
+
+def test_every_structure_passes_the_checks(config):
+    structures, _ = enumerate_layouts(config, frozenset(), everything=False)
+    rng = np.random.default_rng(0)
+    for index in rng.choice(len(structures.tp), 40, replace=False):
+        one = configure(config, structures.take(int(index)))
+        assert violations(one, purpose="train") == []
+        assert int(structures.dp[index]) == one.data_parallel_size
+
+
+def test_no_working_structure_is_missed(config):
+    """Against the configuration checks over all small sizes."""
+    structures, rejected = enumerate_layouts(config, frozenset(), everything=False)
+    found = {
+        tuple(int(getattr(structures, name)[index]) for name in ("tp", "pp", "cp", "ep", "etp"))
+        for index in range(len(structures.tp))
+        if structures.vpp[index] == 1 and structures.micro_batch[index] == 1
+    }
+    for tp, pp, cp, ep in itertools.product((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4), (1, 2, 8, 16)):
+        for etp in {1, tp}:
+            parallel = replace(
+                config.parallel,
+                tensor_model_parallel_size=tp,
+                pipeline_model_parallel_size=pp,
+                context_parallel_size=cp,
+                expert_model_parallel_size=ep,
+                expert_tensor_parallel_size=etp,
+            )
+            works = not violations(replace(config, parallel=parallel), purpose="train")
+            assert ((tp, pp, cp, ep, etp) in found) == works
+    assert rejected["TP × PP × CP does not divide the devices"] > 0
+
+
+def test_best_is_the_fastest_that_fits(config, result):
+    structures, _ = enumerate_layouts(config, frozenset(), everything=False)
+    fastest = np.inf
+    for policy in recompute_policies(config, frozenset()):
+        many = evaluate(config, replace(structures, **policy))
+        used = many.peak_memory_bytes * 1.04 + many.buffer_bytes
+        fits = used <= 64 * 2**30
+        fastest = min(fastest, many.step_seconds[fits].min())
+    best = result.choices[0].prediction
+    assert best.fits
+    assert best.step_seconds == pytest.approx(fastest, rel=0.03)
+    assert result.evaluated == len(structures.tp) * len(recompute_policies(config, frozenset()))
+    assert result.candidates == result.fitting + sum(result.rejected.values())
+
+
+def test_ranking_and_front_are_ordered(result):
+    steps = [choice.prediction.step_seconds for choice in result.choices]
+    assert steps == sorted(steps)
+    peaks = [choice.prediction.peak_memory_gib for choice in result.pareto]
+    assert peaks == sorted(peaks, reverse=True)
+
+
+def test_pinned_sizes_stay(config):
+    plan = load([*TINY, "parallel.tensor_model_parallel_size=4"])
+    pinned = frozenset({"parallel.tensor_model_parallel_size"})
+    structures, _ = enumerate_layouts(plan, pinned, everything=False)
+    assert set(structures.tp.tolist()) == {4}
+
+
+def test_emitted_experiment_is_the_recommendation(result, tmp_path):
+    best = result.choices[0]
+    file = tmp_path / "plan.yaml"
+    file.write_text(experiment(best.config, TINY))
+    trained = load_checked([f"experiment={file}"], purpose="train")
+    assert trained.parallel == best.config.parallel
+    assert trained.memory == best.config.memory
+    assert predict(trained).step_seconds == pytest.approx(best.prediction.step_seconds)
+    # what the user adds on the command line still wins
+    assert load([f"experiment={file}", "train.seq_length=2048"]).train.seq_length == 2048
+
+
+def test_launch_flags(config):
+    plan = load(["model=pangu_pro_moe", "parallel=pangu_pro", "devices=4000", "memory=full"])
+    flags = launch_flags(plan).splitlines()
+    assert "--tensor-model-parallel-size 8" in flags
+    assert "--num-layers-per-virtual-pipeline-stage 2" in flags
+    assert "--noop-layers 0,49" in flags
+    assert "--recompute-granularity full" in flags
+
+
+def test_everything_adds_what_only_plans(config):
+    usual, _ = enumerate_layouts(config, frozenset(), everything=False)
+    wider, _ = enumerate_layouts(config, frozenset(), everything=True)
+    assert set(usual.schedule if np.ndim(usual.schedule) else [usual.schedule]) == {0}
+    assert set(wider.schedule.tolist()) == {0, 1, 2, 3}
+    assert set(wider.zero.tolist()) == {0, 1, 2, 3}
+    assert int(from_config(config).zero) == 1
+
+
+@pytest.mark.end_to_end
+def test_command_line(tmp_path):
+    file = tmp_path / "plan.yaml"
+    command = [sys.executable, "-m", "simulator", "search", *TINY, "--json", "--emit", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["evaluated"] > 1000
+    assert answer["step_seconds"] == answer["ranking"][0]["step_seconds"]
+    assert load_checked([f"experiment={file}"], purpose="train")
+    assert file.with_suffix(".flags").read_text().startswith("# Megatron-LM")
+    wrong = [sys.executable, "-m", "simulator", "search", "model=moge_tiny", "hardware=abacus"]
+    done = subprocess.run(wrong, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "abacus" in done.stderr
+    assert "Traceback" not in done.stderr
