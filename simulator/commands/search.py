@@ -95,26 +95,6 @@ _SIZES = {
     "parallel.expert_model_parallel_size",
     "parallel.expert_tensor_parallel_size",
 }
-_AT_ONE, f"train.global_batch_size={config.world_size}"]
-    load_plan([*fixed, *smallest])
-    return config
-
-
-def _key(override: str) -> str:
-    return override.lstrip("+").partition("=")[0]
-
-
-_SIZES = ("parallel", "train.micro_batch_size", "train.global_batch_size")
-_SIZES += tuple(f"parallel.{name}" for name in (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
-    "pipeline_layout",
-    "num_noop_layers",
-    "context_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-))  # fmt: skip
 _AT_ONE = ["parallel=single", "train.micro_batch_size=1"]
 
 
