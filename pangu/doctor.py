@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from rich.table import Table
 from rich.text import Text
@@ -20,13 +21,21 @@ from configs.process_groups import process_groups
 from configs.schema import Config
 from pangu import machine_check
 from pangu.violation_table import console, print_violations, print_warnings
-from simulator.parameters import (
-    count_parameters,
-    layer_parameters,
-    mtp_extra,
-    mtp_kind,
-    norm_parameters,
+from simulator.counts.layer import blocks
+from simulator.counts.records import shapes
+from simulator.evaluate import expected_load
+from simulator.layout import from_config
+from simulator.memory import (
+    Memory,
+    StageParameters,
+    block_activations,
+    rank_memory,
+    stage_contents,
+    stage_parameters,
 )
+from simulator.parameters import count_parameters
+
+Precision = Literal["auto", "fp32", "fp64", "bf16", "fp16", "fp8", "int8", "fp4"]
 
 GROUP_NAMES = {
     "tp": "tensor (TP)",
@@ -51,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
         groups = process_groups(config)
         members = sum(len(kind[0]) > 1 for kind in groups.values())
         show_groups(config, groups)
-        if "model" not in broken:
+        if not found:
             show_parameters(config)
     if config is not None and not found:
         print_warnings(warnings(config))
@@ -82,7 +91,7 @@ def shortened(ranks: Sequence[int], most: int = 6) -> str:
     """`[0, 8, 16, … 120]` for long groups."""
     if len(ranks) <= most:
         return ", ".join(map(str, ranks))
-    return ", ".join(map(str, ranks[:3])) + f", … {ranks[-1]}"
+    return ", ".join(map(str, ranks[: most // 2])) + f", … {ranks[-1]}"
 
 
 def devices_per_node(config: Config) -> int:
@@ -102,57 +111,72 @@ def reach(groups: list[list[int]], node: int) -> str:
 
 
 def show_parameters(config: Config) -> None:
-    """Totals, and what each pipeline rank holds; equal ranks share a row."""
+    """Totals, and what each pipeline rank holds; ranks with equal parts share a row."""
     count = count_parameters(config)
     title = f"{config.model.name}: {_billions(count.total)} parameters, "
     title += f"{_billions(count.active)} active per token"
     title += f", {_billions(count.mtp)} for multi-token prediction beside" if count.mtp else ""
+    config = replace(config, backend=replace(config.backend, precision=precision(config)))
     table = Table(title=title, title_justify="left")
-    for heading in ("pipeline ranks", "layers", "dense part", "experts", "parameters per rank"):
-        table.add_column(heading, justify="left" if heading == "pipeline ranks" else "right")
-    rows: dict[tuple[str, ...], list[int]] = {}
-    row: tuple[str, ...]
-    for rank, (layers, dense, experts) in enumerate(parameters_per_rank(config)):
-        row = (layers, _billions(dense), _billions(experts), _billions(dense + experts))
-        rows.setdefault(row, []).append(rank)
-    for row, ranks in rows.items():
-        table.add_row(shortened(ranks), *row)
+    table.add_column("pipeline ranks")
+    for heading in ("layers", "dense", "experts", "total"):
+        table.add_column(heading, justify="right")
+    for heading in ("weights", "gradients", "optimizer", "activations", "peak"):
+        table.add_column(heading, justify="right")
+    alike: dict[tuple[str, ...], list[Stage]] = {}
+    for stage in stages(config):
+        alike.setdefault(stage.contents(), []).append(stage)
+    for contents, members in alike.items():
+        fullest = max(members, key=lambda stage: float(stage.memory.peak))
+        ranks = shortened([stage.rank for stage in members], most=3)
+        table.add_row(ranks, *contents, *fullest.gibibytes())
+    table.caption = "per rank: parameters, and the simulator's forecast of the fullest in GiB, "
+    table.caption += config.backend.precision
     console().print(table)
 
 
-def parameters_per_rank(config: Config) -> list[tuple[str, float, float]]:
-    """Layers of each chunk, parameters outside experts and in experts, for each pipeline rank."""
-    model, moe, p = config.model, config.moe, config.parallel
-    pp, tp = p.pipeline_model_parallel_size, p.tensor_model_parallel_size
-    sizes = (tp, p.expert_model_parallel_size, p.expert_tensor_parallel_size)
-    dense_layers = model.num_dense_layers if model.num_experts else model.num_layers
-    stages = layers_per_virtual_stage(config)
-    table = model.vocab_size * model.hidden_size / tp
-    found: list[list[Any]] = [[[], 0.0, 0.0] for _ in range(pp)]
-    first = 0
-    for stage, layers in enumerate(stages):
-        rank = found[stage % pp]
-        rank[0].append(str(layers))
-        for layer in range(first, first + layers):
-            kind = "dense" if layer < dense_layers else "moe"
-            parts = layer_parameters(model, moe, cast(Any, kind), *sizes)
-            rank[1] += float(parts.dense)
-            rank[2] += float(parts.experts)
-        first += layers
-    # Embedding first, head last. Tied, the last stage of several holds a copy of the table.
-    found[0][1] += table
-    if model.position_embedding == "learned":
-        found[0][1] += model.max_position_embeddings * model.hidden_size
-    last = found[-1]
-    last[1] += norm_parameters(model, model.hidden_size)
-    if not model.tie_embeddings or pp > 1:
-        last[1] += table
-    if model.mtp_num_layers:
-        parts = layer_parameters(model, moe, mtp_kind(model), *sizes)
-        own = parts.dense + mtp_extra(model) - 2 * model.hidden_size**2 * (1 - 1 / tp)
-        last[1] += float(model.mtp_num_layers * own)
-        last[2] += float(model.mtp_num_layers * parts.experts)
-    return [(" + ".join(chunks), dense, experts) for chunks, dense, experts in found]
+@dataclass(frozen=True)
+class Stage:
+    """One pipeline rank: layers of its chunks, parameters and forecast memory on one device."""
+
+    rank: int
+    layers: list[int]
+    parameters: StageParameters
+    memory: Memory
+
+    def contents(self) -> tuple[str, ...]:
+        """Layers and parameters, as cells of a table."""
+        parameters = (self.parameters.dense, self.parameters.experts, self.parameters.total)
+        return " + ".join(map(str, self.layers)), *(_billions(float(n)) for n in parameters)
+
+    def gibibytes(self) -> tuple[str, ...]:
+        """Memory, as cells of a table."""
+        m = self.memory
+        parts = (m.weights, m.gradients, m.optimizer, m.activations + m.temporary, m.peak)
+        return tuple(f"{float(value) / 2**30:.2f}" for value in parts)
+
+
+def stages(config: Config) -> list[Stage]:
+    """All pipeline ranks. Needs a configuration without violations."""
+    s = shapes(config, from_config(config))
+    counted = blocks(s, expected_load(s))
+    kept = block_activations(s, counted)
+    pp = config.parallel.pipeline_model_parallel_size
+    layers = layers_per_virtual_stage(config)
+    found = []
+    for rank in range(pp):
+        contents = stage_contents(s, rank, config.parallel.virtual_pipeline_model_parallel_size)
+        memory = rank_memory(s, counted, kept, rank, contents)
+        found.append(Stage(rank, layers[rank::pp], stage_parameters(s, contents), memory))
+    return found
+
+
+def precision(config: Config) -> Precision:
+    """What `auto` would be: float32 for a run on this machine's CPU, else bfloat16."""
+    if config.backend.precision != "auto":
+        return config.backend.precision
+    here = config.devices is None and machine_check.backend(config.backend.name)[0] == "cpu"
+    return "fp32" if here or config.backend.name == "cpu" else "bf16"
 
 
 def show_machine(requested: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from configs.compose import load
 from pangu import machine_check
-from pangu.doctor import parameters_per_rank
+from pangu.doctor import stages
 from simulator.parameters import count_parameters
 
 ROOT = Path(__file__).parents[2]
@@ -62,12 +62,14 @@ def test_parameters_per_rank_add_up(model: str) -> None:
     """With experts and stages spread, and nothing else, ranks add up to the whole model."""
     layout = "parallel.pipeline_model_parallel_size=2"
     noop = "parallel.num_noop_layers=1" if model == "pangu_ultra_moe" else "seed=1"
-    config = load([f"model={model}", layout, noop, "devices=8", EP4])
-    ranks = parameters_per_rank(config)
+    config = load([f"model={model}", layout, noop, "devices=8", EP4, "backend.precision=fp32"])
+    ranks = stages(config)
     count = count_parameters(config)
     copy = config.model.vocab_size * config.model.hidden_size if config.model.tie_embeddings else 0
-    total = sum(dense + 4 * experts for _, dense, experts in ranks)
+    total = sum(float(r.parameters.dense + 4 * r.parameters.experts) for r in ranks)
     assert total == count.allocated + copy
+    element = 4 * sum(float(rank.parameters.total) for rank in ranks)
+    assert sum(float(rank.memory.weights) for rank in ranks) == element
 
 
 EP4 = "parallel.expert_model_parallel_size=4"
