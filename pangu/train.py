@@ -146,8 +146,9 @@ def prepare_environment(config: Config, process: ProcessEnvironment) -> ProcessE
         process = replace(process, master_port=free_port())
     process.export(os.environ)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = config.backend.threads or max(1, (cores or 1) // process.local_world_size)
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+    share = max(1, (cores or 1) // process.local_world_size)
+    if config.backend.threads or "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(config.backend.threads or share)
     # megatron-core overlaps communication by the order in which kernels are queued.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # With torch-npu but no CANN, `import torch` would fail; backend=npu imports it explicitly.

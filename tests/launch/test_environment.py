@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from configs.compose import load
 from launch.environment import LauncherError, ProcessEnvironment, first_node, read, tasks_per_node
+from pangu.train import prepare_environment
 
 MSRUN = {
     "MS_ROLE": "MS_WORKER",
@@ -148,3 +150,18 @@ def test_processes_of_the_launcher_are_what_is_checked(tmp_path: Path) -> None:
     result = train("experiment=quickstart", cwd=tmp_path, **{**TORCHRUN, "RANK": "0"})
     assert result.returncode == 2
     assert "4 x 16 = 64" in said(result)
+
+
+def test_threads_are_shared_among_the_processes_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, process = load([]), ProcessEnvironment(local_world_size=2)
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
+    exported = prepare_environment(config, process)
+    assert os.environ["OMP_NUM_THREADS"] == "6"
+    assert os.environ["MASTER_PORT"] == str(exported.master_port) != "0"
+    os.environ["OMP_NUM_THREADS"] = "3"
+    prepare_environment(config, process)
+    assert os.environ["OMP_NUM_THREADS"] == "3"
+    config.backend.threads = 5
+    prepare_environment(config, process)
+    assert os.environ["OMP_NUM_THREADS"] == "5"
