@@ -181,12 +181,9 @@ def _moe(row: Row) -> MoEConfig:
 
 def _parallel(row: Row, assumed: list[str]) -> ParallelConfig:
     sizes = {name: row.number(name, 1) for name in ("tp", "pp", "vpp", "ep", "etp", "cp")}
-    if not row.number("vpp") and sizes["pp"] > 1 and row.mentions("interleaved", "Interleaved"):
-        per_rank = row.number("layers") // sizes["pp"]
-        sizes["vpp"] = next((v for v in (2, 3, 4) if per_rank % v == 0), 1)
-        assumed.append(f"{sizes['vpp']} virtual stages")
-    elif not row.number("vpp") and sizes["pp"] > 1:
-        assumed.append("no virtual stages")
+    if not row.number("vpp") and sizes["pp"] > 1:
+        sizes["vpp"] = _virtual_stages(row, row.number("layers") // sizes["pp"])
+        assumed.append(f"{sizes['vpp']} virtual stages per rank")
     # Before parallel folding, experts were cut as attention is.
     unfolded = row.mentions("Parallel Folding") and not row.mentions("w/ Folding")
     if row.number("n_experts") and not row.number("etp") and (sizes["ep"] == 1 or unfolded):
@@ -211,6 +208,16 @@ def _parallel(row: Row, assumed: list[str]) -> ParallelConfig:
         overlap_grad_reduce=modern or sharded or row.mentions("overlap-grad-reduce"),
         overlap_param_gather=modern or sharded or row.mentions("overlap-param-gather"),
     )
+
+
+def _virtual_stages(row: Row, layers: int) -> int:
+    """Chunks per rank where a table leaves them open: two to four if it says "interleaved"; for
+    Megatron-Core's own runs the deepest cut up to eight, as its published scripts have it."""
+    if row.mentions("Folding", "Megatron-LM README", "Llama 3 Herd"):
+        return next(v for v in range(8, 0, -1) if layers % v == 0)
+    if row.mentions("interleaved"):
+        return next((v for v in (2, 3, 4) if layers % v == 0), 1)
+    return 1
 
 
 def _zero_stage(row: Row, sharded: bool) -> int:
