@@ -79,7 +79,8 @@ class Matmul:
     tiles fill the `units` cores exactly reaches of the peak. `tiles` are the blocks that the
     library may choose, each (rows, columns, part of that efficiency): padding and the last,
     partly filled wave of tiles come off. `depth_half` is the k at which a tile's start and end
-    cost as much as its products.
+    cost as much as its products. Benchmarks repeat one product; `in_training` is the part of all
+    this that is kept in a step, where products alternate with other work under a power limit.
     """
 
     size: list[float]
@@ -91,6 +92,7 @@ class Matmul:
     grouped: float = 1.0  # part of the above that one launch over many experts keeps
     weight_gradient: float = 1.0  # … that products adding to a float32 buffer keep
     dtype: dict[str, float] = field(default_factory=dict)  # … that another dtype keeps
+    in_training: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,15 @@ class Attention:
     """Efficiency of fused attention: `forward` and `backward` are parts of the matrix peak for
     long sequences and heads of 128; half of it is reached at `half_length` keys. Narrower heads
     keep d/(d + `half_head`) relative to 128's. `cache` is the part of the memory efficiency that
-    reading keys and values keeps, which is what decoding a token spends its time on."""
+    reading keys and values keeps, which is what decoding a token spends its time on;
+    `in_training` as with `Matmul`."""
 
     forward: float
     backward: float
     half_length: float
     half_head: float = 16.0
     cache: float = 1.0
+    in_training: float = 1.0
 
 
 @dataclass(frozen=True)

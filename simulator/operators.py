@@ -113,7 +113,8 @@ def attention_seconds(
     curve = hw.attention
     head = np.minimum(qk_dim, v_dim)
     head_factor = head / (head + curve.half_head) * (128.0 + curve.half_head) / 128.0
-    reached = (curve.backward if backward else curve.forward) * np.minimum(head_factor, 1.05)
+    best = curve.in_training * (curve.backward if backward else curve.forward)
+    reached = best * np.minimum(head_factor, 1.05)
     reached = reached * seq_kv / (seq_kv + curve.half_length)
     kv_heads = heads if kv_heads is None else np.asarray(kv_heads, dtype=float)
     kv = batch * kv_heads * seq_kv * (qk_dim + v_dim) * (element if kv_bytes is None else kv_bytes)
@@ -145,7 +146,7 @@ def _efficiency(hw: Hardware, batch: Array, m: Array, n: Array, k: Array) -> Arr
     curve = hw.matmul
     m, n, k, batch = (np.maximum(x, 1.0) for x in (m, n, k, batch))
     size = np.log2(m * n * k * batch) / 3.0
-    reached = np.interp(size, np.log2(curve.size), curve.efficiency)
+    reached = np.interp(size, np.log2(curve.size), curve.efficiency) * curve.in_training
     best: Array = 0.0
     for rows, columns, part in curve.tiles:
         down, across = np.ceil(m / rows), np.ceil(n / columns)

