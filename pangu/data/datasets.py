@@ -30,7 +30,8 @@ _KEYS = ("tokens", "labels", "loss_mask", "position_ids", "document_ids")
 
 @dataclass(frozen=True)
 class Datasets:
-    """Map-style datasets whose item i is sequence i; `validation` is None without a corpus."""
+    """Map-style datasets whose item i is sequence i; `validation` may be None in a run that does
+    not validate."""
 
     train: Any
     validation: Any | None
@@ -42,7 +43,7 @@ def build_datasets(
 ) -> Datasets:
     """Datasets of at least so many sequences of `seq_length` tokens.
 
-    Collective: with torch.distributed initialised, every rank calls it; rank 0 writes the index.
+    Collective: with torch.distributed initialised, every rank calls it.
 
     Raises:
         ConfigError: naming every corpus that is missing, damaged or does not fit the model.
@@ -55,7 +56,7 @@ def build_datasets(
             SyntheticDataset(validation_samples, seq_length, vocab_size, config.seed + 2**32),
             NumberTokenizer(vocab_size),
         )
-    blend, validation_blend = resolve_blends(config)
+    blend, validation_blend = _resolve_blends(config)
     tokenizer = corpus_tokenizer(config)
     violations = [
         *_check_tokenizers({**blend, **validation_blend}),
@@ -71,6 +72,15 @@ def build_datasets(
                 f"at least {tokenizer.vocab_size}",
             )
         )
+    if config.train.validate_every and not validation_blend:
+        violations.append(
+            Violation(
+                "data.validation_blend",
+                "{}",
+                "there is no held-out corpus beside the training files to validate on",
+                "name one, or train.validate_every=0",
+            )
+        )
     if violations:
         raise ConfigError(violations)
     train = _build(config, blend, 0, train_samples, seq_length, config.seed, tokenizer)
@@ -83,7 +93,7 @@ def build_datasets(
     return Datasets(train, validation, tokenizer)
 
 
-def resolve_blends(config: Config) -> tuple[dict[str, float], dict[str, float]]:
+def _resolve_blends(config: Config) -> tuple[dict[str, float], dict[str, float]]:
     """Weights of the training and validation files, by prefix.
 
     A corpus folder stands for the files in it; without a `validation_blend`, the held-out parts
@@ -116,7 +126,7 @@ def corpus_tokenizer(config: Config) -> Tokenizer:
     """
     if config.data.name == "synthetic":
         return NumberTokenizer(config.model.vocab_size)
-    path = config.data.tokenizer or str(Path(next(iter(resolve_blends(config)[0]))).parent)
+    path = config.data.tokenizer or str(Path(next(iter(_resolve_blends(config)[0]))).parent)
     try:
         return load_tokenizer(path)
     except DataError as error:
@@ -223,6 +233,8 @@ def batches(
             batch_sampler=positions,
             num_workers=config.data.num_workers,
             collate_fn=_Collate(config.data.reset_attention_mask),
+            # else the loader draws from the global state, which a checkpoint must find untouched
+            generator=torch.Generator(),
         )
     )
 

@@ -132,6 +132,14 @@ def test_replicas_end_together(corpus: Path, tmp_path: Path) -> None:
     assert counts == [3, 3]
 
 
+def test_reading_leaves_the_random_state_alone(corpus: Path, tmp_path: Path) -> None:
+    """A resumed run makes its iterator anew and must draw the same numbers after that."""
+    config = config_of(corpus, tmp_path)
+    before = torch.get_rng_state()
+    global_order(build(config).train, config, 1, 4, 0, 2, 8)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_workers_give_the_same_batches(corpus: Path, tmp_path: Path) -> None:
     config = config_of(corpus, tmp_path)
     dataset = build(config).train
@@ -241,7 +249,7 @@ def test_synthetic_tokens(tmp_path: Path) -> None:
 
 
 def test_every_damaged_file_is_named(corpus: Path, tmp_path: Path) -> None:
-    for name in ("short", "headless", "fine"):
+    for name in ("short", "headless", "stub", "fine"):
         folder = tmp_path / name
         folder.mkdir()
         for path in corpus.iterdir():
@@ -249,8 +257,10 @@ def test_every_damaged_file_is_named(corpus: Path, tmp_path: Path) -> None:
     short = tmp_path / "short" / "train.bin"
     short.write_bytes(short.read_bytes()[:-100])
     (tmp_path / "headless" / "train.idx").write_bytes(b"MMIDIDX\0\0")
+    stub = tmp_path / "stub" / "train.idx"
+    stub.write_bytes(stub.read_bytes()[:-8])
     config = config_of(corpus, tmp_path)
-    names = ("fine", "short", "headless", "absent")
+    names = ("fine", "short", "headless", "stub", "absent")
     config.data.blend = {str(tmp_path / name): 1.0 for name in names}
     config.model.vocab_size = 100
     with pytest.raises(ConfigError) as caught:
@@ -258,9 +268,10 @@ def test_every_damaged_file_is_named(corpus: Path, tmp_path: Path) -> None:
     text = str(caught.value)
     assert f"{short} has {short.stat().st_size} bytes where its index counts" in text
     assert f"{tmp_path / 'headless' / 'train.idx'} is not a Megatron index" in text
+    assert f"{stub} was cut short: {stub.stat().st_size} bytes instead of" in text
     assert f"there is no file {tmp_path / 'absent'}.bin" in text
     assert "model.vocab_size=100: the corpus' tokenizer has 300 tokens" in text
-    assert len(caught.value.violations) == 4
+    assert len(caught.value.violations) == 5
 
 
 def test_corpora_of_different_tokenizers_are_not_blended(
@@ -285,6 +296,21 @@ def test_a_corpus_shorter_than_a_sequence_is_refused(corpus: Path, tmp_path: Pat
             validation_samples=1,
             seq_length=1_000_000,
         )
+
+
+def test_validating_without_held_out_files_is_refused(corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "train-only"
+    folder.mkdir()
+    for path in (*corpus.glob("train.*"), *corpus.glob("tokenizer*")):
+        (folder / path.name).write_bytes(path.read_bytes())
+    config = config_of(folder, tmp_path)
+    with pytest.raises(ConfigError, match=r"validation_blend=\{\}: .*or train\.validate_every=0"):
+        build(config)
+    config.train.validate_every = 0
+    assert build(config).validation is None
+    config.train.validate_every = 10
+    config.data.validation_blend = {str(corpus / "validation"): 1.0}
+    assert len(build(config).validation) >= 16
 
 
 def test_tokens_beyond_the_vocabulary_are_refused(corpus: Path, tmp_path: Path) -> None:
