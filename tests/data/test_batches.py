@@ -68,8 +68,8 @@ def test_sequences_are_whole_documents_in_order(corpus: Path, tmp_path: Path) ->
         assert all(any(piece.strip() in document for document in documents) for piece in pieces)
     # shuffled: one sequence does not go on where the one before ended
     assert (rows[:-1, -1] == rows[1:, 0]).mean() < 0.4
-    # sequences that do follow each other in the corpus share the label of one and the first token of the next, so that the
-    # inputs are a permutation of the corpus up to its last tokens
+    # the label of a sequence's end is the input that its continuation starts with, so that all
+    # inputs together are the corpus up to its last tokens
     counts = np.bincount(rows[:, :-1].ravel(), minlength=300)
     everything = np.bincount(np.concatenate(source[:]), minlength=300)
     assert (everything - counts >= 0).all()
