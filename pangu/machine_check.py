@@ -21,7 +21,7 @@ PACKAGES = (
     "transformers",
     "mindspore",
 )
-REQUIRED = ("torch", "megatron-core", "numpy", "hydra-core")
+REQUIRED = ("torch", "megatron-core")
 
 NO_CANN = (
     "torch-npu is installed but CANN's libraries are not: `import torch` fails. Source CANN's "
@@ -69,12 +69,8 @@ def backend(requested: str) -> tuple[str, str]:
 
 def complaints(requested: str) -> list[str]:
     """What is wrong with the installation, one sentence each, with what to do."""
-    found, said = packages(), []
-    missing = [name for name in REQUIRED if not found[name]]
-    if missing:
-        said.append(
-            f"{', '.join(missing)} missing: pip install 'pangu-moe[train]', or make install"
-        )
+    found = packages()
+    said: list[str] = []
     torch, npu = found["torch"], found["torch-npu"]
     if npu and not has_cann():
         said.append(NO_CANN)
@@ -84,9 +80,11 @@ def complaints(requested: str) -> list[str]:
 
 
 def impossible(requested: str) -> list[str]:
-    """Why the backend asked for cannot run with what is installed."""
+    """Why a run on this backend cannot start with what is installed."""
     found = packages()
     torch = found["torch"] or ""
+    if missing := [name for name in REQUIRED if not found[name]]:
+        return [f"{' and '.join(missing)} missing: pip install 'pangu-moe[train]', or make install"]
     if requested == "npu" and not found["torch-npu"]:
         return ["backend=npu needs torch-npu: pip install 'pangu-moe[train,npu]'"]
     if requested == "cuda" and "+cpu" in torch:
