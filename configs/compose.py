@@ -184,7 +184,9 @@ def _parse(overrides: list[str]) -> tuple[list[Violation], list[Override]]:
             parsed.append(parser.parse_override(line))
         except HydraException as error:
             reason = str(error).splitlines()[0]
-            violations.append(Violation(line, "", reason, "write key=value"))
+            violations.append(
+                Violation(line, "", reason, "key=value, or key='value' around = , or blanks")
+            )
     return violations, parsed
 
 

@@ -51,6 +51,9 @@ GROUP_NAMES = {
 
 def main(arguments: Sequence[str]) -> int:
     """2 when there is something to mend, else 0. What the mistakes leave intact is still shown."""
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
     config, found = examine(list(arguments))
     if found:
         print_violations(found)
