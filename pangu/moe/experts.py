@@ -79,12 +79,14 @@ class GroupedExperts(MegatronModule):
 
         `tokens_per_expert` holds E integers, on the host or the device.
         """
-        hidden_N2F = grouped_matmul(rows_NH, self.w1.flatten(2), tokens_per_expert)
+        counts_E = tokens_per_expert
+        hidden_N2F = grouped_matmul(rows_NH, self.w1.flatten(2), counts_E, parameter=self.w1)
         if not self.recompute_activation:
-            return grouped_matmul(swiglu(hidden_N2F, weights_N), self.w2, tokens_per_expert), None
+            activated_NF = swiglu(hidden_N2F, weights_N)
+            return grouped_matmul(activated_NF, self.w2, counts_E, parameter=self.w2), None
         checkpoint = CheckpointWithoutOutput(fp8=None)  # None, not False, turns FP8 off
         activated_NF = checkpoint.checkpoint(swiglu, hidden_N2F, weights_N)
-        output_NH = grouped_matmul(activated_NF, self.w2, tokens_per_expert)
+        output_NH = grouped_matmul(activated_NF, self.w2, counts_E, parameter=self.w2)
         checkpoint.discard_output_and_register_recompute(output_NH)
         return output_NH, None
 

@@ -55,6 +55,17 @@ class Loop:
                 w.zero_()
         return out
 
+    @staticmethod
+    def add_weights(
+        x_NI: torch.Tensor, y_NO: torch.Tensor, counts_E: torch.Tensor, out_EIO: torch.Tensor
+    ) -> None:
+        """`weights`, added to `out_EIO`."""
+        sizes = counts_E.tolist()
+        groups = zip(x_NI.split(sizes), y_NO.split(sizes), out_EIO.unbind(0), sizes, strict=True)
+        for x, y, w, size in groups:
+            if size:
+                w.addmm_(x.t(), y)
+
 
 class Fused:
     """`torch.nn.functional.grouped_mm`: one kernel, counts stay on the device."""
@@ -120,9 +131,11 @@ class _GroupedMatmul(torch.autograd.Function):
         w_EIO: torch.Tensor,
         counts_E: torch.Tensor,
         kernels: type[Kernels],
+        parameter: torch.nn.Parameter | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(x_NI, w_EIO, counts_E)
         ctx.kernels = kernels
+        ctx.parameter = parameter
         return kernels.rows(x_NI, w_EIO, counts_E)
 
     @staticmethod
@@ -132,9 +145,14 @@ class _GroupedMatmul(torch.autograd.Function):
         grad_x = grad_w = None
         if ctx.needs_input_grad[0]:
             grad_x = ctx.kernels.rows(grad_NO, w_EIO.transpose(1, 2), counts_E)
-        if ctx.needs_input_grad[1]:
+        main_grad = getattr(ctx.parameter, "main_grad", None)
+        if ctx.kernels is Loop and main_grad is not None and main_grad.dtype == x_NI.dtype:
+            Loop.add_weights(x_NI, grad_NO, counts_E, main_grad.view(w_EIO.shape))
+            ctx.parameter.grad_added_to_main_grad = True
+            grad_w = torch.empty_like(w_EIO)  # never read: it makes the engine's hook run
+        elif ctx.needs_input_grad[1]:
             grad_w = ctx.kernels.weights(x_NI, grad_NO, counts_E)
-        return grad_x, grad_w, None, None
+        return grad_x, grad_w, None, None, None
 
 
 def grouped_matmul(
@@ -142,14 +160,20 @@ def grouped_matmul(
     w_EIO: torch.Tensor,
     counts_E: torch.Tensor,
     kernels: type[Kernels] | None = None,
+    parameter: torch.nn.Parameter | None = None,
 ) -> torch.Tensor:
     """Rows of each group times the group's weight: `[N, O]`, differentiable in x and w.
 
     `counts_E` holds integers on any device and sums to N; groups may be empty. `kernels` replaces
     the backend's choice: the loop on a CPU, where it is as fast as `grouped_mm` and takes every
     dtype and width; `grouped_mm` on a GPU; torch-npu's operator on an NPU.
+
+    `parameter` is the one of which w is a view. Where megatron-core's data parallelism has given
+    it a `main_grad` of x's dtype, the loop adds the weight gradient right there, which saves
+    writing it down and adding it afterwards.
     """
-    return _GroupedMatmul.apply(x_NI, w_EIO, counts_E, kernels or _choose(x_NI, w_EIO))
+    kernels = kernels or _choose(x_NI, w_EIO)
+    return _GroupedMatmul.apply(x_NI, w_EIO, counts_E, kernels, parameter)
 
 
 def _choose(x_NI: torch.Tensor, w_EIO: torch.Tensor) -> type[Kernels]:

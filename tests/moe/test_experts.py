@@ -4,6 +4,7 @@ import gloo
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -87,6 +88,24 @@ def test_recompute_keeps_less():
         kept[recompute] = sum(storages.values())
         output.sum().backward()
     assert kept[False] - kept[True] == 100 * WIDTH * 8
+
+
+def test_the_engines_gradient_buffer_gets_every_gradient_once():
+    """megatron-core's data parallelism: hooks add `grad` to `main_grad` unless told otherwise."""
+    counts = torch.tensor([3, 0, 5, 1])
+    batches = [torch.randn(9, HIDDEN, dtype=torch.float64) for _ in range(2)]
+    weights = torch.rand(9, dtype=torch.float64)
+    experts, plain = build(), build()
+    config = DistributedDataParallelConfig(grad_reduce_in_fp32=False)
+    wrapped = DistributedDataParallel(experts.config, config, experts)
+    wrapped.zero_grad_buffer()
+    for batch in batches:
+        for module in (wrapped, plain):
+            module(batch, counts, weights)[0].square().sum().backward()
+    for parameter, expected in zip(experts.parameters(), plain.parameters(), strict=True):
+        assert parameter.grad_added_to_main_grad
+        assert parameter.grad is None
+        torch.testing.assert_close(parameter.main_grad, expected.grad, rtol=1e-13, atol=1e-13)
 
 
 def test_parameters_say_how_they_are_split():
