@@ -273,6 +273,8 @@ class CheckpointConfig:
     resume: str = "auto"  # auto | never | a checkpoint folder
     async_save: bool = True
     save_at_end: bool = True
+    # Starts from one checkpoint that do not get as far as the next, before resume=auto refuses.
+    max_restarts: int = 5
 
 
 @dataclass

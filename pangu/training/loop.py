@@ -17,11 +17,14 @@ from configs.schema import Config
 from pangu import backends
 from pangu.data.datasets import Datasets, batches, build_datasets
 from pangu.moe.load import read_load
-from pangu.training import schedule
+from pangu.training import checkpoint, schedule
+from pangu.training.distributed import say
 from pangu.training.expert_load import LoadWindow
 from pangu.training.metrics import MetricsFile, step_row
 from pangu.training.optimizer import set_learning_rate
 from pangu.training.progress import Progress
+from pangu.training.resilience import Diverged, SkippedSteps, StopSignal
+from pangu.training.saver import Saved, Saver
 from pangu.training.state import RunState
 from pangu.training.step import Batch, StepShape, evaluate, train_step
 
@@ -40,35 +43,126 @@ class Trainer:
     state: RunState
     metrics: MetricsFile
     load: LoadWindow
+    stop: StopSignal
 
-    def train(self) -> None:
-        """Run from the current state to the last step."""
+    def __post_init__(self) -> None:
+        self.saver = Saver(self.config, self.chunks, self.optimizer, self.datasets.tokenizer)
+        self.skipped = SkippedSteps(self.config.train.max_skipped_steps)
+        self.last_started = self.last_saved = self.state.step
+        self.rolled_back_to: int | None = None
+
+    def train(self) -> int:
+        """Run from the current state to the last step, or until told to stop; the exit code.
+
+        Raises:
+            Diverged: too many steps were not finite.
+        """
         self.metrics.continue_after(self.state.step)
+        self.saver.prepare(self.state.step)
         rank, devices = dist.get_rank(), dist.get_world_size()
         with Progress(self.config, self.state.step, active=rank == 0, devices=devices) as progress:
             train_batches = self.train_batches()
-            while self.state.step < self.config.train.steps:
+            while self.state.step < self.config.train.steps and not self.stop.agreed():
                 if self.enter_phase():
                     train_batches = self.train_batches()
                 row = self.one_step(train_batches)
                 self.metrics.write(row)
                 progress.show(row)
+                if self.skipped.too_many():
+                    self.roll_back()
+                    train_batches = self.train_batches()
+                    continue
                 if self.due(LOAD_INTERVAL) and (dead := self.load.end_interval()):
                     progress.warn(dead)
                 if self.datasets.validation and self.due(self.config.train.validate_every):
                     loss = self.validate()
                     self.metrics.write({"step": self.state.step, "validation_loss": loss})
                     progress.show_validation(self.state.step, loss)
+                self.save_if_due()
+        code = self.leave()
         self.metrics.close()
+        return code
 
     def enter_phase(self) -> bool:
         """Change data when the next step belongs to another phase; whether it does."""
         phase = schedule.phase_at(self.config, self.state.step)
         if phase == self.phase:
             return False
-        self.phase, self.datasets = phase, phase_datasets(self.config, phase)
+        self.phase = phase
         self.state.consumed_sequences = 0
+        self.datasets = phase_datasets(self.config, phase, self.state)
         return True
+
+    def save_if_due(self) -> None:
+        """Start a checkpoint every `checkpoint.save_every` steps; training goes on meanwhile."""
+        c = self.config.checkpoint
+        self.note(self.saver.poll())
+        every, step = c.save_every, self.state.step
+        # Not among skipped steps, whose weights may be what is wrong: the next good step saves.
+        if every and step // every > self.last_started // every and not self.skipped.in_a_row:
+            self.save()
+            if not c.async_save:
+                self.note(self.saver.finish())
+
+    def save(self) -> None:
+        """Start a checkpoint of this step, after the one under way, if any."""
+        self.note(self.saver.finish())
+        self.last_started = self.state.step
+        self.note(self.saver.start(self.state))
+
+    def note(self, saved: Saved | None) -> None:
+        """Take note of how a save ended; a failed one goes into the metrics."""
+        if saved is None:
+            return
+        if saved.error is None:
+            self.last_saved = saved.step
+        else:
+            self.metrics.write({"step": saved.step, "checkpoint_error": saved.error})
+
+    def leave(self) -> int:
+        """Save where the run has ended or was told to stop. The exit code is 1 when it was told
+        to stop and could not save, else 0."""
+        finished = self.state.step >= self.config.train.steps
+        self.note(self.saver.finish())
+        wanted = not finished or self.config.checkpoint.save_at_end
+        if wanted and self.last_saved < self.state.step:
+            self.save()
+            self.note(self.saver.finish())
+        self.saver.close()
+        if finished:
+            return 0
+        say(f"told to stop after step {self.state.step}")
+        return 0 if self.last_saved == self.state.step else 1
+
+    def roll_back(self) -> None:
+        """Weights, optimizer and step of the last checkpoint; the data move on.
+
+        Raises:
+            Diverged: there have been too many rollbacks, or there is nothing to go back to.
+        """
+        now, limit = self.state, self.config.train.max_rollbacks
+        self.note(self.saver.finish())
+        trouble = f"{self.skipped.in_a_row} steps in a row up to {now.step} were not finite"
+        if now.rollbacks >= limit:
+            raise Diverged(f"{trouble}, after {limit} rollbacks (train.max_rollbacks)")
+        found = checkpoint.newest(self.config)
+        if found is None:
+            raise Diverged(f"{trouble}, and there is no checkpoint to go back to")
+        if found.manifest.step == self.rolled_back_to:
+            found = checkpoint.newest(self.config, before=self.rolled_back_to) or found
+        say(f"{trouble}: rolling back to step {found.manifest.step}")
+        self.state = checkpoint.restore(self.config, found, self.chunks, self.optimizer)
+        self.rolled_back_to = self.last_started = self.last_saved = self.state.step
+        phase = schedule.phase_at(self.config, self.state.step)
+        if phase == self.phase:  # the data move on; an earlier phase's are read again
+            self.state.consumed_sequences = now.consumed_sequences
+        self.state.skipped_steps = now.skipped_steps
+        self.state.rollbacks = now.rollbacks + 1
+        self.metrics.continue_after(self.state.step)
+        self.metrics.write({"step": self.state.step, "rolled_back_from": now.step})
+        self.saver.prepare(self.state.step)
+        self.skipped.count(False)
+        self.phase, self.datasets = phase, phase_datasets(self.config, phase, self.state)
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps, and at the end, happens now."""
@@ -88,6 +182,8 @@ class Trainer:
         seconds = time.perf_counter() - started
         self.state.step += 1
         self.state.consumed_sequences += sequences
+        self.state.skipped_steps += result.skipped
+        self.skipped.count(result.skipped)
         if load:
             self.load.add(self.state.step, load.counts)
         return step_row(
@@ -132,13 +228,17 @@ class Trainer:
         ]
 
 
-def phase_datasets(config: Config, at: schedule.PhaseAt) -> Datasets:
-    """The data of one phase. Each phase has an order of its own, from the seed and its first
-    step, so that the same corpus is not read twice in the same order."""
+def phase_datasets(config: Config, at: schedule.PhaseAt, state: RunState) -> Datasets:
+    """The data of one phase, enough to get from `state` to its end. Each phase has an order of
+    its own, from the seed and its first step, so that the same corpus is not read twice in the
+    same order."""
     sequences = schedule.global_batch_size(config, at.phase)
+    end = at.first_step + at.phase.steps
+    if at.phase == schedule.phases(config)[-1]:
+        end = max(end, config.train.steps)
     return build_datasets(
         replace(config, seed=config.seed + at.first_step),
-        train_samples=at.phase.steps * sequences,
+        train_samples=state.consumed_sequences + (end - state.step) * sequences,
         validation_samples=config.train.validation_batches * sequences,
         seq_length=schedule.seq_length(config, at.phase),
     )

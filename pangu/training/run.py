@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
@@ -11,16 +12,24 @@ from configs.compose import ConfigError, Violation, to_yaml
 from configs.schema import Config
 from launch.environment import ProcessEnvironment
 from pangu import backends
+from pangu.training.resilience import Diverged, StopSignal
+
+if TYPE_CHECKING:
+    from pangu.training.loop import Trainer
 
 
 def run(config: Config, process: ProcessEnvironment) -> int:
-    """Train as `config` says. The exit code is 0 when the run reached its end.
+    """Train as `config` says, from where `checkpoint.resume` says.
 
     The configuration must have been checked for `process.world_size` ranks.
+    The exit code is 0 when the run reached its end, or was told to stop and saved; 3 when it
+    diverged.
 
     Raises:
-        ConfigError: this machine does not have the backend.
+        ConfigError: this machine does not have the backend, or the run cannot start from the
+            checkpoint.
     """
+    stop = StopSignal()
     # The engine and torch announce their own deprecations on every rank.
     warnings.filterwarnings("ignore", module="megatron|torch")
     # It knows no MLP but its own ("Unknown MLP type").
@@ -31,39 +40,60 @@ def run(config: Config, process: ProcessEnvironment) -> int:
         raise ConfigError([Violation("backend", config.backend.name, str(error))]) from None
 
     # After the choice of the backend: megatron-core must find its device.
+    from pangu.training import distributed
+
+    distributed.initialize(config)
+    try:
+        return build_trainer(config, stop).train()
+    except Diverged as error:
+        distributed.say(f"the run has diverged: {error}")
+        return 3
+    finally:
+        distributed.shutdown()
+
+
+def build_trainer(config: Config, stop: StopSignal) -> Trainer:
+    """Everything that a run needs, at the step that it starts from. Process groups must exist.
+
+    Raises:
+        ConfigError: the run cannot start from the checkpoint.
+    """
     from pangu.model.build import build_model
-    from pangu.training import distributed, schedule
+    from pangu.training import checkpoint, distributed, schedule
     from pangu.training.expert_load import LoadWindow
     from pangu.training.loop import Trainer, phase_datasets, run_folder
     from pangu.training.metrics import MetricsFile
     from pangu.training.optimizer import build_optimizer, wrap_model
     from pangu.training.state import RunState
 
-    distributed.initialize(config)
-    try:
-        folder = run_folder(config)
-        if dist.get_rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(to_yaml(config))
-        state = RunState()
-        phase = schedule.phase_at(config, state.step)
-        datasets = phase_datasets(config, phase)
-        if dist.get_rank() == 0:
-            # a run stays readable when its corpus moves, or Python's library with an upgrade
-            datasets.tokenizer.save(folder / "tokenizer")
-        chunks, settings = build_model(config)
-        wrapped = wrap_model(config, settings, chunks)
-        trainer = Trainer(
-            config=config,
-            chunks=wrapped,
-            optimizer=build_optimizer(config, wrapped),
-            phase=phase,
-            datasets=datasets,
-            state=state,
-            metrics=MetricsFile(folder, active=dist.get_rank() == 0),
-            load=LoadWindow(folder, config.moe, active=dist.get_rank() == 0),
-        )
-        trainer.train()
-    finally:
-        distributed.shutdown()
-    return 0
+    first = dist.get_rank() == 0
+    found = checkpoint.find(config)
+    folder = run_folder(config)
+    if first:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(to_yaml(config))
+    state = found.state if found else RunState()
+    phase = schedule.phase_at(config, state.step)
+    if state.step == phase.first_step:
+        state.consumed_sequences = 0  # those of the phase before, which ended there
+    datasets = phase_datasets(config, phase, state)
+    if first:
+        # a run stays readable when its corpus moves, or Python's library with an upgrade
+        datasets.tokenizer.save(folder / "tokenizer")
+    chunks, settings = build_model(config)
+    wrapped = wrap_model(config, settings, chunks)
+    optimizer = build_optimizer(config, wrapped)
+    if found:
+        checkpoint.restore(config, found, wrapped, optimizer)
+        distributed.say(f"resuming from {found.path}")
+    return Trainer(
+        config=config,
+        chunks=wrapped,
+        optimizer=optimizer,
+        phase=phase,
+        datasets=datasets,
+        state=state,
+        metrics=MetricsFile(folder, active=first),
+        load=LoadWindow(folder, config.moe, active=first),
+        stop=stop,
+    )

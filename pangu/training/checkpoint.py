@@ -1,0 +1,207 @@
+"""Which checkpoint a run starts from, and loading it.
+
+`checkpoint.resume` is auto (the newest sound checkpoint of the run folder), never, or a folder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
+from omegaconf import OmegaConf
+
+from configs.compose import ConfigError, Violation, from_dict
+from configs.schema import Config
+from pangu.training import contents, manifest, optimizer_state
+from pangu.training.contents import CheckpointMismatch
+from pangu.training.distributed import from_rank_0, say
+from pangu.training.manifest import DamagedCheckpoint, Manifest
+from pangu.training.state import RunState
+
+CONFIG = "config.yaml"
+TOKENIZER = "tokenizer"
+# Keys of `model` and `moe` that say which weights there are, and how large.
+_NOT_SHAPE = {
+    "name", "max_position_embeddings", "rotary_base", "norm_epsilon", "init", "init_std",
+    "sandwich_attention_gain", "sandwich_mlp_gain",
+}  # fmt: skip
+_MOE_SHAPE = ("router_scale", "expert_bias")
+
+
+def checkpoints_of(config: Config) -> Path:
+    """Where a run keeps its checkpoints."""
+    return Path(config.run_dir) / "checkpoints"
+
+
+def read_config(path: str | Path) -> Config:
+    """The resolved configuration that a checkpoint was trained with.
+
+    Raises:
+        ConfigError: there is no checkpoint.
+    """
+    file = Path(path) / CONFIG
+    if not file.is_file():
+        reason = "is no checkpoint folder: it has no " + CONFIG
+        raise ConfigError([Violation("checkpoint", path, reason, "run_dir/checkpoints/step_…")])
+    return from_dict(OmegaConf.to_container(OmegaConf.load(file)))  # type: ignore[arg-type]
+
+
+def load_model(path: str | Path, chunks: list[Any]) -> None:
+    """Weights alone, into chunks built for any layout and precision. Collective.
+
+    Raises:
+        ConfigError: a file is missing or altered, or the checkpoint holds other weights than the
+            model has.
+    """
+    found = _verify(Path(path))
+    if isinstance(found, str):
+        raise ConfigError([Violation("checkpoint", path, f"is no sound checkpoint: {found}")])
+    try:
+        contents.load(found.path, chunks, None)
+    except CheckpointMismatch as error:
+        raise ConfigError([Violation("checkpoint", path, str(error))]) from None
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint whose files are all as they were written."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def state(self) -> RunState:
+        """The run's state when it was saved."""
+        return RunState(**self.manifest.state)
+
+
+def find(config: Config) -> Found | None:
+    """The checkpoint that `checkpoint.resume` asks for; None where the run starts anew.
+
+    Collective. `auto` takes the newest sound one of the run folder and reports damaged ones.
+
+    Raises:
+        ConfigError: the named checkpoint is missing or damaged, all checkpoints of the run folder
+            are damaged, the model's shape has changed, or the run has started too often from
+            there without getting further.
+    """
+    resume = config.checkpoint.resume
+    if resume == "never":
+        return None
+    found = newest(config) if resume == "auto" else _named(Path(resume))
+    if found is not None:
+        refuse_other_shape(config, found.path)
+        if resume == "auto":
+            _bound_restarts(config, found)
+    return found
+
+
+def newest(config: Config, before: int | None = None) -> Found | None:
+    """The newest sound checkpoint of the run folder, of a step less than `before`. Collective.
+
+    Raises:
+        ConfigError: there are checkpoints, but all are damaged.
+    """
+    folders = from_rank_0(lambda: manifest.complete(checkpoints_of(config)))
+    damaged = []
+    for folder in folders:
+        if before is not None and manifest.step_of(folder) >= before:
+            continue
+        found = _verify(folder)
+        if not isinstance(found, str):
+            return found
+        damaged.append(f"{folder.name} ({found})")
+        say(f"checkpoint {folder} is damaged: {found}; trying the one before it")
+    if damaged:
+        reason = f"every checkpoint of {config.run_dir} is damaged: {', '.join(damaged)}"
+        hint = "checkpoint.resume=never to start anew (they are set aside, not deleted)"
+        raise ConfigError([Violation("checkpoint.resume", "auto", reason, hint)])
+    return None
+
+
+def _named(path: Path) -> Found:
+    found = _verify(path)
+    if isinstance(found, str):
+        hint = "auto, never, or a folder such as run_dir/checkpoints/step_00000200"
+        reason = f"is not a sound checkpoint folder: {found}"
+        raise ConfigError([Violation("checkpoint.resume", path, reason, hint)])
+    return found
+
+
+def _verify(folder: Path) -> Found | str:
+    """The checkpoint, or what is wrong with it. The ranks share the reading of the files."""
+
+    def read() -> Manifest | str:
+        try:
+            return manifest.read(folder)
+        except DamagedCheckpoint as error:
+            return str(error)
+
+    found = from_rank_0(read)
+    if isinstance(found, str):
+        return found
+    size = dist.get_world_size()
+    wrong: list[list[str]] = [[] for _ in range(size)]
+    dist.all_gather_object(wrong, manifest.damage(folder, found, dist.get_rank(), size))
+    damaged = [line for lines in wrong for line in lines]
+    return "; ".join(damaged) if damaged else Found(folder, found)
+
+
+def refuse_other_shape(config: Config, path: Path) -> None:
+    """Compare the model with the one in the checkpoint.
+
+    Raises:
+        ConfigError: naming every key that changes which weights there are.
+    """
+    saved = read_config(path)
+    then, now = asdict(saved.model), asdict(config.model)
+    pairs = [(f"model.{k}", then[k], now[k]) for k in now if k not in _NOT_SHAPE]
+    pairs += [
+        (f"moe.{k}", getattr(saved.moe, k), getattr(config.moe, k)) for k in _MOE_SHAPE
+    ]
+    violations = [
+        Violation(key, new, f"the checkpoint {path} was trained with {old}", f"{key}={old}")
+        for key, old, new in pairs
+        if old != new
+    ]
+    if violations:
+        raise ConfigError(violations)
+
+
+def _bound_restarts(config: Config, found: Found) -> None:
+    limit, step = config.checkpoint.max_restarts, found.manifest.step
+    count = from_rank_0(lambda: manifest.count_restart(checkpoints_of(config), step))
+    if count > limit:
+        reason = (
+            f"the run has started {count - 1} times from {found.path} without reaching another "
+            "checkpoint: starting again would repeat whatever ends it"
+        )
+        hint = f"checkpoint.resume=PATH of another checkpoint, or more than {limit}"
+        raise ConfigError([Violation("checkpoint.max_restarts", limit, reason, hint)])
+
+
+def restore(
+    config: Config, found: Found, chunks: list[Any], optimizer: MegatronOptimizer
+) -> RunState:
+    """Fill the model and the optimizer, and return the run's state. Collective.
+
+    Random states are restored only in the layout that wrote them: in another one there is no
+    telling which rank's they would be.
+
+    Raises:
+        ConfigError: naming every tensor that is missing or extra.
+    """
+    everything = optimizer_state.parts(optimizer)
+    optimizer_state.initialize(everything)
+    try:
+        contents.load(found.path, chunks, everything)
+    except CheckpointMismatch as error:
+        raise ConfigError([Violation("checkpoint.resume", found.path, str(error))]) from None
+    optimizer_state.set_optimizer_step(everything, found.manifest.optimizer_step)
+    saved = read_config(found.path)
+    if found.manifest.world_size == dist.get_world_size() and saved.parallel == config.parallel:
+        contents.load_random_states(found.path)
+    return found.state

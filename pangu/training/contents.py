@@ -1,0 +1,206 @@
+"""What a checkpoint holds, as megatron-core's sharded tensors, and the account of every load.
+
+Weights are saved as the optimizer's main copy (float32 even where the model computes in bfloat16)
+under the model's own names, AdamW's moments as `optimizer.<moment>.<name of the weight>`: any
+layout and either precision can read what any other wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.tensor_parallel import random
+
+from pangu.training.optimizer_state import MAIN, MOMENTS, Part
+
+Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
+OPTIMIZER_PREFIX = "optimizer."
+_RANDOM = "random_state"
+# Layers under their own names, not stacked: dense and MoE layers differ, and so do messages.
+_METADATA = {"non_homogeneous_layers": True}
+
+
+class CheckpointMismatch(Exception):
+    """A checkpoint that does not hold exactly what the run needs; names what is missing or
+    extra."""
+
+
+def model_entries(chunks: list[Any]) -> dict[str, Sharded]:
+    """Every weight and buffer of this rank; `data` is the tensor itself."""
+    entries: dict[str, Sharded] = {}
+    for i, chunk in enumerate(chunks):
+        model = getattr(chunk, "module", chunk)
+        for name, entry in model.sharded_state_dict(metadata=dict(_METADATA)).items():
+            # Extra states are empty here: only FP8 layers would fill them.
+            if not isinstance(entry, ShardedObject):
+                entries[f"{i}.{name}"] = entry
+    return entries
+
+
+def to_save(chunks: list[Any], everything: list[Part]) -> dict[str, Any]:
+    """The whole state dict. Collective: distributed optimizer states are gathered."""
+    by_parameter = {part.parameter: part for part in everything}
+    entries = model_entries(chunks)
+    _check_every_parameter_has_a_part(chunks, by_parameter)
+    state: dict[str, Any] = {}
+    for name, entry in entries.items():
+        part = by_parameter.get(entry.data)
+        state[name] = entry if part is None else _with_data(entry, part.whole(MAIN), "")
+    for moment in MOMENTS:
+        for name, entry in entries.items():
+            if entry.data in by_parameter:
+                whole = by_parameter[entry.data].whole(moment)
+                prefix = f"{OPTIMIZER_PREFIX}{moment}."
+                state[prefix + name] = _with_data(entry, whole, prefix)
+    state[_RANDOM] = _random_state_entry(_random_states())
+    return state
+
+
+def load(path: Path, chunks: list[Any], everything: list[Part] | None) -> None:
+    """Fill weights and, unless `everything` is None, main copies and moments.
+
+    One kind of tensor at a time: whole copies in main memory are as large as this rank's model
+    in float32.
+
+    Raises:
+        CheckpointMismatch: before anything is changed.
+    """
+    entries = model_entries(chunks)
+    by_parameter = {part.parameter: part for part in everything or []}
+    moments: dict[str, dict[str, Sharded]] = {}
+    if everything is not None:
+        _check_every_parameter_has_a_part(chunks, by_parameter)
+        trained = {n: e for n, e in entries.items() if e.data in by_parameter}
+        moments = {moment: trained for moment in MOMENTS}
+    account(path, entries, moments, weights_only=everything is None)
+
+    def put_weight(target: torch.Tensor, whole: torch.Tensor) -> None:
+        with torch.no_grad():
+            target.copy_(whole)
+        if target in by_parameter:
+            by_parameter[target].put(MAIN, whole)  # type: ignore[index]
+
+    _load_into(path, entries, "", put_weight)
+    for moment, trained in moments.items():
+
+        def put_moment(target: torch.Tensor, whole: torch.Tensor, moment: str = moment) -> None:
+            by_parameter[target].put(moment, whole)  # type: ignore[index]
+
+        _load_into(path, trained, f"{OPTIMIZER_PREFIX}{moment}.", put_moment)
+
+
+def load_random_states(path: Path) -> None:
+    """Random states of this rank; the layout must be the one that wrote them."""
+    loaded = dist_checkpointing.load({_RANDOM: _random_state_entry(None)}, str(path))
+    _set_random_states(loaded[_RANDOM])
+
+
+def account(
+    path: Path,
+    entries: dict[str, Sharded],
+    moments: dict[str, dict[str, Sharded]],
+    *,
+    weights_only: bool,
+) -> None:
+    """Compare, over all ranks, what is needed with what the checkpoint holds.
+
+    Raises:
+        CheckpointMismatch: on every rank, naming all that is missing, extra or of another shape.
+    """
+    needed = _shapes(entries, "")
+    for moment, trained in moments.items():
+        needed |= _shapes(trained, f"{OPTIMIZER_PREFIX}{moment}.")
+    everywhere: list[dict[str, tuple[int, ...]]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everywhere, needed)
+    for other in everywhere:
+        needed |= other
+    saved = {
+        entry.key: tuple(entry.global_shape)
+        for entry in dist_checkpointing.load_tensors_metadata(str(path)).values()
+        if not (weights_only and entry.key.startswith(OPTIMIZER_PREFIX))
+    }
+    wrong = [
+        *(f"{key} is missing" for key in sorted(needed.keys() - saved.keys())),
+        *(f"{key} is extra" for key in sorted(saved.keys() - needed.keys())),
+        *(
+            f"{key} has shape {list(saved[key])} instead of {list(needed[key])}"
+            for key in sorted(needed.keys() & saved.keys())
+            if saved[key] != needed[key]
+        ),
+    ]
+    if wrong:
+        shown = "; ".join(wrong[:20]) + (f"; and {len(wrong) - 20} more" if wrong[20:] else "")
+        raise CheckpointMismatch(f"{path} does not fit this model: {shown}")
+
+
+def _shapes(entries: dict[str, Sharded], prefix: str) -> dict[str, tuple[int, ...]]:
+    return {
+        prefix + tensor.key: tuple(tensor.global_shape)
+        for entry in entries.values()
+        for tensor in _tensors(entry)
+    }
+
+
+def _tensors(entry: Sharded) -> Iterator[ShardedTensor]:
+    yield from nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]
+
+
+def _with_data(entry: Sharded, data: torch.Tensor, prefix: str) -> Sharded:
+    changes: dict[str, Any] = {"key": prefix + entry.key, "data": data}
+    if isinstance(entry, ShardedTensor):
+        changes["dtype"] = data.dtype
+    return replace(entry, **changes)
+
+
+def _load_into(
+    path: Path,
+    entries: dict[str, Sharded],
+    prefix: str,
+    put: Callable[[torch.Tensor, torch.Tensor], None],
+) -> None:
+    def empty(tensor: torch.Tensor) -> torch.Tensor:
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        dtype = torch.float64 if tensor.dtype is torch.float64 else dtype
+        return torch.empty(tensor.shape, dtype=dtype)
+
+    wanted = {n: _with_data(e, empty(e.data), prefix) for n, e in entries.items()}
+    # Also checks that the ranks together read each element of each tensor once.
+    loaded = dist_checkpointing.load(wanted, str(path), validate_access_integrity=True)
+    for name, entry in entries.items():
+        put(entry.data, loaded[name])
+
+
+def _check_every_parameter_has_a_part(chunks: list[Any], by_parameter: dict[Any, Part]) -> None:
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if parameter.requires_grad and parameter not in by_parameter:
+                raise CheckpointMismatch(f"the optimizer does not hold {name}")
+
+
+def _random_state_entry(data: Any) -> ShardedObject:
+    size, rank = dist.get_world_size(), dist.get_rank()
+    return ShardedObject(_RANDOM, data, (size,), (rank,), replica_id=0)
+
+
+def _random_states() -> dict[str, Any]:
+    # The backend has pointed the engine's "CUDA" generator at its own device.
+    return {
+        "torch": torch.get_rng_state(),
+        "engine": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
+        "device": random._get_cuda_rng_state(),
+    }
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(states["engine"])
+    random._set_cuda_rng_state(states["device"])

@@ -1,0 +1,205 @@
+"""Checkpoint folders on disk: which are complete, which are damaged, which may go.
+
+    <run_dir>/checkpoints/step_00000200/     complete; manifest.json lists every file
+    <run_dir>/checkpoints/.step_….partial/   being written, or left behind by a killed run
+    <run_dir>/checkpoints/set_aside/         newer than the step that a run went back to, or damaged
+
+A folder gets its final name by one rename, when all its files and the manifest are on the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+SET_ASIDE = "set_aside"
+_FORMAT = 1
+_RESTARTS = "restarts.json"
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint that cannot be trusted; the message says what is wrong with which file."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and CRC-32 of a file."""
+
+    size: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint is: the run's state, the ranks that wrote it, and all its files."""
+
+    step: int
+    state: dict[str, int]
+    optimizer_step: int
+    world_size: int
+    files: dict[str, FileRecord]
+
+
+def name_of(step: int) -> str:
+    """Folder of the checkpoint of a step."""
+    return f"step_{step:08d}"
+
+
+def record(path: Path) -> FileRecord:
+    """Size and checksum of a file, read in pieces."""
+    crc = size = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 24):
+            crc = zlib.crc32(piece, crc)
+            size += len(piece)
+    return FileRecord(size, crc)
+
+
+def write(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest.json`, with a checksum of itself."""
+    body = {
+        "format": _FORMAT,
+        "step": manifest.step,
+        "state": manifest.state,
+        "optimizer_step": manifest.optimizer_step,
+        "world_size": manifest.world_size,
+        "files": {name: [r.size, r.crc32] for name, r in sorted(manifest.files.items())},
+    }
+    (folder / MANIFEST).write_text(json.dumps(body | {"crc32": _crc(body)}, indent=1) + "\n")
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of a checkpoint.
+
+    Raises:
+        DamagedCheckpoint: it is missing, unreadable or altered.
+    """
+    try:
+        body: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        crc = body.pop("crc32")
+        manifest = Manifest(
+            step=body["step"],
+            state=body["state"],
+            optimizer_step=body["optimizer_step"],
+            world_size=body["world_size"],
+            files={name: FileRecord(*pair) for name, pair in body["files"].items()},
+        )
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{MANIFEST} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{MANIFEST} cannot be read ({error})") from None
+    if crc != _crc(body):
+        raise DamagedCheckpoint(f"{MANIFEST} does not match its own checksum")
+    return manifest
+
+
+def _crc(body: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
+
+
+def damage(folder: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with this reader's share (every `parts`-th) of a checkpoint's files."""
+    found = []
+    for name in sorted(manifest.files)[part::parts]:
+        expected = manifest.files[name]
+        try:
+            actual = record(folder / name)
+        except FileNotFoundError:
+            found.append(f"{name} is missing")
+            continue
+        except OSError as error:
+            found.append(f"{name} cannot be read ({error.strerror})")
+            continue
+        if actual.size != expected.size:
+            found.append(f"{name} has {actual.size} of {expected.size} bytes")
+        elif actual != expected:
+            found.append(f"{name} does not match its checksum")
+    return found
+
+
+def complete(checkpoints: Path) -> list[Path]:
+    """Folders with a final name, newest step first."""
+    if not checkpoints.is_dir():
+        return []
+    return sorted((p for p in checkpoints.glob("step_*") if p.is_dir()), reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """The step in a folder's name."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Bring a finished folder to the disk, then give it its name, in one rename."""
+    for path in sorted(partial.rglob("*"), reverse=True):
+        _fsync(path)
+    _fsync(partial)
+    if final.exists():
+        set_aside(final)
+    partial.rename(final)
+    _fsync(final.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def set_aside(folder: Path) -> Path:
+    """Move a checkpoint where no run will pick it up by itself; nothing is deleted."""
+    shelf = folder.parent / SET_ASIDE
+    shelf.mkdir(exist_ok=True)
+    target = shelf / f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}"
+    while target.exists():
+        target = target.with_name(target.name + "+")
+    folder.rename(target)
+    return target
+
+
+def set_aside_after(checkpoints: Path, step: int) -> list[Path]:
+    """Set aside every checkpoint of a later step: the run goes on from `step`."""
+    return [set_aside(folder) for folder in complete(checkpoints) if step_of(folder) > step]
+
+
+def remove_partial(checkpoints: Path) -> None:
+    """Delete what killed runs left half written."""
+    for folder in checkpoints.glob(".step_*.partial"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def prune(checkpoints: Path, keep_last: int, keep_every: int) -> None:
+    """Delete all but the newest `keep_last` and, unless 0, every multiple of `keep_every`."""
+    for folder in complete(checkpoints)[max(1, keep_last) :]:
+        if not (keep_every and step_of(folder) % keep_every == 0):
+            # The manifest first: a deletion cut short leaves nothing that looks complete.
+            (folder / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def count_restart(checkpoints: Path, step: int) -> int:
+    """How often, this time included, runs have started from this step without getting to the
+    next checkpoint or to the end."""
+    path = checkpoints / _RESTARTS
+    try:
+        counted = json.loads(path.read_text())
+        before = counted["restarts"] if counted["step"] == step else 0
+    except (OSError, ValueError, KeyError, TypeError):
+        before = 0
+    path.write_text(json.dumps({"step": step, "restarts": before + 1}))
+    return before + 1
+
+
+def forget_restarts(checkpoints: Path) -> None:
+    """The run has made progress."""
+    (checkpoints / _RESTARTS).unlink(missing_ok=True)
