@@ -159,9 +159,7 @@ def refuse_other_shape(config: Config, path: Path) -> None:
     saved = read_config(path)
     then, now = asdict(saved.model), asdict(config.model)
     pairs = [(f"model.{k}", then[k], now[k]) for k in now if k not in _NOT_SHAPE]
-    pairs += [
-        (f"moe.{k}", getattr(saved.moe, k), getattr(config.moe, k)) for k in _MOE_SHAPE
-    ]
+    pairs += [(f"moe.{k}", getattr(saved.moe, k), getattr(config.moe, k)) for k in _MOE_SHAPE]
     violations = [
         Violation(key, new, f"the checkpoint {path} was trained with {old}", f"{key}={old}")
         for key, old, new in pairs

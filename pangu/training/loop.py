@@ -195,7 +195,7 @@ class Trainer:
             seconds=seconds,
             sequences=sequences,
             seq_length=shape.seq_length,
-        )
+        ) | ({"skipped_steps": self.state.skipped_steps} if result.skipped else {})
 
     def shape(self) -> StepShape:
         """What this replica computes per step."""

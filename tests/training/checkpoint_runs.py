@@ -1,0 +1,71 @@
+"""Short runs of one tiny model, several in the same processes, with and without checkpoints."""
+
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from configs.compose import load
+
+MODEL = [
+    "model.hidden_size=32",
+    "model.kv_channels=8",
+    "model.vocab_size=256",
+    "model.num_experts=8",
+    "model.moe_ffn_hidden_size=32",
+    "model.shared_expert_ffn_hidden_size=32",
+    "moe.top_k=2",
+    "moe.num_expert_groups=2",
+    "moe.router_scale=true",
+    "data=synthetic",
+    "train.seq_length=16",
+    "train.global_batch_size=8",
+    "train.micro_batch_size=1",
+    "train.validate_every=0",
+    "optimizer.lr=1e-3",
+    "optimizer.schedule=constant",
+    "optimizer.warmup_steps=0",
+    "backend=cpu",
+    "backend.threads=1",
+]
+Steps = dict[int, tuple[float, float]]
+
+
+def train(run_dir: Path, overrides: list[str]) -> tuple[Steps, dict[str, torch.Tensor]]:
+    """Train in the processes that there are. Returns (loss, gradient norm) by step, and this
+    rank's weights at the end."""
+    from megatron.core import parallel_state
+
+    from pangu.report.run_files import METRICS, read_metrics
+    from pangu.training import distributed
+    from pangu.training.resilience import StopSignal
+    from pangu.training.run import build_trainer
+
+    warnings.filterwarnings("ignore")
+    processes = f"launch.processes={dist.get_world_size()}"
+    config = load([*MODEL, processes, f"run_dir={run_dir}", *overrides])
+    distributed.initialize(config)
+    try:
+        trainer = build_trainer(config, StopSignal())
+        assert trainer.train() == 0
+    finally:
+        parallel_state.destroy_model_parallel()
+    dist.barrier()
+    rows: list[dict[str, Any]] = [r for r in read_metrics(run_dir / METRICS) if "loss" in r]
+    weights = {
+        f"{i}.{name}": tensor.detach().clone()
+        for i, chunk in enumerate(trainer.chunks)
+        for name, tensor in chunk.named_parameters()
+    }
+    return {row["step"]: (row["loss"], row["grad_norm"]) for row in rows}, weights
+
+
+def copy(source: Path, target: Path) -> Path:
+    """A run folder to try something on."""
+    if dist.get_rank() == 0:
+        shutil.copytree(source, target)
+    dist.barrier()
+    return target
