@@ -100,6 +100,26 @@ def test_msrun_on_two_nodes(tmp_path: Path, msrun: Path, two_nodes: Any) -> None
     assert facts(tmp_path) == expected("msrun", (0, 0))
 
 
+def test_the_variables_of_srun(tmp_path: Path) -> None:
+    """No Slurm here: its variables as srun would set them for two tasks on one node."""
+    step = {
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_NODEID": "0",
+        "MASTER_PORT": str(free_port()),
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, FACTS, str(tmp_path)],
+            env=environ(**step, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)),
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in started] == [0, 0]
+    assert facts(tmp_path) == expected("slurm", (0, 1))
+
+
 SPAWN = """
 import sys
 from pathlib import Path
