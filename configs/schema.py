@@ -260,7 +260,9 @@ class SimulationConfig:
     fused_cross_entropy: bool = True  # the gradient overwrites the logits
     fp32_gradients: bool = True  # main gradients accumulated and reduced in float32
     tp_comm_overlap: bool = False  # tensor-parallel collectives fused with their matrix products
-    hierarchical_dispatch: bool = False  # all-gather between nodes, all-to-all inside
+    # How tokens reach experts in other nodes: flat all-to-all; Pangu's hierarchy (all-gather
+    # between nodes, all-to-all inside); or each token once per destination node (DeepEP).
+    dispatch: Literal["flat", "hierarchical", "deduplicated"] = "flat"
     swap_modules: list[RecomputeModule] = field(default_factory=list)  # activations kept on host
     swap_optimizer: bool = False  # optimizer state kept on host between steps
 

@@ -211,10 +211,9 @@ def rank_memory(
         by_dense = parameters.dense / np.where(layout.zero >= stage, shard, 1)
         return by_dense + parameters.experts / np.where(layout.zero >= stage, expert_shard, 1)
 
-    weights = sharded(3) * element
+    # Quantised weights are kept plain and transposed, in place of 16-bit ones.
+    weights = sharded(3) * (2 * ELEMENT_BYTES[s.dtype] if ELEMENT_BYTES[s.dtype] < 2 else element)
     matrices = _matrices(blocks)
-    if ELEMENT_BYTES[s.dtype] < 2:  # quantised copies of every weight, plain and transposed
-        weights = weights + 2 * ELEMENT_BYTES[s.dtype] * sharded(3)
     gradients = sharded(2) * (4.0 if s.traits.fp32_gradients or not half else element)
     state = 12.0 if half else 8.0  # float32 master weights and Adam's two moments
     optimizer: Array = 0.0 if s.traits.swap_optimizer else sharded(1) * state

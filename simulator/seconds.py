@@ -82,8 +82,8 @@ def _computed_in(hw: Hardware, dtype: str) -> str:
 
 def message_seconds(hw: Hardware, layout: Layout, message: Message) -> Array:
     """Seconds of one collective over its group's placement."""
-    size = layout.size(message.group)
-    stride = layout.stride(message.group)
+    size = layout.size(message.group) if message.ranks is None else message.ranks
+    stride = layout.stride(message.group) if message.stride is None else message.stride
     seconds = collective_seconds(hw, message.kind, message.bytes, size, stride)
     return seconds * message.count
 
@@ -92,7 +92,7 @@ def block_seconds(hw: Hardware, s: Shapes, counts: Counts) -> BlockSeconds:
     """Price a block. Messages beside an operator show only what outlasts it."""
     times: dict[str, Array] = {}
     passes: dict[str, Array] = {"forward": 0.0, "input_gradient": 0.0, "weight_gradient": 0.0}
-    issued = {"forward": 0, "input_gradient": 0, "weight_gradient": 0}
+    issued: dict[str, Array] = {"forward": 0, "input_gradient": 0, "weight_gradient": 0}
     recompute: Array = 0.0
     experts: dict[str, Array] = {"forward": 0.0, "input_gradient": 0.0, "weight_gradient": 0.0}
     lines = []
@@ -115,18 +115,17 @@ def block_seconds(hw: Hardware, s: Shapes, counts: Counts) -> BlockSeconds:
                 repeated=again,
             )
         )
-    for phase, count in issued.items():  # the device waits where the host is slower
-        passes[phase] = np.maximum(passes[phase], count * hw.launch_us.host * 1e-6)
     for message in counts.messages:
         seconds = message_seconds(hw, s.layout, message)
         exposed = seconds
         if message.beside in times:
-            fused = message.beside.endswith(f":{message.phase}")
+            fused = message.group == "tp" and message.beside.endswith(f":{message.phase}")
             share = hw.overlap.fused if fused else hw.overlap.independent
             hidden = np.minimum(seconds * share, times[message.beside])
             exposed = seconds - hidden
             times[message.beside] = times[message.beside] - hidden
         passes[message.phase] = passes[message.phase] + exposed
+        issued[message.phase] = issued[message.phase] + np.where(seconds > 0, 1, 0)
         again = _again(s.layout, message.recompute)
         recompute = recompute + again * seconds
         if message.group in ("ep", "etp", "expert"):
@@ -143,6 +142,8 @@ def block_seconds(hw: Hardware, s: Shapes, counts: Counts) -> BlockSeconds:
                 repeated=again,
             )
         )
+    for phase, count in issued.items():  # the device waits where the host is slower
+        passes[phase] = np.maximum(passes[phase], count * hw.launch_us.host * 1e-6)
     return BlockSeconds(
         passes["forward"],
         passes["input_gradient"],

@@ -125,30 +125,72 @@ def _also(operator: Operator) -> Operator:
 def _exchange(s: Shapes, sent: Array, load: Array) -> list[Message]:
     """Dispatch and combine, forward and backward.
 
-    Expert tensor parallelism gathers the rows of its group after the dispatch and reduces them
-    before the combine. Hierarchical dispatch gathers hidden states over the expert group's nodes
-    and exchanges inside a node.
+    MoGE with whole groups on every rank gathers all tokens of the EP × ETP ranks and reduces
+    their sums (`pangu.moe.dispatch.moge`). Otherwise rows are exchanged over the EP ranks; expert
+    tensor parallelism gathers them in its group and reduces them before the way back.
     """
-    layout = s.layout
-    sharded = np.where(np.asarray(layout.etp) > 1, 1, 0)
-    within = sent * layout.etp
+    layout, moe_config = s.layout, s.moe
+    whole = (moe_config.router == "moge") & (moe_config.num_expert_groups % layout.ep == 0)
+    everyone = moe_config.dispatcher == "allgather"
+    equal = moe_config.dispatcher in ("auto", "moge") and whole
+    gather = np.where(everyone | equal, 1, 0)
+    exchange = 1 - gather
+    gathered = s.shard * s.model.hidden_size * s.element * layout.ep * layout.etp
+    sharded = np.where(np.asarray(layout.etp) > 1, exchange, 0)
+    within = sent * load * layout.etp
     messages = []
-    gather = s.moe.dispatcher == "allgather"
-    everyone = s.shard * s.model.hidden_size * s.element * layout.ep * layout.etp
     names: tuple[Any, ...] = ("forward", "input_gradient")
     for phase in names:
         again = "moe" if phase == "forward" else ""
-        for name, collective in (("dispatch", "all_gather"), ("combine", "reduce_scatter")):
-            if phase == "input_gradient":
-                collective = "reduce_scatter" if name == "dispatch" else "all_gather"
-            kind: Any = collective
-            if gather:
-                messages.append(Message(f"moe.{name}", phase, kind, "expert", everyone, "", again))
-                continue
+        for name in ("dispatch", "combine"):
+            outwards = (name == "dispatch") == (phase == "forward")
+            kind: Any = "all_gather" if outwards else "reduce_scatter"
+            title = f"moe.{name}"
+            messages.append(Message(title, phase, kind, "expert", gathered, "", again, gather))
             messages.append(
-                Message(f"moe.{name}", phase, "all_to_all", "ep", sent * load, "", again)
+                Message(f"{title} within", phase, kind, "etp", within, "", again, sharded)
             )
-            messages.append(
-                Message(f"moe.{name} within", phase, kind, "etp", within * load, "", again, sharded)
-            )
+            messages += _between_ranks(s, title, phase, kind, sent * load, again, exchange)
     return messages
+
+
+def _between_ranks(
+    s: Shapes, name: str, phase: Any, kind: Any, sent: Array, again: str, count: Array
+) -> list[Message]:
+    """Rows to and from the ranks that hold their experts: `s.traits.dispatch`."""
+    layout = s.layout
+    if s.traits.dispatch == "flat":
+        return [Message(name, phase, "all_to_all", "ep", sent, "", again, count)]
+    inside = np.clip(np.floor(s.devices_per_node / layout.etp), 1, layout.ep)
+    nodes = np.maximum(np.floor(layout.ep / inside), 1)
+    far = layout.etp * inside
+    one = s.shard * s.model.hidden_size * s.element  # every token once
+    between: Message
+    if s.traits.dispatch == "hierarchical":
+        size = one * nodes
+        between = Message(
+            f"{name} between nodes", phase, kind, "ep", size, "", again, count, nodes, far
+        )
+    else:
+        size = one * distinct_nodes(s, nodes)
+        between = Message(
+            f"{name} between nodes", phase, "all_to_all", "ep", size, "", again, count, nodes, far
+        )
+    return [
+        between,
+        Message(
+            f"{name} inside node", phase, "all_to_all", "ep", sent, "", again, count, inside,
+            layout.etp,
+        ),
+    ]  # fmt: skip
+
+
+def distinct_nodes(s: Shapes, nodes: Array) -> Array:
+    """Expected number of nodes that hold a token's experts, its own included; group-limited
+    routing stays inside the groups it may use."""
+    moe_config = s.moe
+    reachable = nodes
+    if moe_config.router == "group_limited" and moe_config.topk_group:
+        share = moe_config.topk_group / moe_config.num_expert_groups
+        reachable = np.maximum(np.minimum(nodes, np.ceil(nodes * share)), 1)
+    return reachable * (1.0 - (1.0 - 1.0 / reachable) ** moe_config.top_k)

@@ -53,6 +53,9 @@ class Message:
     beside: str = ""
     recompute: str = ""
     count: Array = 1
+    # Where only some ranks of the group take part: how many, and how far apart.
+    ranks: Array | None = None
+    stride: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ class Shapes:
     layout: Layout
     seq_length: Array
     dtype: str  # of matrix products
+    devices_per_node: int
 
     @property
     def element(self) -> float:
@@ -135,6 +139,7 @@ def shapes(config: Config, layout: Layout) -> Shapes:
         layout,
         config.train.seq_length,
         PRECISION.get(precision, precision),
+        (config.hardware or {}).get("devices_per_node", 8),
     )
 
 

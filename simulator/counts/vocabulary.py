@@ -18,8 +18,10 @@ def embedding(s: Shapes) -> Counts:
     hidden, element = s.model.hidden_size, s.element
     states = s.tokens * hidden * element
     parallel = np.where(s.layout.sequence_parallel, 1, 0)
+    # The gradient of the table is cleared, added to, and then added to the main gradients.
+    table = s.model.vocab_size / s.layout.tp * hidden * (2 * element + 8.0)
     return Counts(
-        operators=vector("embedding", 2 * states, 2 * states),
+        operators=vector("embedding", 2 * states, 2 * states + table),
         messages=[
             Message("embedding", "forward", "reduce_scatter", "tp", states, "", "", parallel),
             Message("embedding", "forward", "all_reduce", "tp", states, "", "", 1 - parallel),

@@ -1,0 +1,139 @@
+"""Operators and messages of a layer against counts done by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from configs.compose import load
+from simulator.counts.layer import blocks, layer
+from simulator.counts.moe import distinct_nodes, moe
+from simulator.counts.records import Counts, shapes
+from simulator.layout import Layout, from_config
+from simulator.parameters import model_flops_per_token
+from simulator.predict import predict
+
+
+def counted(kind: str, *overrides: str) -> Counts:
+    config = load(list(overrides))
+    return layer(shapes(config, from_config(config)), kind)  # type: ignore[arg-type]
+
+
+def flops(counts: Counts, phase: str) -> float:
+    return sum(float(op.flops) for op in counts.operators if op.phase == phase)
+
+
+@pytest.mark.parametrize(
+    "model", ["pangu_pro_moe", "deepseek_v3", "mixtral_8x7b", "pangu_ultra_dense"]
+)
+def test_flops_of_the_parts_are_the_models(model):
+    """Forward and both gradients of every block sum to the model FLOPs (attention: four of the
+    seven products are model FLOPs, fused backward recomputes the scores)."""
+    config = load([f"model={model}", "train.seq_length=4096", "devices=1"])
+    s = shapes(config, from_config(config))
+    counted = blocks(s)
+    dense = config.model.num_dense_layers if config.model.num_experts else config.model.num_layers
+    layers = {"dense": dense, "moe": config.model.num_layers - dense, "head": 1, "embedding": 1}
+    total = 0.0
+    for name, count in layers.items():
+        block = getattr(counted, name)
+        for op in block.operators if block and count else []:
+            recomputed = 0.0
+            if op.kind == "attention" and op.phase == "input_gradient":
+                shape = op.shape
+                recomputed = 4096.0**2 * shape["heads"] * shape["qk_dim"]
+            total += count * (float(op.flops) - recomputed)
+    assert total / 4096 == pytest.approx(model_flops_per_token(config), rel=1e-6)
+
+
+def test_tensor_parallel_messages_of_a_dense_layer():
+    """Sequence parallelism: 4 gathers/reductions forward, 4 backward and 2 gathers again, each of
+    tokens x hidden; without it, 2 all-reduces each way."""
+    plan = ("model=pangu_ultra_dense", "devices=8", "train.seq_length=4096")
+    plan += ("parallel.tensor_model_parallel_size=8",)
+    size = 4096 * 12288 * 2
+    with_sp = [m for m in counted("dense", *plan).messages if m.group == "tp" and m.count]
+    assert [float(m.bytes) for m in with_sp] == [size] * 10
+    assert sum(m.phase == "forward" for m in with_sp) == 4
+    without = counted("dense", *plan, "parallel.sequence_parallel=false").messages
+    kinds = [m.kind for m in without if m.group == "tp" and m.count]
+    assert kinds == ["all_reduce"] * 4
+
+
+def test_expert_exchange_sends_every_choice_once():
+    plan = ("model=deepseek_v3", "devices=64", "train.seq_length=4096")
+    messages = counted("moe", *plan, "parallel.expert_model_parallel_size=64").messages
+    exchange = [m for m in messages if m.kind == "all_to_all" and m.group == "ep"]
+    assert [float(m.bytes) for m in exchange] == [4096 * 8 * 7168 * 2] * 4
+
+
+def test_moge_gathers_each_token_once():
+    plan = ("model=pangu_pro_moe", "devices=8", "train.seq_length=4096")
+    messages = counted("moe", *plan, "parallel.expert_model_parallel_size=8").messages
+    active = [m for m in messages if m.count and m.group in ("expert", "ep")]
+    assert sorted(m.kind for m in active) == ["all_gather"] * 2 + ["reduce_scatter"] * 2
+    assert all(float(m.bytes) == 8 * 4096 * 5120 * 2 for m in active)
+
+
+def test_hierarchical_dispatch_halves_traffic_between_nodes():
+    """k/E = 8/4: flat k·T·(E-1)/E against (E-1)·T rows between nodes (arXiv 2505.04519)."""
+    plan = ["model=pangu_ultra_moe", "devices=32", "train.seq_length=4096"]
+    plan += ["parallel.tensor_model_parallel_size=8", "parallel.expert_model_parallel_size=32"]
+    flat = counted("moe", *plan).messages
+    split = counted("moe", *plan, "simulation.dispatch=hierarchical").messages
+    row = 7680 * 2
+    rows = 4096 / 8
+    one = next(m for m in flat if m.name == "moe.dispatch" and m.kind == "all_to_all")
+    between = next(m for m in split if m.name == "moe.dispatch between nodes")
+    inside = next(m for m in split if m.name == "moe.dispatch inside node")
+    nodes = 4
+    flat_between = float(one.bytes) * (nodes - 1) / nodes
+    assert float(between.bytes) * (nodes - 1) / nodes == 3 * rows * row
+    assert flat_between == 2 * 3 * rows * row
+    assert (int(between.ranks), int(between.stride)) == (4, 8)
+    assert (int(inside.ranks), float(inside.bytes)) == (8, 8 * rows * row)
+
+
+def test_deduplicated_dispatch_reaches_the_allowed_nodes_only():
+    config = load(["model=deepseek_v3", "devices=64"])
+    s = shapes(config, from_config(config))
+    assert float(distinct_nodes(s, 8)) == pytest.approx(4 * (1 - 0.75**8))
+    config.moe.router = "top_k"
+    assert float(distinct_nodes(s, 8)) == pytest.approx(8 * (1 - 0.875**8))
+
+
+def test_context_parallelism_divides_the_scores():
+    plan = ("model=pangu_ultra_dense", "devices=8", "train.seq_length=32768")
+    alone = counted("dense", *plan)
+    for kind in ("all_to_all", "ring"):
+        cut = counted(
+            "dense",
+            *plan,
+            "parallel.context_parallel_size=8",
+            f"parallel.context_parallel_type={kind}",
+        )
+        assert flops(cut, "forward") == pytest.approx(flops(alone, "forward") / 8)
+        used = [m for m in cut.messages if m.group == "cp" and m.count]
+        assert {m.kind for m in used} == {"send_recv" if kind == "ring" else "all_to_all"}
+
+
+def test_arrays_count_what_numbers_count():
+    config = load(["model=deepseek_v3", "train.seq_length=4096"])
+    tp = np.array([1, 2, 8])
+    many = moe(shapes(config, Layout(tp=tp, ep=16, dp=64 // tp)))
+    for index, size in enumerate(tp):
+        one = moe(shapes(config, Layout(tp=int(size), ep=16, dp=64 // int(size))))
+        for several, single in zip(many.operators, one.operators, strict=True):
+            value = np.broadcast_to(several.flops, tp.shape)[index]
+            assert value == pytest.approx(float(single.flops))
+        for several, single in zip(many.messages, one.messages, strict=True):
+            value = np.broadcast_to(several.bytes, tp.shape)[index]
+            assert value == pytest.approx(float(single.bytes))
+
+
+def test_fused_communication_hides_behind_its_product():
+    plan = ["model=pangu_ultra_dense", "hardware=ascend_910b_376t", "devices=8"]
+    plan += ["parallel.tensor_model_parallel_size=8", "train.seq_length=4096"]
+    shown = predict(load(plan)).breakdown["tensor-parallel communication"]
+    fused = predict(load([*plan, "simulation.tp_comm_overlap=true"]))
+    assert fused.breakdown["tensor-parallel communication"] < 0.9 * shown
