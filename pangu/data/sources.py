@@ -42,9 +42,10 @@ class SourceFile:
     @property
     def kind(self) -> str:
         """`jsonl`, `parquet` or `text`."""
-        suffixes = [suffix for suffix in self.path.suffixes if suffix != ".gz"]
-        last = suffixes[-1] if suffixes else ""
-        return {".jsonl": "jsonl", ".parquet": "parquet"}.get(last, "text")
+        # C4 and its kin call compressed JSON lines .json.gz
+        if self.path.name.endswith((".jsonl", ".jsonl.gz", ".json.gz")):
+            return "jsonl"
+        return "parquet" if self.path.suffix == ".parquet" else "text"
 
 
 @dataclass(frozen=True)
