@@ -28,20 +28,40 @@ def ngram_losses(
     Returns:
         `{"unigram": nats, "bigram": nats}`.
     """
-    train = np.atleast_2d(train_tokens).astype(np.int64)
-    held_out = np.atleast_2d(held_out_tokens).astype(np.int64)
-    context, target = train[:, :-1].ravel(), train[:, 1:].ravel()
-    tuning = _every_tenth_stretch(len(target))
-    fitted = _Counts.of(context[~tuning], target[~tuning], vocab_size)
-    probe = context[tuning], target[tuning]
-    add = min(_ADD, key=lambda k: fitted.unigram_loss(probe[1], k))
-    discount = min(_DISCOUNTS, key=lambda d: fitted.bigram_loss(*probe, add, d))
-    counts = _Counts.of(context, target, vocab_size)
-    context, target = held_out[:, :-1].ravel(), held_out[:, 1:].ravel()
-    return {
-        "unigram": counts.unigram_loss(target, add),
-        "bigram": counts.bigram_loss(context, target, add, discount),
-    }
+    return NgramModels.fit(train_tokens, vocab_size).losses(held_out_tokens)
+
+
+@dataclass(frozen=True)
+class NgramModels:
+    """Both models, fitted, with their smoothing constants."""
+
+    counts: _Counts
+    add: float
+    discount: float
+
+    @classmethod
+    def fit(cls, train_tokens: np.ndarray, vocab_size: int) -> NgramModels:
+        """Count `train_tokens`, `[tokens]` or `[sequences, tokens]`."""
+        context, target = _pairs(train_tokens)
+        tuning = _every_tenth_stretch(len(target))
+        fitted = _Counts.of(context[~tuning], target[~tuning], vocab_size)
+        probe = context[tuning], target[tuning]
+        add = min(_ADD, key=lambda k: fitted.unigram_loss(probe[1], k))
+        discount = min(_DISCOUNTS, key=lambda d: fitted.bigram_loss(*probe, add, d))
+        return cls(_Counts.of(context, target, vocab_size), add, discount)
+
+    def losses(self, tokens: np.ndarray) -> dict[str, float]:
+        """`{"unigram": nats, "bigram": nats}`, the mean over the tokens after each row's first."""
+        context, target = _pairs(tokens)
+        return {
+            "unigram": self.counts.unigram_loss(target, self.add),
+            "bigram": self.counts.bigram_loss(context, target, self.add, self.discount),
+        }
+
+
+def _pairs(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    rows = np.atleast_2d(tokens).astype(np.int64)
+    return rows[:, :-1].ravel(), rows[:, 1:].ravel()
 
 
 def _every_tenth_stretch(length: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,3 +70,9 @@ def replace_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     os.replace(partial, path)
+
+
+def perplexity(loss: float) -> str:
+    """e^loss as people read it: three digits, or one decimal above a hundred."""
+    value = math.exp(min(loss, 700.0))
+    return f"{value:,.1f}" if value >= 100 else f"{value:#.3g}"

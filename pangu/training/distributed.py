@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from tqdm import tqdm
 
 from configs.schema import Config
 from pangu import backends
@@ -82,6 +83,6 @@ def from_rank_0(make: Callable[[], T]) -> T:
 
 
 def say(line: str) -> None:
-    """A line of the run's log."""
+    """A line of the run's log, above the progress bar."""
     if dist.get_rank() == 0:
-        print(line, file=sys.stderr, flush=True)
+        tqdm.write(line, file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from configs.schema import Config
+from pangu.report.run_files import perplexity
 
 _LINES_APART = 10  # in a log file, lines are this many times `train.log_every` steps apart
 _BAR = "{n_fmt}/{total_fmt} |{bar:20}| {percentage:3.0f}% {desc}, ETA {remaining}"
@@ -71,9 +71,3 @@ class Progress:
     def _remaining(self, step: int) -> str:
         seconds = (time.perf_counter() - self._started) / max(1, step - self._first)
         return tqdm.format_interval(seconds * (self._steps - step))
-
-
-def perplexity(loss: float) -> str:
-    """e^loss as people read it: three digits, or one decimal above a hundred."""
-    value = math.exp(min(loss, 700.0))
-    return f"{value:,.1f}" if value >= 100 else f"{value:.3g}"

@@ -41,10 +41,15 @@ def run(config: Config, process: ProcessEnvironment) -> int:
 
     # After the choice of the backend: megatron-core must find its device.
     from pangu.training import distributed
+    from pangu.training.finish import finish
 
     distributed.initialize(config)
     try:
-        return build_trainer(config, stop).train()
+        trainer = build_trainer(config, stop)
+        code = trainer.train()
+        if trainer.state.step >= config.train.steps:
+            finish(trainer)
+        return code
     except Diverged as error:
         distributed.say(f"the run has diverged: {error}")
         return 3

@@ -1,0 +1,128 @@
+"""`report.html`: one file, with its numbers, that opens anywhere."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pangu.report.plots import smooth
+from pangu.report.run_data import RunData
+from pangu.report.run_files import perplexity
+from simulator.parameters import count_parameters
+
+TEMPLATE = Path(__file__).with_name("page.html")
+_MOST_POINTS = 1500  # per curve: more than a screen has pixels
+_CURVES = {
+    "tokens_per_second_per_device": "Tokens per second and device",
+    "grad_norm": "Gradient norm before clipping",
+    "learning_rate": "Learning rate",
+    "device_imbalance": "Device imbalance (IS)",
+    "expert_imbalance": "Expert imbalance",
+    "aux_loss": "Auxiliary loss (1 = balance)",
+    "mfu": "Model FLOPs utilisation",
+    "memory_gib": "Peak memory of the fullest rank (GiB)",
+}
+
+
+def write_page(run: RunData) -> Path:
+    """Write `<run_dir>/report.html`."""
+    # "<" may not appear inside a script element, not even in a sample of generated HTML.
+    data = json.dumps(_data(run), allow_nan=False).replace("<", "\\u003c")
+    path = run.folder / "report.html"
+    path.write_text(TEMPLATE.read_text().replace('"__DATA__"', data), encoding="utf-8")
+    return path
+
+
+def _data(run: RunData) -> dict[str, Any]:
+    every = -(-len(run.steps) // _MOST_POINTS)
+    rows = run.steps[::every]
+    if rows[-1] is not run.steps[-1]:
+        rows = [*rows, run.steps[-1]]
+    loss = [math.nan if row["loss"] is None else row["loss"] for row in run.steps]
+    smoothed = smooth(np.array(loss))
+    smoothed_at = {row["step"]: value for row, value in zip(run.steps, smoothed, strict=True)}
+    curves = {
+        key: {"title": title, "values": [row.get(key) for row in rows]}
+        for key, title in _CURVES.items()
+        if any(row.get(key) is not None for row in rows)
+    }
+    return {
+        "name": run.name,
+        "subtitle": _subtitle(run),
+        "tiles": _tiles(run),
+        "table": [[one.name, *one.cells()] for one in run.losses()],
+        "steps": [row["step"] for row in rows],
+        "loss": [row["loss"] for row in rows],
+        "smoothed": [_finite(smoothed_at[row["step"]]) for row in rows],
+        "validation": [[row["step"], row["validation_loss"]] for row in run.validation],
+        "baselines": {name: one.held_out for name, one in run.baselines.items()},
+        "curves": curves,
+        "load": _load(run),
+        "sample": run.sample,
+        "config": {key: value for key, value in asdict(run.config).items() if key != "hardware"},
+    }
+
+
+def _finite(value: float) -> float | None:
+    return round(float(value), 5) if math.isfinite(value) else None
+
+
+def _subtitle(run: RunData) -> str:
+    count, config = count_parameters(run.config), run.config
+    parts = [
+        f"{config.model.name}: {_short(count.total)} parameters, {_short(count.active)} active",
+        f"{run.steps[-1]['step']:,} of {config.train.steps:,} steps",
+    ]
+    if config.model.num_experts:
+        moe = config.moe
+        routing = f"{moe.router}, {moe.top_k} of {config.model.num_experts} experts"
+        groups = f" in {moe.num_expert_groups} groups" if moe.num_expert_groups > 1 else ""
+        parts.append(routing + groups)
+    return " · ".join(parts)
+
+
+def _tiles(run: RunData) -> list[list[str]]:
+    """[value, what it is] of the figures that people look for first."""
+    tiles = []
+    model, *baselines = run.losses()
+    if model.held_out is not None:
+        note = f"held-out loss, perplexity {perplexity(model.held_out)}"
+        tiles.append([f"{model.held_out:.3f}", note])
+        if baselines and baselines[0].held_out is not None:
+            gain = baselines[0].held_out - model.held_out
+            verb = "below" if gain >= 0 else "above"
+            tiles.append([f"{abs(gain):.2f}", f"nats {verb} a bigram model"])
+    for key, form, note in (
+        ("tokens_per_second_per_device", "{:,.0f}", "tokens/s per device"),
+        ("mfu", "{:.1%}", "MFU, active parameters"),
+        ("device_imbalance", "{:.3g}", "device imbalance (IS)"),
+        ("expert_imbalance", "{:.3g}", "expert imbalance"),
+    ):
+        value = run.recent(key)
+        if value is not None:
+            tiles.append([form.format(value), note])
+    tiles.append([_short(sum(row["tokens"] for row in run.steps)), "tokens trained"])
+    return tiles
+
+
+def _load(run: RunData) -> dict[str, Any] | None:
+    if run.load is None:
+        return None
+    return {
+        "layers": list(run.load.counts),
+        "values": [[round(x, 3) for x in row] for row in run.load.relative().tolist()],
+        "groups": run.load.num_groups,
+        "steps": [run.load.first_step, run.load.last_step],
+    }
+
+
+def _short(number: float) -> str:
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.0f}"

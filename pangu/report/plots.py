@@ -1,0 +1,122 @@
+"""`loss.png` and `expert_load.png`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pangu.report.run_data import RunData
+from pangu.report.run_files import ExpertLoad
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+TRAINING, HELD_OUT, BASELINE, INK, QUIET = "#2f6fb0", "#d9730d", "#7a7a7a", "#222222", "#dddddd"
+_MOST_TICKS = 24
+
+
+def write_plots(run: RunData) -> list[Path]:
+    """Draw what the run has numbers for; the files written."""
+    figures = {"loss.png": loss_figure(run)}
+    if run.load:
+        figures["expert_load.png"] = load_figure(run.load, run.name)
+    for name, figure in figures.items():
+        figure.savefig(run.folder / name, dpi=150)
+    return [run.folder / name for name in figures]
+
+
+def loss_figure(run: RunData) -> Figure:
+    """Training and held-out loss over the steps, beside what n-grams reach."""
+    figure, axes = _figure(9, 5)
+    steps = np.array([row["step"] for row in run.steps])
+    loss = np.array([row["loss"] for row in run.steps], dtype=float)  # None becomes NaN
+    axes.plot(steps, loss, color=TRAINING, alpha=0.3, linewidth=0.8)
+    axes.plot(steps, smooth(loss), color=TRAINING, linewidth=1.8, label="training (smoothed)")
+    if run.validation:
+        axes.plot(
+            [row["step"] for row in run.validation],
+            [row["validation_loss"] for row in run.validation],
+            color=HELD_OUT,
+            marker="o",
+            markersize=4,
+            linewidth=1.8,
+            label="held-out",
+        )
+    for name, style in (("unigram", ":"), ("bigram", "--")):
+        level = run.baselines[name].held_out if name in run.baselines else None
+        if level is not None:
+            label = f"{name}, held-out ({level:.2f})"
+            axes.axhline(level, color=BASELINE, linestyle=style, linewidth=1.3, label=label)
+    axes.set_xlim(0 if steps[0] == 1 else steps[0], max(steps[-1], steps[0] + 1))
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(f"{run.name}: loss", loc="left", fontweight="bold")
+    axes.grid(color=QUIET, linewidth=0.6)
+    axes.legend(frameon=False)
+    return figure
+
+
+def load_figure(load: ExpertLoad, name: str) -> Figure:
+    """Choices of every expert over those of an even spread, layers × experts."""
+    values = load.relative()
+    layers, experts = values.shape
+    cell = min(0.42, 13 / experts)
+    figure, axes = _figure(max(6.5, experts * cell + 2.2), max(2.4, layers * min(cell, 0.3) + 1.6))
+    from matplotlib.colors import TwoSlopeNorm
+
+    top = max(2.0, float(values.max()))
+    image = axes.imshow(
+        values, cmap="RdBu_r", norm=TwoSlopeNorm(1.0, 0.0, top), aspect="auto", origin="upper"
+    )
+    dead = np.argwhere(values == 0)
+    axes.plot(dead[:, 1], dead[:, 0], "x", color=INK, markersize=4, linestyle="none")
+    size = experts // load.num_groups
+    for boundary in range(size, experts, size) if load.num_groups > 1 else ():
+        axes.axvline(boundary - 0.5, color=INK, linewidth=1.2)
+    _number(axes.xaxis, list(range(experts)))
+    _number(axes.yaxis, list(load.counts))
+    axes.set_xlabel("expert" + (" (lines: group boundaries)" if load.num_groups > 1 else ""))
+    axes.set_ylabel("layer")
+    axes.tick_params(length=0)
+    axes.set_title(
+        f"{name}: expert load, steps {load.first_step}–{load.last_step}",
+        loc="left",
+        fontweight="bold",
+    )
+    bar = figure.colorbar(image, ax=axes, pad=0.02, ticks=_load_ticks(top))
+    bar.set_label("× even share")
+    bar.outline.set_visible(False)
+    return figure
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Mean over the last 4 % of the steps or so; skipped steps (NaN) count for nothing."""
+    window = max(1, len(values) // 25)
+    known = np.isfinite(values)
+    total = np.cumsum(np.where(known, values, 0.0))
+    count = np.cumsum(known)
+    total[window:] -= total[:-window].copy()
+    count[window:] -= count[:-window].copy()
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _load_ticks(top: float) -> list[float]:
+    return [0, 0.5, 1, *np.linspace(1, top, 4)[1:].round(1).tolist()]
+
+
+def _number(axis: Any, names: list[int]) -> None:
+    stride = -(-len(names) // _MOST_TICKS)
+    axis.set_ticks(range(0, len(names), stride), [str(name) for name in names[::stride]])
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    # Imported when there is something to draw; no pyplot, which would look for a display.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes

@@ -1,0 +1,108 @@
+"""A run folder as a report sees it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from omegaconf import OmegaConf
+
+from configs.compose import from_dict
+from configs.schema import Config
+from pangu.report.run_files import (
+    BASELINES,
+    CONFIG,
+    EXPERT_LOAD,
+    METRICS,
+    SAMPLE,
+    ExpertLoad,
+    Row,
+    perplexity,
+    read_metrics,
+)
+
+
+class ReportError(Exception):
+    """A folder that cannot be reported on; the message says why, in one sentence."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Mean loss per token in nats of one model; None where it was not measured."""
+
+    name: str
+    training: float | None
+    held_out: float | None
+
+    def cells(self) -> list[str]:
+        """Training loss, its perplexity, held-out loss, its perplexity, as a table shows them."""
+        return [
+            cell
+            for loss in (self.training, self.held_out)
+            for cell in (("–", "–") if loss is None else (f"{loss:.3f}", perplexity(loss)))
+        ]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What there is to show. `baselines` maps unigram and bigram to their losses."""
+
+    folder: Path
+    config: Config
+    steps: list[Row]
+    validation: list[Row]
+    load: ExpertLoad | None
+    baselines: dict[str, Losses]
+    sample: str
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    def recent(self, key: str) -> float | None:
+        """Mean of a metric over the last twentieth of the steps, at least 20; None without any."""
+        count = max(20, len(self.steps) // 20)
+        values = [row[key] for row in self.steps[-count:] if row.get(key) is not None]
+        return fmean(values) if values else None
+
+    def losses(self) -> list[Losses]:
+        """The model's recent training and last held-out loss, then the baselines'."""
+        held_out = self.validation[-1]["validation_loss"] if self.validation else None
+        model = Losses(self.config.model.name, self.recent("loss"), held_out)
+        return [model, *(self.baselines[name] for name in ("bigram", "unigram") if self.baselines)]
+
+
+def read_run(folder: Path) -> RunData:
+    """Read a run folder, of a finished run or of one that is under way.
+
+    Raises:
+        ReportError: there is no run, or it has not taken a step yet.
+        ConfigError: its configuration is not one of this version.
+    """
+    if not (folder / CONFIG).is_file():
+        raise ReportError(f"{folder} is no run folder: it has no {CONFIG}")
+    rows = read_metrics(folder / METRICS)
+    steps = [row for row in rows if "loss" in row]
+    if not steps:
+        raise ReportError(f"{folder} has no step in {METRICS} yet: there is nothing to report")
+    tree = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
+    sample = folder / SAMPLE
+    return RunData(
+        folder,
+        from_dict(tree),  # type: ignore[arg-type]
+        steps,
+        [row for row in rows if row.get("validation_loss") is not None],
+        ExpertLoad.read(folder / EXPERT_LOAD),
+        read_baselines(folder / BASELINES),
+        sample.read_text() if sample.is_file() else "",
+    )
+
+
+def read_baselines(path: Path) -> dict[str, Losses]:
+    """Losses of the unigram and the bigram model; {} where they were not computed."""
+    if not path.is_file():
+        return {}
+    data = json.loads(path.read_text())
+    return {name: Losses(name, **values) for name, values in data.items()}

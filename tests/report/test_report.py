@@ -1,0 +1,160 @@
+"""Plots and page of a run folder with known numbers."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from configs.compose import load, to_yaml
+from pangu.report.__main__ import main
+from pangu.report.page import write_page
+from pangu.report.plots import load_figure, loss_figure, smooth, write_plots
+from pangu.report.run_data import read_run
+from pangu.report.run_files import ExpertLoad, perplexity
+
+COUNTS = {
+    1: [10] * 16,
+    2: [0, 20, 10, 10, *[10] * 12],
+}
+SAMPLE = "print('</script><b>&amp;')\n"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "first run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(to_yaml(load(["experiment=quickstart"])))
+    rows = [
+        {"step": step, "loss": 8 - step / 10, "tokens": 2048, "grad_norm": 1.0, "mfu": 0.4}
+        for step in range(1, 41)
+    ]
+    rows[4]["loss"] = None  # skipped
+    rows.insert(20, {"step": 20, "validation_loss": 6.5})
+    rows.append({"step": 40, "validation_loss": 4.25})
+    lines = [json.dumps(row) for row in rows]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 41, "lo')
+    losses = {"training": 3.5, "held_out": 4.5}, {"training": 6.0, "held_out": None}
+    baselines = dict(zip(("bigram", "unigram"), losses, strict=True))
+    (folder / "baselines.json").write_text(json.dumps(baselines))
+    (folder / "sample.txt").write_text(SAMPLE)
+    ExpertLoad(21, 40, 4, COUNTS).write(folder / "expert_load.json")
+    return folder
+
+
+def page_data(folder):
+    page = write_page(read_run(folder)).read_text()
+    assert page.count("</script>") == 1  # the sample closes nothing
+    assert "src=" not in page
+    assert "@import" not in page
+    return json.loads(page.split("const run = ")[1].split(";\n")[0])
+
+
+def test_losses_are_recent_training_and_last_held_out(folder):
+    model, bigram, unigram = read_run(folder).losses()
+    assert model.training == pytest.approx(np.mean([8 - step / 10 for step in range(21, 41)]))
+    assert (model.held_out, bigram.held_out, unigram.held_out) == (4.25, 4.5, None)
+    assert bigram.cells() == ["3.500", "33.1", "4.500", "90.0"]
+    assert unigram.cells() == ["6.000", "403.4", "–", "–"]
+    assert perplexity(2000.0).startswith("1")  # no overflow
+
+
+def test_loss_plot_shows_every_number(folder):
+    axes = loss_figure(read_run(folder)).axes[0]
+    raw, smoothed, held_out, bigram = axes.lines
+    steps, values = raw.get_data()
+    assert steps.tolist() == list(range(1, 41))
+    assert np.isnan(values[4])
+    assert values[39] == 4.0
+    assert smoothed.get_ydata()[0] == 7.9
+    assert [*zip(*held_out.get_data(), strict=True)] == [(20, 6.5), (40, 4.25)]
+    assert set(bigram.get_ydata()) == {4.5}
+
+
+def test_heat_map_is_relative_to_an_even_share_with_groups_marked():
+    figure = load_figure(ExpertLoad(21, 40, 4, COUNTS), "run")
+    axes = figure.axes[0]
+    shown = axes.images[0].get_array()
+    assert shown[0].tolist() == [1.0] * 16
+    assert shown[1].tolist() == [0.0, 2.0, *[1.0] * 14]
+    dead, *boundaries = axes.lines
+    assert [*zip(*dead.get_data(), strict=True)] == [(0, 1)]  # expert 0 of the second row
+    assert [line.get_xdata()[0] for line in boundaries] == [3.5, 7.5, 11.5]
+
+
+def test_smoothing_is_a_trailing_mean_that_ignores_skipped_steps():
+    values = np.arange(50.0)
+    values[10] = np.nan
+    smoothed = smooth(values)  # over two steps
+    assert smoothed[0] == 0.0
+    assert smoothed[5] == 4.5
+    assert smoothed[10] == 9.0
+    assert smoothed[11] == 11.0
+
+
+def test_the_page_holds_the_numbers(folder):
+    data = page_data(folder)
+    assert data["subtitle"].startswith("moge_tiny: 6.55M parameters, 3.01M active · 40 of 600 ")
+    assert data["loss"][:6] == [7.9, 7.8, 7.7, 7.6, None, 7.4]
+    assert data["validation"] == [[20, 6.5], [40, 4.25]]
+    assert data["baselines"] == {"bigram": 4.5, "unigram": None}
+    assert ["0.25", "nats below a bigram model"] in data["tiles"]
+    assert ["40.0%", "MFU, active parameters"] in data["tiles"]
+    assert data["load"]["values"][1][:3] == [0.0, 2.0, 1.0]
+    assert data["sample"] == SAMPLE
+    assert data["config"]["moe"]["num_expert_groups"] == 4
+
+
+def test_a_long_run_is_thinned_out_but_keeps_its_end(folder):
+    rows = [{"step": step, "loss": 1.0, "tokens": 8} for step in range(1, 5001)]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = page_data(folder)
+    assert len(data["steps"]) <= 1500
+    assert (data["steps"][0], data["steps"][-1]) == (1, 5000)
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
+def test_a_browser_draws_the_page(folder):
+    path = write_page(read_run(folder)).as_uri()
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000"]
+    dom = subprocess.run(
+        ["chromium", *flags, "--dump-dom", path], capture_output=True, text=True, check=True
+    ).stdout
+    assert "<td>moge_tiny</td><td>4.950</td>" in dom
+    assert dom.count("<svg") == 3  # loss, gradient norm, MFU
+    assert "Expert load, steps 21–40 (4 groups)" in dom
+    assert "2 × an even share" in dom  # written while the heat map is drawn
+    assert "print('&lt;/script&gt;&lt;b&gt;&amp;amp;')" in dom
+
+
+def test_a_run_without_experts_validation_or_baselines_is_reported_too(folder):
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0, "tokens": 8}\n')
+    for name in ("baselines.json", "expert_load.json", "sample.txt"):
+        (folder / name).unlink()
+    assert [path.name for path in write_plots(read_run(folder))] == ["loss.png"]
+    data = page_data(folder)
+    assert data["table"] == [["moge_tiny", "5.000", "148.4", "–", "–"]]
+    assert data["load"] is None
+
+
+def test_the_command_writes_everything_and_says_where(folder, capsys):
+    assert main([str(folder)]) == 0
+    names = ["loss.png", "expert_load.png", "report.html"]
+    assert capsys.readouterr().out.split("\n")[:-1] == [str(folder / name) for name in names]
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_no_run_is_one_sentence_and_exit_code_2(folder, tmp_path, capsys):
+    assert main([str(tmp_path / "nowhere")]) == 2
+    assert "is no run folder: it has no config.yaml\n" in capsys.readouterr().err
+    (folder / "metrics.jsonl").unlink()
+    assert main([str(folder)]) == 2
+    assert "has no step in metrics.jsonl yet" in capsys.readouterr().err
+    assert main([]) == 2
+
+
+def test_a_report_does_not_wait_for_torch():
+    code = "import sys, pangu.report.__main__, pangu.report.page; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
