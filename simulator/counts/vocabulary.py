@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,9 +43,12 @@ def head(s: Shapes) -> Counts:
     hidden, element, tp = s.model.hidden_size, s.element, s.layout.tp
     stream = s.shard * hidden * element
     linear = Linear("head", hidden, s.model.vocab_size, "column")
+    # Quantised training keeps the projection on the vocabulary in 16 bits.
+    wide = replace(s, dtype="bf16") if s.dtype in ("fp8", "fp4", "int8") else s
     logits = s.tokens * s.model.vocab_size / tp
-    # fused: read the logits, write the gradient over them; otherwise float32 copies in between
-    loss = (6.0 if s.traits.fused_cross_entropy else 22.0) * logits
+    # Fused: read the logits, write the gradient over them. Otherwise megatron-core's passes:
+    # to float32, maximum, subtract, exponential, sum, divide; backward scale and cast.
+    forward, backward = (6.0, 2.0 * element) if s.traits.fused_cross_entropy else (38.0, 14.0)
     scalars = 3 * 4.0 * s.tokens
     peak = logits * (element if s.traits.fused_cross_entropy else element + 8.0)
     gathered = np.where((s.layout.tp > 1) & s.layout.sequence_parallel, 1, 0)
@@ -54,8 +58,8 @@ def head(s: Shapes) -> Counts:
     return Counts(
         operators=[
             *vector("head.norm", 2 * stream, 3 * stream),
-            *matmul(s, linear, s.tokens, tp),
-            *vector("head.loss", loss, 2 * element * logits),
+            *matmul(wide, linear, s.tokens, tp),
+            *vector("head.loss", forward * logits, backward * logits),
         ],
         messages=[
             *before_column(s, "head", hidden),
