@@ -44,6 +44,14 @@ def initialize(config: Config) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
 
 
+def join_alone(config: Config) -> None:
+    """A run of this process alone, without a launcher: benchmarks, generation, notebooks."""
+    store = dist.HashStore()
+    name = backends.current().collective_library
+    dist.init_process_group(name, store=store, rank=0, world_size=1)
+    initialize(config)
+
+
 def shutdown() -> None:
     """Leave the run."""
     if parallel_state.model_parallel_is_initialized():

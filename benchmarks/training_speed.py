@@ -1,0 +1,168 @@
+"""Training speed of a small Qwen3-MoE on one CPU thread, beside transformers, in one run.
+
+Tokens per CPU-second of forward, backward and AdamW: 4 layers, width 256, 32 experts of width 128,
+top-4, vocabulary 4096, 4 x 256 tokens, float32, the same weights' shapes. Then two processes with
+expert parallelism 2 against one, in tokens per second: only meaningful with two idle cores.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+SHAPE = {"layers": 4, "width": 256, "experts": 32, "top_k": 4, "ffn": 128, "vocab": 4096}
+BATCH, SEQ = 4, 256
+OURS = [
+    "model=qwen3_30b_a3b",
+    "model.num_layers=4",
+    "model.hidden_size=256",
+    "model.num_attention_heads=8",
+    "model.num_query_groups=4",
+    "model.kv_channels=32",
+    "model.vocab_size=4096",
+    "model.num_experts=32",
+    "model.moe_ffn_hidden_size=128",
+    "moe.top_k=4",
+    "data=synthetic",
+    "backend=cpu",
+    "optimizer.warmup_steps=0",
+    f"train.micro_batch_size={BATCH}",
+    f"train.seq_length={SEQ}",
+]
+ROUNDS, STEPS = 5, 4
+
+
+def transformers_step(implementation: str) -> Callable[[], None]:
+    """A training step of transformers' Qwen3-MoE with one way to compute its experts."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=SHAPE["vocab"],
+            hidden_size=SHAPE["width"],
+            num_hidden_layers=SHAPE["layers"],
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=32,
+            num_experts=SHAPE["experts"],
+            num_experts_per_tok=SHAPE["top_k"],
+            moe_intermediate_size=SHAPE["ffn"],
+            norm_topk_prob=True,
+            output_router_logits=True,
+            experts_implementation=implementation,
+        )
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    tokens = torch.randint(0, SHAPE["vocab"], (BATCH, SEQ))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(tokens, labels=tokens).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def our_step() -> Callable[[], None]:
+    """The same through `pangu.training`."""
+    from configs.compose import load
+    from pangu.data.datasets import batches, build_datasets
+    from pangu.model.build import build_model
+    from pangu.training.optimizer import build_optimizer, wrap_model
+    from pangu.training.step import StepShape, train_step
+
+    config = load([*OURS, f"train.global_batch_size={BATCH}"])
+    count = (ROUNDS + 1) * STEPS
+    data = build_datasets(
+        config, train_samples=count * BATCH, validation_samples=0, seq_length=SEQ
+    )
+    chunks, settings = build_model(config)
+    wrapped = wrap_model(config, settings, chunks)
+    optimizer = build_optimizer(config, wrapped)
+    iterator = batches(
+        data.train,
+        config,
+        data_parallel_rank=0,
+        data_parallel_size=1,
+        consumed_sequences=0,
+        micro_batch_size=BATCH,
+    )
+    shape = StepShape(1, BATCH, SEQ)
+    return lambda: void(train_step(wrapped, optimizer, [iterator], shape))
+
+
+def void(_: object) -> None:
+    """Drop a result."""
+
+
+def one_thread() -> dict[str, float]:
+    """Median tokens per CPU-second of each; rounds alternate so that all meet the same machine."""
+    from configs.compose import load
+    from pangu import backends
+    from pangu.training import distributed
+
+    torch.set_num_threads(1)
+    backends.select("cpu")
+    distributed.join_alone(load([*OURS, f"train.global_batch_size={BATCH}"]))
+    steps = {
+        "pangu": our_step(),
+        "transformers grouped_mm": transformers_step("grouped_mm"),
+        "transformers eager": transformers_step("eager"),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in steps}
+    for name, step in steps.items():
+        step()
+    for _ in range(ROUNDS):
+        for name, step in steps.items():
+            started = time.process_time()
+            for _ in range(STEPS):
+                step()
+            rates[name].append(STEPS * BATCH * SEQ / (time.process_time() - started))
+    return {name: statistics.median(values) for name, values in rates.items()}
+
+
+def processes(count: int) -> float:
+    """Median tokens per second of a whole run of `pangu.train` on `count` processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = [
+            *OURS,
+            "train.global_batch_size=8",
+            "train.steps=12",
+            "train.validate_every=0",
+            f"launch.processes={count}",
+            "backend.threads=1",
+            f"parallel.expert_model_parallel_size={count}",
+            "checkpoint.save_at_end=false",
+            f"run_dir={folder}/run",
+        ]
+        command = [sys.executable, "-m", "pangu.train", *overrides]
+        subprocess.run(command, check=True, capture_output=True)
+        rows = [json.loads(row) for row in (Path(folder) / "run/metrics.jsonl").open()]
+        return statistics.median(r["tokens"] / r["step_seconds"] for r in rows[2:] if "loss" in r)
+
+
+def main() -> None:
+    """Print both comparisons as ratios."""
+    warnings.filterwarnings("ignore")
+    rates = one_thread()
+    print("tokens per CPU-second, one thread")
+    for name, rate in rates.items():
+        print(f"  {name:26} {rate:8.0f}   pangu is {rates['pangu'] / rate:.2f} x")
+    one, two = processes(1), processes(2)
+    print("tokens per second, whole run")
+    print(f"  one process                {one:8.0f}")
+    print(f"  two, expert parallel 2     {two:8.0f}   {two / one:.2f} x")
+
+
+if __name__ == "__main__":
+    main()
