@@ -83,9 +83,7 @@ def our_step() -> Callable[[], None]:
 
     config = load([*OURS, f"train.global_batch_size={BATCH}"])
     count = (ROUNDS + 1) * STEPS
-    data = build_datasets(
-        config, train_samples=count * BATCH, validation_samples=0, seq_length=SEQ
-    )
+    data = build_datasets(config, train_samples=count * BATCH, validation_samples=0, seq_length=SEQ)
     chunks, settings = build_model(config)
     wrapped = wrap_model(config, settings, chunks)
     optimizer = build_optimizer(config, wrapped)
@@ -120,7 +118,7 @@ def one_thread() -> dict[str, float]:
         "transformers eager": transformers_step("eager"),
     }
     rates: dict[str, list[float]] = {name: [] for name in steps}
-    for name, step in steps.items():
+    for step in steps.values():
         step()
     for _ in range(ROUNDS):
         for name, step in steps.items():

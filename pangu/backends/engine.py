@@ -64,8 +64,23 @@ def import_engine(*, jit: bool) -> list[types.ModuleType]:
     # It takes the presence of its own wrappers for that of Transformer Engine, and then tests
     # `isinstance(module, None)`.
     latent.HAVE_TE = latent.HAVE_TE and isinstance(latent.TELinear, type)
+    clip: Any = importlib.import_module("megatron.core.optimizer.clip_grads")
+    # Without apex or Transformer Engine its clipping multiplies into new tensors and copies back.
+    if clip.multi_tensor_scale_impl is clip.local_multi_tensor_scale:
+        clip.multi_tensor_scale_impl = _scale_in_place
     prefix = "megatron.core"
     return [module for name, module in sys.modules.items() if name.startswith(prefix) and module]
+
+
+def _scale_in_place(
+    chunk_size: int, overflow: torch.Tensor, lists: list[list[torch.Tensor]], scale: float
+) -> None:
+    """lists[1] = lists[0] * scale; clipping passes the same tensors twice."""
+    for source, target in zip(*lists, strict=True):
+        if source is target:
+            target.mul_(scale)
+        else:
+            torch.mul(source, scale, out=target)
 
 
 @contextlib.contextmanager

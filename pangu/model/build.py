@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.mlp import MLP
@@ -12,6 +14,21 @@ from pangu import backends
 from pangu.model.init import initialize
 from pangu.model.layer_spec import block_spec, mtp_spec
 from pangu.model.transformer_config import PanguTransformerConfig, transformer_config
+
+
+class PanguModel(GPTModel):
+    """megatron-core's GPT model, with torch's own cross-entropy where the vocabulary is whole."""
+
+    def compute_language_model_loss(
+        self, labels: torch.Tensor, logits: torch.Tensor
+    ) -> torch.Tensor:
+        """labels `[batch, seq]`, logits `[seq, batch, vocab]` → losses `[batch, seq]`, at least
+        float32. The engine's vocabulary-parallel form takes several passes over the logits."""
+        if self.config.tensor_model_parallel_size > 1:
+            return super().compute_language_model_loss(labels, logits)
+        wide = logits if logits.dtype is torch.float64 else logits.float()
+        losses = F.cross_entropy(wide.flatten(0, 1), labels.t().flatten(), reduction="none")
+        return losses.view(labels.size(1), labels.size(0)).t().contiguous()
 
 
 def build_model(config: Config) -> tuple[list[GPTModel], PanguTransformerConfig]:
@@ -29,10 +46,10 @@ def build_model(config: Config) -> tuple[list[GPTModel], PanguTransformerConfig]
 
 def _build_chunk(
     config: Config, settings: PanguTransformerConfig, vp_stage: int | None
-) -> GPTModel:
+) -> PanguModel:
     model = config.model
     virtual = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
-    chunk = GPTModel(
+    chunk = PanguModel(
         config=settings,
         transformer_layer_spec=block_spec(settings, vp_stage),
         vocab_size=model.vocab_size,
