@@ -24,6 +24,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.serialization import save_preprocess
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
@@ -91,7 +92,7 @@ class Saver:
         everything = optimizer_state.parts(self.optimizer)
         optimizer_state.initialize(everything)
         sharded, _ = save_preprocess(contents.to_save(self.chunks, everything))
-        plan = _Plan("torch_dist", 1, thread_count=1)
+        plan = _Plan()
         # Spreads what replicas share over the ranks that have it.
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         FullyParallelSaveStrategyWrapper(plan, group).async_save(sharded, made)
@@ -174,6 +175,12 @@ class _Plan(TorchDistSaveShardedStrategy):
 
     writer: FileSystemWriterAsync
     metadata: Any
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1, thread_count=1)
+        # The engine would start a server process for its results, which outlives a killed run;
+        # ours come through a pipe.
+        filesystem_async._results_queue = "unused"
 
     def _get_save_and_finalize_callbacks(
         self, writer: FileSystemWriterAsync, planned: Any
