@@ -85,6 +85,10 @@ def _routing(config: Config) -> Iterator[Problem]:
         key = "moe.softmax_after_top_k"
         reason = "softmax over the chosen logits belongs to router=top_k with softmax scores"
         yield Problem("softmax order", key, True, reason, {key: [False]})
+    elif moe.softmax_after_top_k and moe.top_k == 1:
+        key = "moe.softmax_after_top_k"
+        reason = "the softmax of one chosen logit is always 1: the router would learn nothing"
+        yield Problem("softmax of one", key, True, reason, {key: [False]})
     if moe.expert_bias and moe.router in ("expert_choice", "forced_balance"):
         reason = f"router={moe.router} is balanced without a bias"
         yield Problem("expert bias", "moe.expert_bias", True, reason, {"moe.expert_bias": [False]})

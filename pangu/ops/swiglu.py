@@ -21,8 +21,11 @@ def swiglu_reference(x_NG: torch.Tensor, weights_N: torch.Tensor | None = None) 
     return y_NF if weights_N is None else (y_NF * weights_N[:, None]).to(x_NG.dtype)
 
 
+BLOCK = 2**18  # elements: the temporaries of one block stay in a core's cache
+
+
 class _Swiglu(torch.autograd.Function):
-    """Keeps its input alone: silu is computed again in the backward, in place where possible."""
+    """Keeps its input alone: silu is computed again in the backward, block by block."""
 
     @staticmethod
     def forward(ctx: Any, x_NG: torch.Tensor, weights_N: torch.Tensor | None) -> torch.Tensor:
@@ -34,18 +37,34 @@ class _Swiglu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         x_NG, weights_N = ctx.saved_tensors
-        gate, up = x_NG.chunk(2, dim=-1)
         grad_x = torch.empty_like(x_NG)
-        grad_gate, grad_up = grad_x.chunk(2, dim=-1)
-        grad_weights = None
-        torch.mul(F.silu(gate), grads[0], out=grad_up)
-        grad_silu = grads[0] * up
-        if weights_N is not None:
-            grad_weights = torch.linalg.vecdot(grad_up, up)
-            grad_up.mul_(weights_N[:, None])
-            grad_silu.mul_(weights_N[:, None])
-        torch.ops.aten.silu_backward.grad_input(grad_silu, gate, grad_input=grad_gate)
+        grad_weights = None if weights_N is None else torch.empty_like(weights_N)
+        rows = max(1, BLOCK // grads[0].size(-1))
+        for start in range(0, x_NG.size(0), rows):
+            part = slice(start, start + rows)
+            weights = None if weights_N is None else weights_N[part]
+            gradients = None if grad_weights is None else grad_weights[part]
+            _block_gradient(x_NG[part], weights, grads[0][part], grad_x[part], gradients)
         return grad_x, grad_weights
+
+
+def _block_gradient(
+    x: torch.Tensor,
+    weights: torch.Tensor | None,
+    grad: torch.Tensor,
+    grad_x: torch.Tensor,
+    grad_weights: torch.Tensor | None,
+) -> None:
+    """Fill `grad_x` and `grad_weights` for some rows."""
+    gate, up = x.chunk(2, dim=-1)
+    grad_gate, grad_up = grad_x.chunk(2, dim=-1)
+    torch.mul(F.silu(gate), grad, out=grad_up)
+    grad_silu = grad * up
+    if weights is not None:
+        torch.linalg.vecdot(grad_up, up, out=grad_weights)
+        grad_up.mul_(weights[:, None])
+        grad_silu.mul_(weights[:, None])
+    torch.ops.aten.silu_backward.grad_input(grad_silu, gate, grad_input=grad_gate)
 
 
 def swiglu_cuda(x_NG: torch.Tensor, weights_N: torch.Tensor | None = None) -> torch.Tensor:

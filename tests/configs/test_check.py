@@ -44,6 +44,7 @@ BROKEN = [
     (["moe.router=group_limited"], "moe.topk_group", "between 1 and all 4"),
     (["moe.router=group_limited", "moe.topk_group=1", "moe.top_k=8"], "moe.topk_group", "fewer"),
     (["moe.softmax_after_top_k=true"], "moe.softmax_after_top_k", "router=top_k"),
+    (["moe=top_k", "moe.top_k=1"], "moe.softmax_after_top_k", "learn nothing"),
     (["moe.router=expert_choice", "moe.expert_bias=true"], "moe.expert_bias", "without a bias"),
     (["moe.dispatcher=local", "moe=expert_choice"], "moe.dispatcher", "fixed number"),
     (["moe.dispatcher=moge", "moe=top_k"], "moe.dispatcher", "equal splits"),

@@ -6,7 +6,9 @@ from pangu.ops.swiglu import swiglu, swiglu_reference
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_swiglu_follows_its_reference(weighted):
+@pytest.mark.parametrize("block", [1, 15, 2**18])
+def test_swiglu_follows_its_reference(weighted, block, monkeypatch):
+    monkeypatch.setattr("pangu.ops.swiglu.BLOCK", block)
     x = torch.randn(7, 10, dtype=torch.float64, requires_grad=True)
     weights = torch.rand(7, dtype=torch.float64, requires_grad=True) if weighted else None
     inputs = (x, weights) if weighted else (x,)
