@@ -29,7 +29,7 @@ from simulator.memory import (
 )
 from simulator.operators import vector_seconds
 from simulator.parameters import layer_parameters, model_flops_per_token
-from simulator.pipeline import Ranks, RankSeconds, distinct_ranks, pipeline_seconds
+from simulator.pipeline import Ranks, RankSeconds, distinct_ranks, hidden_seconds, pipeline_seconds
 from simulator.seconds import BlockSeconds, StageBlocks, price_blocks
 
 Array = Any
@@ -123,10 +123,11 @@ def evaluate(config: Config, layout: Layout, load: Array | None = None) -> Evalu
         reduce = np.maximum(reduce, np.where(held, end.reduce, 0.0))
         optimizer = np.maximum(optimizer, np.where(held, end.optimizer, 0.0))
         gather = np.maximum(gather, np.where(held, end.gather, 0.0))
-        work = work + group.count * seconds.both
+        hidden = hidden_seconds(layout, group.first, seconds)
+        work = work + group.count * (seconds.both * layout.num_microbatches - hidden)
         ranks.append((group, seconds))
     passing = pipeline_seconds(layout, ranks, send_seconds(parts))
-    busy = work * layout.num_microbatches / layout.pp
+    busy = work / layout.pp
     step = passing + reduce + optimizer + gather
     rate = tokens_per_step(config, layout) / step / layout.devices
     return Evaluation(

@@ -77,6 +77,13 @@ def warmup_units(layout: Layout, rank: Array) -> Array:
     return np.minimum(units, m * v)
 
 
+def hidden_seconds(layout: Layout, rank: Array, seconds: RankSeconds) -> Array:
+    """What the overlapped schedule hides in a step: forward passes beside backward passes."""
+    pairs = layout.num_microbatches - warmup_units(layout, rank) / layout.vpp
+    overlapped = layout.schedule == SCHEDULES.index("1f1b_overlap")
+    return np.where(overlapped, pairs * seconds.hideable, 0.0)
+
+
 def pipeline_seconds(layout: Layout, ranks: list[tuple[Ranks, RankSeconds]], send: Array) -> Array:
     """Seconds from the first forward to the last backward pass of a step.
 
@@ -86,7 +93,6 @@ def pipeline_seconds(layout: Layout, ranks: list[tuple[Ranks, RankSeconds]], sen
     p, v, m = layout.pp, layout.vpp, layout.num_microbatches
     schedule = layout.schedule
     zero_bubble = (schedule == SCHEDULES.index("zero_bubble")) & (v == 1)
-    overlapped = schedule == SCHEDULES.index("1f1b_overlap")
     waits = np.where(v > 1, 0.0, 1.0) * send
     through: Array = 0.0
     forward_through: Array = 0.0
@@ -107,8 +113,7 @@ def pipeline_seconds(layout: Layout, ranks: list[tuple[Ranks, RankSeconds]], sen
         passes.append((forward + backward, once))
     slowest: Array = 0.0
     for (group, seconds), (both, once) in zip(ranks, passes, strict=True):
-        pairs = m - warmup_units(layout, group.first) / v
-        own = m * both - np.where(overlapped, pairs * seconds.hideable, 0.0)
+        own = m * both - hidden_seconds(layout, group.first, seconds)
         own = np.where(group.count > 0, own + through - once, 0.0)
         slowest = np.maximum(slowest, own)
     slowest = slowest + np.where(v > 1, 2.0 * (p - 1 + (v - 1) * p) * send, 0.0)

@@ -24,7 +24,7 @@ from simulator.evaluate import (
 from simulator.layout import StageContent, from_config
 from simulator.memory import Memory, rank_memory, stage_contents, stage_parameters
 from simulator.parameters import model_flops_per_token
-from simulator.pipeline import RankSeconds
+from simulator.pipeline import RankSeconds, hidden_seconds
 from simulator.seconds import BlockSeconds, Line
 from simulator.timeline import Timeline, UnitSeconds, build
 
@@ -159,7 +159,16 @@ def predict(config: Config, load: float | None = None) -> Prediction:
     devices = int(layout.devices)
     dtype = peak_dtype(parts)
     flops = model_flops_per_token(config)
-    busy = float(seconds[slowest].both) * int(layout.num_microbatches)
+    breakdown = _breakdown(
+        parts,
+        slowest,
+        contents[slowest],
+        seconds[slowest],
+        ends[slowest],
+        step,
+        optimizer,
+        gather,
+    )
     return Prediction(
         step_seconds=step,
         tokens_per_second=tokens / step,
@@ -173,10 +182,8 @@ def predict(config: Config, load: float | None = None) -> Prediction:
         fits=peak * (1 + RESERVED_FRACTION) + outside <= memory,
         devices=devices,
         num_microbatches=int(layout.num_microbatches),
-        bubble_fraction=max(timeline.seconds - busy, 0.0) / step,
-        breakdown=_breakdown(
-            parts, contents[slowest], seconds[slowest], ends[slowest], step, optimizer, gather
-        ),
+        bubble_fraction=breakdown.get(BUBBLE, 0.0) / step,
+        breakdown=breakdown,
         stages=stages,
         bill=_bill(parts, contents[slowest]),
         timeline=timeline,
@@ -211,6 +218,7 @@ def _stage(
     timeline: Timeline,
 ) -> Stage:
     busy = float(seconds.both) * int(parts.layout.num_microbatches)
+    busy -= float(hidden_seconds(parts.layout, rank, seconds))
     return Stage(
         rank=rank,
         layers=int(sum(float(content.layers) for content in contents)),
@@ -244,6 +252,7 @@ def _bill(parts: Parts, contents: list[StageContent]) -> list[BillLine]:
     ]
 
 
+BUBBLE = "pipeline bubble and sends"
 OPERATOR_LINES = {
     "matmul": "matrix products",
     "grouped_matmul": "expert matrix products",
@@ -261,6 +270,7 @@ GROUP_LINES = {
 
 def _breakdown(
     parts: Parts,
+    rank: int,
     contents: list[StageContent],
     seconds: RankSeconds,
     end: DataParallel,
@@ -291,14 +301,10 @@ def _breakdown(
     result["gradient reduction"] = float(end.reduce)
     result["optimizer"] = optimizer
     result["parameter gathering"] = gather
-    waiting = step - sum(result.values())
-    hidden = float(seconds.hideable) * count_of
-    name = "pipeline bubble and sends"
-    if waiting < 0:  # the overlapped schedule has hidden more than the bubble costs
-        experts = "expert dispatch and combine"
-        result[experts] = result.get(experts, 0.0) - min(hidden, -waiting)
-        waiting = step - sum(value for key, value in result.items() if key != name)
-    result[name] = waiting
+    experts = GROUP_LINES["ep"]
+    hidden = float(hidden_seconds(layout, rank, seconds))
+    result[experts] = result.get(experts, 0.0) - hidden
+    result[BUBBLE] = step - sum(result.values())
     return {key: value for key, value in result.items() if abs(value) > 1e-9 * step}
 
 
