@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
@@ -36,6 +38,8 @@ def build_model(config: Config) -> tuple[list[GPTModel], PanguTransformerConfig]
 
     Process groups must exist.
     """
+    # The engine warns of every layer whose MLP is not its own ("Unknown MLP type").
+    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
     settings = transformer_config(config)
     virtual = settings.virtual_pipeline_model_parallel_size
     stages: list[int | None] = [None] if virtual is None else list(range(virtual))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from typing import TYPE_CHECKING
 
@@ -32,8 +31,6 @@ def run(config: Config, process: ProcessEnvironment) -> int:
     stop = StopSignal()
     # The engine and torch announce their own deprecations on every rank.
     warnings.filterwarnings("ignore", module="megatron|torch")
-    # It knows no MLP but its own ("Unknown MLP type").
-    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
     try:
         backends.select(config.backend.name, process.local_rank, config.backend.precision)
     except RuntimeError as error:

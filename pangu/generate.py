@@ -1,0 +1,196 @@
+"""Generate: `python -m pangu.generate checkpoint=DIR prompt="…" [key=value] …`.
+
+One process, whatever layout the checkpoint was saved in.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from launch import environment
+
+if TYPE_CHECKING:
+    from configs.schema import Config
+
+USAGE = """usage: python -m pangu.generate checkpoint=DIR [prompt=TEXT] [key=value] ...
+
+  checkpoint      a run folder (its newest sound checkpoint) or one checkpoint's folder
+  prompt          text to go on from; without one, a document from its beginning
+  max_new_tokens  128
+  temperature     0.8; 0 always takes the most likely token
+  top_p           0.95; draws from the fewest tokens that are this likely together
+  seed            0
+  backend         auto | cpu | cuda | npu
+"""
+
+
+@dataclass
+class Options:
+    """What to generate."""
+
+    checkpoint: str
+    prompt: str = ""
+    max_new_tokens: int = 128
+    temperature: float = 0.8
+    top_p: float = 0.95
+    seed: int = 0
+    backend: Literal["auto", "cpu", "cuda", "npu"] = "auto"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The exit code: 0 done, 2 a mistake of the user's."""
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE)
+        return 0
+    from configs.compose import ConfigError
+
+    try:
+        options = parse(arguments)
+        config = read_run_config(Path(options.checkpoint))
+        text = stream(options, config)
+        sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+        for piece in text:
+            print(piece, end="", flush=True)
+        print()
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print()
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> Options:
+    """Options of the command line.
+
+    Raises:
+        ConfigError: naming every argument that is unknown, malformed or out of range.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    from configs.compose import ConfigError, Violation
+
+    known = [field.name for field in fields(Options)]
+    given = dict(argument.partition("=")[::2] for argument in arguments)
+    violations = [
+        Violation(key, value, "unknown key", f"known: {', '.join(known)}")
+        for key, value in given.items()
+        if key not in known
+    ]
+    if "checkpoint" not in given:
+        reason = "what to generate with is missing"
+        violations.append(Violation("checkpoint", "", reason, "checkpoint=RUN_DIR"))
+    if violations:
+        raise ConfigError(violations)
+    try:
+        options = TypeAdapter(Options).validate_python(given)
+    except ValidationError as error:
+        raise ConfigError(
+            [
+                Violation(str(item["loc"][0]), item["input"], item["msg"].lower())
+                for item in error.errors()
+            ]
+        ) from None
+    ranges = {
+        "max_new_tokens": (options.max_new_tokens > 0, "a number of tokens is positive"),
+        "temperature": (options.temperature >= 0, "a temperature is not negative"),
+        "top_p": (0 < options.top_p <= 1, "a probability is more than 0 and at most 1"),
+    }
+    violations = [
+        Violation(key, getattr(options, key), reason)
+        for key, (fits, reason) in ranges.items()
+        if not fits
+    ]
+    if violations:
+        raise ConfigError(violations)
+    return options
+
+
+def read_run_config(folder: Path) -> Config:
+    """The configuration saved in a run or checkpoint folder, laid out for one process.
+
+    Raises:
+        ConfigError: there is none, or it is not one of this version.
+    """
+    from omegaconf import OmegaConf
+
+    from configs.compose import ConfigError, Violation, from_dict
+    from configs.schema import BackendConfig, LaunchConfig, MemoryConfig, ParallelConfig
+
+    file = folder / "config.yaml"
+    if not file.is_file():
+        reason = "is neither a run folder nor a checkpoint: it has no config.yaml"
+        raise ConfigError([Violation("checkpoint", folder, reason)])
+    config = from_dict(OmegaConf.to_container(OmegaConf.load(file)))  # type: ignore[arg-type]
+    return replace(
+        config,
+        parallel=ParallelConfig(),
+        memory=MemoryConfig(),
+        launch=LaunchConfig(),
+        moe=replace(config.moe, dispatcher="auto"),
+        backend=BackendConfig(),
+        devices=None,
+        run_dir=str(folder),
+    )
+
+
+def stream(options: Options, config: Config) -> Iterator[str]:
+    """The prompt and what the model adds to it, as pieces of text.
+
+    Raises:
+        ConfigError: the backend is missing, the checkpoint cannot be used, or the text would be
+            longer than the model was made for.
+    """
+    from configs.compose import ConfigError, Violation
+    from pangu.train import prepare_environment
+
+    warnings.filterwarnings("ignore", module="megatron|torch")  # their own deprecations
+    prepare_environment(config, environment.read({}))
+    from pangu import backends
+
+    try:
+        backends.select(options.backend)
+    except RuntimeError as error:
+        raise ConfigError([Violation("backend", options.backend, str(error))]) from None
+    from pangu.data.tokenizer import StreamDecoder
+    from pangu.inference.checkpoint import load_for_inference
+    from pangu.inference.decode import generate
+    from pangu.inference.sampling import Sampler
+    from pangu.training import distributed
+
+    distributed.initialize(config)
+    try:
+        model, tokenizer = load_for_inference(config, Path(options.checkpoint))
+        prompt = tokenizer.encode(options.prompt) or [tokenizer.eod]
+        longest = config.model.max_position_embeddings
+        if len(prompt) + options.max_new_tokens > longest:
+            room = longest - len(prompt)
+            reason = f"with a prompt of {len(prompt)} tokens, the model has room for {room} more"
+            raise ConfigError([Violation("max_new_tokens", options.max_new_tokens, reason)])
+        yield options.prompt
+        decoder = StreamDecoder(tokenizer)
+        sampler = Sampler(temperature=options.temperature, top_p=options.top_p, seed=options.seed)
+        for token in generate(
+            model,
+            prompt,
+            sampler,
+            max_new_tokens=options.max_new_tokens,
+            vocab_size=tokenizer.vocab_size,
+            eod=tokenizer.eod,
+        ):
+            yield decoder.push(token)
+        yield decoder.flush()
+    finally:
+        distributed.shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,38 @@
+"""A trained model, ready to generate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron.core.models.gpt import GPTModel
+
+from configs.compose import ConfigError, Violation
+from configs.schema import Config
+from pangu.data import DataError
+from pangu.data.tokenizer import Tokenizer, load_tokenizer
+from pangu.model.build import build_model
+from pangu.training import checkpoint, manifest
+
+
+def load_for_inference(config: Config, folder: Path) -> tuple[GPTModel, Tokenizer]:
+    """Model and tokenizer of a run folder's newest sound checkpoint, or of a checkpoint folder.
+
+    Collective. `config` describes the model and the layout to load it into.
+
+    Raises:
+        ConfigError: there is no checkpoint, it is damaged, or it does not fit the model.
+    """
+    path = folder
+    if not (folder / manifest.MANIFEST).is_file():  # a run's folder, not a checkpoint's
+        found = checkpoint.newest(config)
+        if found is None:
+            reason = "the run has saved no checkpoint yet"
+            raise ConfigError([Violation("checkpoint", folder, reason)])
+        path = found.path
+    try:
+        tokenizer = load_tokenizer(path / checkpoint.TOKENIZER)
+    except DataError as error:
+        raise ConfigError([Violation("checkpoint", path, str(error))]) from None
+    chunks, _ = build_model(config)
+    checkpoint.load_model(path, chunks)
+    return chunks[0], tokenizer

@@ -1,0 +1,138 @@
+"""A real run on two processes, to its end: sample, baselines, plots, summary; then generation from
+its checkpoint by one process."""
+
+import json
+import math
+import subprocess
+import sys
+
+import gloo
+import pytest
+import torch
+
+from configs.schema import ParallelConfig
+from pangu.generate import main, read_run_config
+from pangu.report.run_files import read_metrics
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """The run's folder and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    overrides = [
+        "experiment=quickstart",
+        "debug=tiny",
+        "model.vocab_size=64",
+        "model.num_layers=2",
+        "train.steps=6",
+        "train.validate_every=3",
+        "train.seq_length=64",
+        "optimizer.warmup_steps=0",
+        "backend=cpu",
+        f"run_dir={folder}",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "pangu.train", *overrides], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+@pytest.mark.distributed
+@pytest.mark.end_to_end
+def test_a_run_ends_with_its_losses_beside_n_grams_a_sample_and_plots(ended):
+    run, done = ended
+    rows = read_metrics(run / "metrics.jsonl")
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    assert all(row["device_imbalance"] == 0 for row in steps)  # MoGE, whole groups on both ranks
+    assert all(row["dropped_tokens"] == 0 for row in steps)
+    assert all(1 <= row["aux_loss"] < 4 for row in steps)
+    assert "step 6/6: loss" in done.stderr
+    assert f"held-out loss {rows[-1]['validation_loss']:.3f}" in done.stderr
+    # Random tokens have nothing to learn but that they are even.
+    baselines = json.loads((run / "baselines.json").read_text())
+    for name in ("unigram", "bigram"):
+        assert baselines[name]["held_out"] == pytest.approx(math.log(64), rel=0.05)
+    table = {
+        line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:-1]]
+        for line in done.stdout.splitlines()
+        if line.startswith("│ ") and line.count("│") == 6
+    }
+    assert table["moge_tiny"][2] == f"{rows[-1]['validation_loss']:.3f}"
+    assert table["bigram"][2] == f"{baselines['bigram']['held_out']:.3f}"
+    sample = (run / "sample.txt").read_text().split()
+    assert sample, "the model ended the document at once"
+    assert all(0 < int(token) < 64 for token in sample)
+    for name in ("loss.png", "expert_load.png", "report.html"):
+        assert f"{run}/{name}" in done.stdout.replace("\n", "")
+        assert (run / name).stat().st_size > 5000
+
+
+def generated(*arguments):
+    command = [sys.executable, "-m", "pangu.generate", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def greedy_by_whole_forward(folder, tokens, count):
+    """`count` tokens, each the argmax of a forward pass over all tokens before it."""
+    gloo.single()
+    gloo.parallel(tensor_model_parallel_size=1)
+    from pangu.inference.checkpoint import load_for_inference
+
+    model, _ = load_for_inference(read_run_config(folder), folder)
+    model.eval()
+    for _ in range(count):
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens]), torch.arange(len(tokens))[None], None)
+        tokens = [*tokens, int(logits[0, -1].argmax())]
+    return tokens[-count:]
+
+
+@pytest.mark.distributed
+@pytest.mark.end_to_end
+def test_one_process_generates_from_the_checkpoint_of_two(ended):
+    run, _ = ended
+    done = generated(f"checkpoint={run}", "prompt=7 33 12 ", "max_new_tokens=5", "temperature=0")
+    assert done.returncode == 0, done.stderr
+    expected = greedy_by_whole_forward(run, [7, 33, 12], 5)
+    assert 0 not in expected, "the document ended: choose another prompt"
+    assert done.stdout.split() == ["7", "33", "12", *map(str, expected)]
+
+
+@pytest.mark.distributed
+@pytest.mark.end_to_end
+def test_a_damaged_checkpoint_is_a_sentence_and_exit_code_2(ended):
+    run, _ = ended
+    (saved,) = (run / "checkpoints").glob("step_*")
+    part = next(saved.glob("*.distcp"))
+    part.write_bytes(part.read_bytes()[:-1])
+    done = generated(f"checkpoint={saved}")
+    assert done.returncode == 2
+    assert "is no sound checkpoint" in done.stderr
+    assert part.name in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["checkpoint=nowhere"], "checkpoint=nowhere: is neither a run folder nor a checkpoint"),
+        (["prompt=x"], "checkpoint=: what to generate with is missing"),
+        (["checkpoint=x", "promt=y"], "promt=y: unknown key (known: checkpoint, prompt"),
+        (["checkpoint=x", "temperature=-1"], "temperature=-1.0: a temperature is not negative"),
+        (["checkpoint=x", "top_p=0"], "top_p=0.0: a probability is more than 0 and at most 1"),
+        (["checkpoint=x", "max_new_tokens=many"], "max_new_tokens=many: input should be a valid"),
+    ],
+)
+def test_a_mistake_is_a_sentence_and_exit_code_2(arguments, sentence, capsys):
+    assert main(arguments) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_what_keeps_a_layout_from_generating_is_said():
+    from pangu.inference.decode import obstacle
+
+    assert obstacle(ParallelConfig(tensor_model_parallel_size=2)) == ""
+    assert "pipeline" in obstacle(ParallelConfig(pipeline_model_parallel_size=2))
+    assert "context" in obstacle(ParallelConfig(context_parallel_size=2))
