@@ -12,7 +12,7 @@ import numpy as np
 
 from pangu.report.plots import smooth
 from pangu.report.run_data import RunData
-from pangu.report.run_files import perplexity
+from pangu.report.run_files import perplexity, short
 from simulator.parameters import count_parameters
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -75,7 +75,7 @@ def _finite(value: float) -> float | None:
 def _subtitle(run: RunData) -> str:
     count, config = count_parameters(run.config), run.config
     parts = [
-        f"{config.model.name}: {_short(count.total)} parameters, {_short(count.active)} active",
+        f"{config.model.name}: {short(count.total)} parameters, {short(count.active)} active",
         f"{run.steps[-1]['step']:,} of {config.train.steps:,} steps",
     ]
     if config.model.num_experts:
@@ -106,7 +106,7 @@ def _tiles(run: RunData) -> list[list[str]]:
         value = run.recent(key)
         if value is not None:
             tiles.append([form.format(value), note])
-    tiles.append([_short(sum(row["tokens"] for row in run.steps)), "tokens trained"])
+    tiles.append([short(sum(row["tokens"] for row in run.steps)), "tokens trained"])
     return tiles
 
 
@@ -119,10 +119,3 @@ def _load(run: RunData) -> dict[str, Any] | None:
         "groups": run.load.num_groups,
         "steps": [run.load.first_step, run.load.last_step],
     }
-
-
-def _short(number: float) -> str:
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if number >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:.0f}"

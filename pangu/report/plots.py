@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TRAINING, HELD_OUT, BASELINE, INK, QUIET = "#2f6fb0", "#d9730d", "#7a7a7a", "#222222", "#dddddd"
+DEAD = "#ffd21f"  # on the darkest blue
 _MOST_TICKS = 24
 
 
@@ -72,7 +73,7 @@ def load_figure(load: ExpertLoad, name: str) -> Figure:
         values, cmap="RdBu_r", norm=TwoSlopeNorm(1.0, 0.0, top), aspect="auto", origin="upper"
     )
     dead = np.argwhere(values == 0)
-    axes.plot(dead[:, 1], dead[:, 0], "x", color=INK, markersize=4, linestyle="none")
+    axes.plot(dead[:, 1], dead[:, 0], "x", color=DEAD, markersize=4, linestyle="none")
     size = experts // load.num_groups
     for boundary in range(size, experts, size) if load.num_groups > 1 else ():
         axes.axvline(boundary - 0.5, color=INK, linewidth=1.2)
@@ -93,14 +94,16 @@ def load_figure(load: ExpertLoad, name: str) -> Figure:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Mean over the last 4 % of the steps or so; skipped steps (NaN) count for nothing."""
-    window = max(1, len(values) // 25)
+    """Mean over 2 % of the steps on either side, fewer at the ends; skipped steps (NaN) count for
+    nothing."""
     known = np.isfinite(values)
-    total = np.cumsum(np.where(known, values, 0.0))
-    count = np.cumsum(known)
-    total[window:] -= total[:-window].copy()
-    count[window:] -= count[:-window].copy()
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    total = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
+    count = np.concatenate([[0], np.cumsum(known)])
+    places = np.arange(len(values))
+    reach = np.minimum(len(values) // 50, np.minimum(places, places[::-1]))
+    first, last = places - reach, places + reach + 1
+    counted = count[last] - count[first]
+    return np.where(counted > 0, (total[last] - total[first]) / np.maximum(counted, 1), np.nan)
 
 
 def _load_ticks(top: float) -> list[float]:

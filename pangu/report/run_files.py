@@ -76,3 +76,11 @@ def perplexity(loss: float) -> str:
     """e^loss as people read it: three digits, or one decimal above a hundred."""
     value = math.exp(min(loss, 700.0))
     return f"{value:,.1f}" if value >= 100 else f"{value:#.3g}"
+
+
+def short(number: float) -> str:
+    """A count with three digits and a letter: 6.55M."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.0f}"

@@ -20,7 +20,7 @@ from pangu.moe.load import read_load
 from pangu.training import checkpoint, schedule
 from pangu.training.distributed import say
 from pangu.training.expert_load import LoadWindow
-from pangu.training.metrics import MetricsFile, step_row
+from pangu.training.metrics import MetricsFile, describe_run, step_row
 from pangu.training.optimizer import set_learning_rate
 from pangu.training.progress import Progress
 from pangu.training.resilience import Diverged, SkippedSteps, StopSignal
@@ -61,6 +61,7 @@ class Trainer:
         self.saver.prepare(self.state.step)
         rank, devices = dist.get_rank(), dist.get_world_size()
         with Progress(self.config, self.state.step, active=rank == 0, devices=devices) as progress:
+            progress.say(describe_run(self.config))
             train_batches = self.train_batches()
             while self.state.step < self.config.train.steps and not self.stop.agreed():
                 if self.enter_phase():

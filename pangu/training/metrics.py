@@ -14,9 +14,9 @@ import torch.distributed as dist
 from configs.schema import Config
 from pangu import backends
 from pangu.moe.load import RoutingLoad, device_imbalance, dropped_tokens, expert_imbalance
-from pangu.report.run_files import METRICS, read_metrics, replace_text
+from pangu.report.run_files import METRICS, read_metrics, replace_text, short
 from pangu.training.step import StepResult
-from simulator.parameters import model_flops_per_token
+from simulator.parameters import count_parameters, model_flops_per_token
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -84,6 +84,18 @@ def precision(config: Config) -> str:
 def peak_tflops(config: Config) -> float | None:
     """Dense peak per device behind MFU: configured, or the device's own; None where unknown."""
     return config.backend.peak_tflops or backends.current().peak_tflops(precision(config))
+
+
+def describe_run(config: Config) -> str:
+    """One line for the start of a run: the model, where it runs, and the peak behind MFU."""
+    count, backend = count_parameters(config), backends.current()
+    line = (
+        f"{config.model.name}: {short(count.total)} parameters, {short(count.active)} active per "
+        f"token, on {dist.get_world_size()} × {backend.description}, {precision(config)}"
+    )
+    if peak := peak_tflops(config):
+        return f"{line}; MFU counts active parameters, against {peak:g} TFLOPS per device"
+    return line
 
 
 def _largest(value: float) -> float:

@@ -84,14 +84,16 @@ def test_heat_map_is_relative_to_an_even_share_with_groups_marked():
     assert [line.get_xdata()[0] for line in boundaries] == [3.5, 7.5, 11.5]
 
 
-def test_smoothing_is_a_trailing_mean_that_ignores_skipped_steps():
-    values = np.arange(50.0)
+def test_smoothing_is_a_centred_mean_that_ignores_skipped_steps():
+    values = np.arange(100.0) ** 2
     values[10] = np.nan
-    smoothed = smooth(values)  # over two steps
+    smoothed = smooth(values)  # two steps on either side
     assert smoothed[0] == 0.0
-    assert smoothed[5] == 4.5
-    assert smoothed[10] == 9.0
-    assert smoothed[11] == 11.0
+    assert smoothed[1] == (0 + 1 + 4) / 3
+    assert smoothed[50] == np.mean(np.arange(48, 53) ** 2)
+    assert smoothed[10] == (64 + 81 + 121 + 144) / 4
+    assert smoothed[99] == 99**2
+    assert np.isnan(smooth(np.array([np.nan]))).all()
 
 
 def test_the_page_holds_the_numbers(folder):

@@ -12,7 +12,7 @@ from configs.compose import load
 from pangu.moe.load import RoutingLoad
 from pangu.report.run_files import ExpertLoad, read_metrics
 from pangu.training.expert_load import LoadWindow
-from pangu.training.metrics import MetricsFile, step_row
+from pangu.training.metrics import MetricsFile, describe_run, step_row
 from pangu.training.step import StepResult
 
 KEYS = [
@@ -68,6 +68,16 @@ def test_flops_are_those_of_the_active_parameters():
 
 def test_mfu_is_left_out_where_no_peak_is_known():
     assert list(row(load(["experiment=quickstart"]))) == [key for key in KEYS if key != "mfu"]
+
+
+def test_the_peak_in_use_is_said():
+    quickstart = ["experiment=quickstart", "backend=cpu"]
+    assert describe_run(load([*quickstart, "backend.peak_tflops=312"])).endswith(
+        " CPU, fp32; MFU counts active parameters, against 312 TFLOPS per device"
+    )
+    line = describe_run(load(quickstart))
+    assert line.startswith("moge_tiny: 6.55M parameters, 3.01M active per token, on 1 × ")
+    assert line.endswith(" CPU, fp32")
 
 
 def test_memory_is_what_the_kernel_reports():
