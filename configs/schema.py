@@ -258,11 +258,24 @@ class SimulationConfig:
     transformer_engine: bool = False
     fused_attention: bool = True  # scores never reach memory
     fused_cross_entropy: bool = True  # the gradient overwrites the logits
+    # Norms, rotary embedding and activations in one kernel each; eager code runs them in several.
+    fused_kernels: bool = True
     fp32_gradients: bool = True  # main gradients accumulated and reduced in float32
     tp_comm_overlap: bool = False  # tensor-parallel collectives fused with their matrix products
     # How tokens reach experts in other nodes: flat all-to-all; Pangu's hierarchy (all-gather
     # between nodes, all-to-all inside); or each token once per destination node (DeepEP).
     dispatch: Literal["flat", "hierarchical", "deduplicated"] = "flat"
+    # Pipeline sends cut over tensor-parallel ranks even without sequence parallelism (Megatron of
+    # 2021, arXiv 2104.04473).
+    scatter_gather_sends: bool = False
+    # Ring attention deals each rank an early and a late part of the sequence; without, the last
+    # rank computes nearly twice its share of a causal mask.
+    balanced_context: bool = True
+    # Mean part of its causal past that a token attends to: less than 1 where packed documents are
+    # masked from each other.
+    attention_span: float = 1.0
+    # Zipf exponent of how often experts are chosen by a top-k router; 0: alike.
+    expert_popularity_exponent: float = 0.0
     swap_modules: list[RecomputeModule] = field(default_factory=list)  # activations kept on host
     swap_optimizer: bool = False  # optimizer state kept on host between steps
 

@@ -99,7 +99,8 @@ def expected_load(s: Shapes) -> Array:
     if not s.model.num_experts:
         return 1.0
     tokens = s.shard * s.layout.ep * s.layout.etp
-    return routing_factor(s.moe, s.model.num_experts, tokens, s.layout.ep)
+    exponent = s.traits.expert_popularity_exponent
+    return routing_factor(s.moe, s.model.num_experts, tokens, s.layout.ep, exponent)
 
 
 def evaluate(config: Config, layout: Layout, load: Array | None = None) -> Evaluation:
@@ -271,7 +272,8 @@ def _outlasting(hw: Hardware, messages: Array, work: Array) -> Array:
 def send_seconds(parts: Parts) -> Array:
     """One hidden state from a pipeline rank to the next."""
     layout, s = parts.layout, parts.shapes
-    size = s.shard * s.model.hidden_size * s.element
+    rows = s.tokens / layout.tp if s.traits.scatter_gather_sends else s.shard
+    size = rows * s.model.hidden_size * s.element
     return collective_seconds(parts.hardware, "send_recv", size, layout.pp, layout.stride("pp"))
 
 

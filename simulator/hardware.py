@@ -89,7 +89,10 @@ class Matmul:
     tiles: list[tuple[int, int, float]]
     depth_half: float = 0.0
     wave_loss: float = 1.0  # part of the last wave's idle cores that is really lost
-    grouped: float = 1.0  # part of the above that one launch over many experts keeps
+    # Part of the above that one launch over many experts keeps; experts `grouped_half` wide keep
+    # half of it (short products, ragged rows).
+    grouped: float = 1.0
+    grouped_half: float = 0.0
     weight_gradient: float = 1.0  # … that products adding to a float32 buffer keep
     dtype: dict[str, float] = field(default_factory=dict)  # … that another dtype keeps
     in_training: float = 1.0
@@ -258,7 +261,15 @@ def _error(key: str, value: Any, reason: str, suggestion: str = "") -> ConfigErr
 
 
 # Figures that may be 0; every other number of a preset must be positive.
-_MAY_BE_ZERO = {"devices", "half_mib", "depth_half", "half_length", "half_head", "latency_us"}
+_MAY_BE_ZERO = {
+    "devices",
+    "half_mib",
+    "depth_half",
+    "grouped_half",
+    "half_length",
+    "half_head",
+    "latency_us",
+}
 _MAY_BE_ZERO |= {"host_link_gbps", "matmul", "vector", "collective", "host"}
 
 

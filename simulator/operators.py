@@ -68,7 +68,9 @@ def grouped_matmul_seconds(
     weight = element if weight_bytes is None else weight_bytes
     activations = groups * rows * (n + k) * element
     weights = groups * n * k * (8.0 if weight_gradient else weight)
+    narrow = np.minimum(n, k)
     peak = hw.peak(dtype) * hw.matmul.dtype.get(dtype, 1.0) * hw.matmul.grouped
+    peak = peak * narrow / (narrow + hw.matmul.grouped_half)
     if weight_gradient:
         peak *= hw.matmul.weight_gradient
     compute = 2.0 * groups * rows * n * k / (peak * _efficiency(hw, groups, a, b, depth))

@@ -23,6 +23,9 @@ from simulator.operators import (
 
 Array = Any
 
+# Passes over memory that eager code makes for one of a fused vector operator.
+EAGER_PASSES = 4.0
+
 _TIMING: dict[str, Callable[..., Array]] = {
     "matmul": matmul_seconds,
     "grouped_matmul": grouped_matmul_seconds,
@@ -80,8 +83,9 @@ def _computed_in(hw: Hardware, dtype: str) -> str:
     return "bf16" if dtype == "fp32" and "fp32" not in hw.peak_tflops else dtype
 
 
-def message_seconds(hw: Hardware, layout: Layout, message: Message) -> Array:
+def message_seconds(hw: Hardware, s: Shapes, message: Message) -> Array:
     """Seconds of one collective over its group's placement."""
+    layout = s.layout
     size = layout.size(message.group) if message.ranks is None else message.ranks
     stride = layout.stride(message.group) if message.stride is None else message.stride
     seconds = collective_seconds(hw, message.kind, message.bytes, size, stride)
@@ -98,6 +102,12 @@ def block_seconds(hw: Hardware, s: Shapes, counts: Counts) -> BlockSeconds:
     lines = []
     for operator in counts.operators:
         seconds = operator_seconds(hw, operator)
+        if operator.kind == "vector" and not s.traits.fused_kernels:
+            seconds = seconds * EAGER_PASSES
+        if operator.kind == "attention":
+            seconds = seconds * s.traits.attention_span
+        if operator.kind == "attention" and not s.traits.balanced_context:
+            seconds = seconds * np.where(s.layout.ring, 2.0 - 1.0 / s.layout.cp, 1.0)
         times[f"{operator.name}:{operator.phase}"] = seconds
         passes[operator.phase] = passes[operator.phase] + seconds
         issued[operator.phase] += 1
@@ -116,7 +126,7 @@ def block_seconds(hw: Hardware, s: Shapes, counts: Counts) -> BlockSeconds:
             )
         )
     for message in counts.messages:
-        seconds = message_seconds(hw, s.layout, message)
+        seconds = message_seconds(hw, s, message)
         exposed = seconds
         if message.beside in times:
             fused = message.group == "tp" and message.beside.endswith(f":{message.phase}")

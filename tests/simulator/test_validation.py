@@ -37,14 +37,16 @@ def test_held_out_dense_runs_on_a100() -> None:
     found = errors("Korthikanti")
     assert len(found) == 8
     assert mean(found) < 0.03
-    assert max(map(abs, found)) < 0.09
+    assert max(map(abs, found)) < 0.07
 
 
 def test_single_node_b200_time_and_memory() -> None:
     held_out = [
         outcome(row, True)
         for row in ROWS.values()
-        if "SimuMax" in row["source"] and "llama3-70b" not in row["model"]
+        if "SimuMax" in row["source"]
+        and "llama3-70b" not in row["model"]
+        and "mbc32" not in row["id"]  # the same layouts with more micro-batches
     ]
     assert {x.split for x in held_out} == {"judged"}
     time = [x.error for x in held_out if not x.is_memory]
