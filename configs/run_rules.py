@@ -57,6 +57,7 @@ BOUNDS: dict[str, tuple[float, float | None]] = {
     "train.max_rollbacks": (0, None),
     "checkpoint.save_every": (0, None),
     "checkpoint.keep_last": (1, None),
+    "checkpoint.max_restarts": (1, None),
     "checkpoint.keep_every": (0, None),
     "inference.batch_size": (0, None),
     "inference.input_length": (1, None),

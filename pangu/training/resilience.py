@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import time
+from datetime import timedelta
 from types import FrameType
 
 import torch
@@ -47,4 +49,34 @@ class SkippedSteps:
 
     def too_many(self) -> bool:
         """Whether the weights must be given up for those of the last checkpoint."""
-        return self.in_a_row >= self.limit
+        return self.in_a_row >= max(1, self.limit)
+
+
+def is_failed_collective(error: RuntimeError) -> bool:
+    """Whether an error came out of the collective library: a timeout, or a peer that is gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def missing_ranks(grace_seconds: float = 5.0) -> str:
+    """After a collective has failed or run into its timeout: who was not waiting in it.
+
+    Every rank that fails says so in the rendezvous store; the first to do so looks who has not
+    after some seconds. Returns a sentence, empty on the other ranks.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    store = dist.distributed_c10d._get_default_store()
+    store.set_timeout(timedelta(seconds=grace_seconds))
+    try:
+        store.set(f"failed/{rank}", "")
+        if store.add("failed", 1) > 1:
+            return ""
+        time.sleep(grace_seconds)
+        silent = [str(other) for other in range(size) if not store.check([f"failed/{other}"])]
+    except RuntimeError:
+        return "The rendezvous store does not answer: rank 0 hangs or is gone."
+    if not silent:
+        return "All ranks report a failed collective: none hangs elsewhere."
+    return (
+        f"A collective failed; of {size} ranks these did not come to it or are gone: "
+        f"{', '.join(silent)}."
+    )

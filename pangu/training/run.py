@@ -11,7 +11,7 @@ from configs.compose import ConfigError, Violation, to_yaml
 from configs.schema import Config
 from launch.environment import ProcessEnvironment
 from pangu import backends
-from pangu.training.resilience import Diverged, StopSignal
+from pangu.training.resilience import Diverged, StopSignal, is_failed_collective, missing_ranks
 
 if TYPE_CHECKING:
     from pangu.training.loop import Trainer
@@ -50,6 +50,10 @@ def run(config: Config, process: ProcessEnvironment) -> int:
     except Diverged as error:
         distributed.say(f"the run has diverged: {error}")
         return 3
+    except RuntimeError as error:
+        if is_failed_collective(error) and (sentence := missing_ranks()):
+            error.add_note(sentence)
+        raise
     finally:
         distributed.shutdown()
 

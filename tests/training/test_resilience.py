@@ -156,3 +156,17 @@ def test_a_run_that_diverges_goes_back_a_bounded_number_of_times_and_exits_with_
     assert [row["skipped_steps"] for row in skipped] == [7, 8, 9]
     assert all(row["loss"] is None or row["grad_norm"] is None for row in skipped)
     assert max(saved(tmp_path)) <= 4, "nothing is saved among skipped steps"
+
+
+@pytest.mark.end_to_end
+def test_a_rank_that_hangs_is_named(tmp_path):
+    process = start(
+        tmp_path, "train.steps=100000", "launch.processes=2", "launch.timeout_minutes=0.5"
+    )
+    wait_for(process, lambda: len(losses(tmp_path)) >= 2)
+    children = f"/proc/{process.pid}/task/{process.pid}/children"
+    _, second = Path(children).read_text().split()
+    os.kill(int(second), signal.SIGSTOP)
+    code, output = finish(process)
+    assert code == 1
+    assert "of 2 ranks these did not come to it or are gone: 1." in output
