@@ -99,9 +99,8 @@ def smooth(values: np.ndarray) -> np.ndarray:
     known = np.isfinite(values)
     total = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
     count = np.concatenate([[0], np.cumsum(known)])
-    places = np.arange(len(values))
-    reach = np.minimum(len(values) // 50, np.minimum(places, places[::-1]))
-    first, last = places - reach, places + reach + 1
+    places, reach = np.arange(len(values)), len(values) // 50
+    first, last = np.maximum(places - reach, 0), np.minimum(places + reach + 1, len(values))
     counted = count[last] - count[first]
     return np.where(counted > 0, (total[last] - total[first]) / np.maximum(counted, 1), np.nan)
 

@@ -88,11 +88,11 @@ def test_smoothing_is_a_centred_mean_that_ignores_skipped_steps():
     values = np.arange(100.0) ** 2
     values[10] = np.nan
     smoothed = smooth(values)  # two steps on either side
-    assert smoothed[0] == 0.0
-    assert smoothed[1] == (0 + 1 + 4) / 3
+    assert smoothed[0] == (0 + 1 + 4) / 3
+    assert smoothed[1] == (0 + 1 + 4 + 9) / 4
     assert smoothed[50] == np.mean(np.arange(48, 53) ** 2)
     assert smoothed[10] == (64 + 81 + 121 + 144) / 4
-    assert smoothed[99] == 99**2
+    assert smoothed[99] == np.mean(np.arange(97, 100) ** 2)
     assert np.isnan(smooth(np.array([np.nan]))).all()
 
 
