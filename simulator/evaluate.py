@@ -14,10 +14,10 @@ import numpy as np
 from configs.schema import Config
 from simulator.collectives import collective_seconds
 from simulator.counts.layer import Blocks, blocks
-from simulator.counts.records import Counts, Shapes, shapes, total
+from simulator.counts.records import Counts, Saved, Shapes, shapes, total
 from simulator.hardware import Hardware, load_hardware
 from simulator.imbalance import routing_factor
-from simulator.layout import MODULES, Layout, StageContent
+from simulator.layout import Layout, StageContent
 from simulator.memory import (
     Activations,
     StageParameters,
@@ -144,24 +144,17 @@ def evaluate(config: Config, layout: Layout, load: Array | None = None) -> Evalu
     )
 
 
+# What a building block's operators, messages and tensors depend on.
+_BLOCK_FIELDS = ("tp", "sequence_parallel", "cp", "ring", "ep", "etp", "micro_batch")
+
+
 def prepare_distinct(config: Config, layout: Layout, load: Array | None = None) -> Parts:
     """`prepare`, each distinct building block counted and priced once.
 
-    Blocks know nothing of pipelines, replicas and schedules, so that many layouts share them.
+    Blocks know nothing of pipelines, replicas, schedules and recomputation, so that many layouts
+    share them.
     """
-    names = [
-        "tp",
-        "sequence_parallel",
-        "cp",
-        "ring",
-        "ep",
-        "etp",
-        "micro_batch",
-        "full_recompute",
-        "block_recompute",
-        "recompute_layers",
-    ]
-    columns = [np.asarray(getattr(layout, name)) for name in (*names, *MODULES)]
+    columns = [np.asarray(getattr(layout, name)) for name in _BLOCK_FIELDS]
     if load is not None or all(column.ndim == 0 for column in columns):
         return prepare(config, layout, load)
     key: Array = 0
@@ -170,28 +163,42 @@ def prepare_distinct(config: Config, layout: Layout, load: Array | None = None) 
             values, codes = np.unique(column, return_inverse=True)
             key = key * len(values) + codes
     _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
-    if len(first) > len(inverse) // 2:
-        return prepare(config, layout)
     few = prepare(config, layout.take(first))
-    expanded: Parts = _expand(few, inverse, len(first))
-    return replace(expanded, hardware=few.hardware, shapes=shapes(config, layout))
+    length = len(first)
+    s = shapes(config, layout)
+    counted: Blocks = _expand(few.blocks, inverse, length)
+    return Parts(
+        few.hardware,
+        s,
+        counted,
+        _expand(few.seconds, inverse, length),
+        block_activations(s, counted),
+        _expand(few.load, inverse, length),
+    )
 
 
 def _expand(value: Any, index: Any, length: int) -> Any:
-    """A record of arrays over distinct blocks as one over all layouts; lists of lines are left
-    out."""
+    """A record of arrays over distinct blocks as one over all layouts. Lines, operators and
+    messages are left out, saved tensors summed by what drops them."""
     if isinstance(value, np.ndarray):
         return value[index] if value.shape == (length,) else value
     if isinstance(value, dict):
         return {key: _expand(item, index, length) for key, item in value.items()}
-    if isinstance(value, BlockSeconds | StageBlocks | Activations | Blocks | Counts | Parts):
-        return replace(
-            value,
-            **{
-                name: [] if isinstance(item, list) else _expand(item, index, length)
-                for name, item in vars(value).items()
-            },
+    if isinstance(value, Counts):
+        kept: dict[tuple[str, ...], Array] = {}
+        for tensor in value.saved:
+            kept[tensor.dropped_by] = kept.get(tensor.dropped_by, 0.0) + tensor.bytes
+        return Counts(
+            saved=[Saved("", _expand(size, index, length), by) for by, size in kept.items()],
+            backward_peak=_expand(value.backward_peak, index, length),
+            matrices=_expand(value.matrices, index, length),
         )
+    if isinstance(value, BlockSeconds | StageBlocks | Blocks):
+        parts = {
+            name: [] if isinstance(item, list) else _expand(item, index, length)
+            for name, item in vars(value).items()
+        }
+        return replace(value, **parts)
     return value
 
 
@@ -227,7 +234,7 @@ def rank_seconds(parts: Parts, contents: list[StageContent]) -> RankSeconds:
     again = np.where(
         layout.full_recompute,
         repeated_dense * priced.dense.forward + repeated_moe * priced.moe.forward,
-        dense_layers * priced.dense.recompute + moe_layers * priced.moe.recompute,
+        dense_layers * priced.dense.recompute(layout) + moe_layers * priced.moe.recompute(layout),
     )
     dense_wait = sharded_weights(parts, priced.dense, "dense")
     moe_wait = sharded_weights(parts, priced.moe, "moe")
@@ -260,7 +267,7 @@ def sharded_weights(parts: Parts, block: BlockSeconds, kind: str) -> tuple[Array
         gather = gather + np.where(layout.zero >= 3, weights, 0.0)
         grads = collective_seconds(hw, "reduce_scatter", elements * grad, size, stride)
         reduce = reduce + np.where(layout.zero >= 2, grads, 0.0)
-    work = block.backward + np.where(layout.full_recompute, block.forward, 0.0)
+    work = block.backward(layout) + np.where(layout.full_recompute, block.forward, 0.0)
     return _outlasting(hw, gather, block.forward), _outlasting(hw, gather + reduce, work)
 
 

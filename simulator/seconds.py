@@ -60,14 +60,21 @@ class BlockSeconds:
     forward: Array = 0.0
     input_gradient: Array = 0.0
     weight_gradient: Array = 0.0
-    recompute: Array = 0.0  # selective; whole layers repeat `forward`
     experts_forward: Array = 0.0
     experts_backward: Array = 0.0
+    # Forward seconds that selective recomputation of a module ("a|b": of either) repeats.
+    repeatable: dict[str, Array] = field(default_factory=dict)
     lines: list[Line] = field(default_factory=list)
 
-    @property
-    def backward(self) -> Array:
-        return self.input_gradient + self.weight_gradient + self.recompute
+    def recompute(self, layout: Layout) -> Array:
+        """Seconds of selective recomputation; whole layers repeat `forward` instead."""
+        result: Array = 0.0
+        for modules, seconds in self.repeatable.items():
+            result = result + _again(layout, modules) * seconds
+        return result
+
+    def backward(self, layout: Layout) -> Array:
+        return self.input_gradient + self.weight_gradient + self.recompute(layout)
 
 
 def operator_seconds(hw: Hardware, operator: Operator) -> Array:
@@ -97,7 +104,7 @@ def block_seconds(hw: Hardware, s: Shapes, counts: Counts) -> BlockSeconds:
     times: dict[str, Array] = {}
     passes: dict[str, Array] = {"forward": 0.0, "input_gradient": 0.0, "weight_gradient": 0.0}
     issued: dict[str, Array] = {"forward": 0, "input_gradient": 0, "weight_gradient": 0}
-    recompute: Array = 0.0
+    repeatable: dict[str, Array] = {}
     experts: dict[str, Array] = {"forward": 0.0, "input_gradient": 0.0, "weight_gradient": 0.0}
     lines = []
     for operator in counts.operators:
@@ -112,7 +119,8 @@ def block_seconds(hw: Hardware, s: Shapes, counts: Counts) -> BlockSeconds:
         passes[operator.phase] = passes[operator.phase] + seconds
         issued[operator.phase] += 1
         again = _again(s.layout, operator.recompute)
-        recompute = recompute + again * seconds
+        if operator.recompute:
+            repeatable[operator.recompute] = repeatable.get(operator.recompute, 0.0) + seconds
         lines.append(
             Line(
                 operator.name,
@@ -137,7 +145,8 @@ def block_seconds(hw: Hardware, s: Shapes, counts: Counts) -> BlockSeconds:
         passes[message.phase] = passes[message.phase] + exposed
         issued[message.phase] = issued[message.phase] + np.where(seconds > 0, 1, 0)
         again = _again(s.layout, message.recompute)
-        recompute = recompute + again * seconds
+        if message.recompute:
+            repeatable[message.recompute] = repeatable.get(message.recompute, 0.0) + seconds
         if message.group in ("ep", "etp", "expert"):
             experts[message.phase] = experts[message.phase] + exposed
         lines.append(
@@ -158,9 +167,9 @@ def block_seconds(hw: Hardware, s: Shapes, counts: Counts) -> BlockSeconds:
         passes["forward"],
         passes["input_gradient"],
         passes["weight_gradient"],
-        recompute,
         experts["forward"],
         experts["input_gradient"],
+        repeatable,
         lines,
     )
 
