@@ -12,6 +12,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pangu import backends
+from pangu.ops.rms_norm import rms_norm
 
 
 class Norm(torch.nn.Module):
@@ -38,7 +39,7 @@ class Norm(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.bias is not None:
             return F.layer_norm(x, (self.hidden_size,), self.weight, self.bias, self.eps)
-        return F.rms_norm(x, (self.hidden_size,), self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class SandwichResidual(torch.nn.Module):

@@ -78,12 +78,6 @@ def read_load(chunks: list[torch.nn.Module]) -> RoutingLoad | None:
     )
 
 
-def expert_counts(chunks: list[torch.nn.Module]) -> dict[int, torch.Tensor]:
-    """`read_load(chunks).counts`, empty without routers."""
-    load = read_load(chunks)
-    return load.counts if load else {}
-
-
 def imbalance_score(counts_E: torch.Tensor, devices: int, top_k: int) -> float:
     """The paper's IS (arXiv 2505.21411, eq. 2): (max − min over devices of their token–expert
     pairs) / tokens, with equal, contiguous shares of the experts. 0 without tokens."""

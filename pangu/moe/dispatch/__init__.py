@@ -6,10 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron.core.transformer.moe.token_dispatcher import (
-    MoEAllGatherTokenDispatcher,
-    MoETokenDispatcher,
-)
+from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher
 
 from configs.schema import DispatcherType, MoEConfig
 from pangu.moe.dispatch.alltoall import AllToAllDispatcher
@@ -51,11 +48,4 @@ def resolve(moe: MoEConfig, expert_parallel: int, expert_tensor_parallel: int) -
     return moe.dispatcher
 
 
-__all__ = [
-    "DISPATCHERS",
-    "AllToAllDispatcher",
-    "LocalDispatcher",
-    "MoETokenDispatcher",
-    "MogeDispatcher",
-    "resolve",
-]
+__all__ = ["DISPATCHERS", "AllToAllDispatcher", "LocalDispatcher", "MogeDispatcher", "resolve"]
