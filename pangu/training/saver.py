@@ -91,7 +91,10 @@ class Saver:
             return self._report(Saved(state.step, made))
         everything = optimizer_state.parts(self.optimizer)
         optimizer_state.initialize(everything)
-        sharded, _ = save_preprocess(contents.to_save(self.chunks, everything))
+        # That each element is written exactly once is checked below, by the parallel strategy.
+        sharded, _ = save_preprocess(
+            contents.to_save(self.chunks, everything), validate_access_integrity=False
+        )
         plan = _Plan()
         # Spreads what replicas share over the ranks that have it.
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
