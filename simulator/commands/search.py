@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from configs.schema import Config
+    from configs.schema import Config, MemoryConfig
     from simulator.search import Choice, SearchResult
 
 
@@ -47,7 +47,7 @@ def search(
         pinned=pinned,
         everything=everything,
         top=top,
-        progress=None if as_json or not sys.stderr.isatty() else _progress(),
+        progress=progress_bar("evaluating layouts", quiet=as_json),
     )
     if as_json:
         print(json.dumps(to_json(result)))
@@ -151,12 +151,7 @@ def _table(title: str, choices: list[Choice]) -> Table:
     table = Table(*sizes, "recompute", "schedule", *figures, title=title)
     for choice in choices:
         config, p = choice.config, choice.prediction
-        parallel, memory = config.parallel, config.memory
-        recompute: str = memory.recompute_granularity
-        if recompute == "selective":
-            recompute = "+".join(memory.recompute_modules)
-        elif recompute == "full" and memory.recompute_method == "block":
-            recompute = f"full, {memory.recompute_num_layers} a stage"
+        parallel = config.parallel
         table.add_row(
             str(parallel.tensor_model_parallel_size),
             str(parallel.pipeline_model_parallel_size),
@@ -166,7 +161,7 @@ def _table(title: str, choices: list[Choice]) -> Table:
             str(parallel.expert_tensor_parallel_size),
             str(config.data_parallel_size),
             str(config.train.micro_batch_size),
-            recompute,
+            recompute_words(config.memory),
             parallel.schedule,
             f"{p.step_seconds:.3f}",
             f"{p.tokens_per_second_per_device:,.1f}",
@@ -177,11 +172,42 @@ def _table(title: str, choices: list[Choice]) -> Table:
     return table
 
 
-def _progress() -> Callable[[int, int], None]:
+def recompute_words(memory: MemoryConfig) -> str:
+    """What is recomputed, in a few words."""
+    if memory.recompute_granularity == "selective":
+        return "+".join(memory.recompute_modules)
+    if memory.recompute_granularity == "full" and memory.recompute_method == "block":
+        return f"full, {memory.recompute_num_layers} a stage"
+    return memory.recompute_granularity
+
+
+def layout_words(config: Config) -> str:
+    """A layout in one line: sizes above 1, micro-batch and recomputation."""
+    p = config.parallel
+    sizes = {
+        "TP": p.tensor_model_parallel_size,
+        "PP": p.pipeline_model_parallel_size,
+        "VPP": p.virtual_pipeline_model_parallel_size,
+        "CP": p.context_parallel_size,
+        "EP": p.expert_model_parallel_size,
+        "ETP": p.expert_tensor_parallel_size,
+        "DP": config.data_parallel_size,
+    }
+    words = [f"{name}{size}" for name, size in sizes.items() if size > 1]
+    words.append(f"MBS{config.train.micro_batch_size}")
+    if config.memory.recompute_granularity != "none":
+        words.append(f"recompute {recompute_words(config.memory)}")
+    return " ".join(words)
+
+
+def progress_bar(title: str, *, quiet: bool = False) -> Callable[[int, int], None] | None:
+    """Called with what is done and what there is in all; None where nobody watches."""
+    if quiet or not sys.stderr.isatty():
+        return None
     from rich.progress import Progress
 
     bar = Progress(transient=True)
-    task = bar.add_task("evaluating layouts")
+    task = bar.add_task(title)
     bar.start()
 
     def update(done: int, count: int) -> None:
