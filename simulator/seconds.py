@@ -142,6 +142,7 @@ def block_seconds(hw: Hardware, s: Shapes, counts: Counts) -> BlockSeconds:
             hidden = np.minimum(seconds * share, times[message.beside])
             exposed = seconds - hidden
             times[message.beside] = times[message.beside] - hidden
+        times[f"{message.name}:{message.phase}"] = seconds
         passes[message.phase] = passes[message.phase] + exposed
         issued[message.phase] = issued[message.phase] + np.where(seconds > 0, 1, 0)
         again = _again(s.layout, message.recompute)

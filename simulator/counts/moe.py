@@ -166,6 +166,7 @@ def _between_ranks(
     far = layout.etp * inside
     one = s.shard * s.model.hidden_size * s.element  # every token once
     between: Message
+    beside = ""
     if s.traits.dispatch == "hierarchical":
         size = one * nodes
         between = Message(
@@ -176,13 +177,21 @@ def _between_ranks(
         between = Message(
             f"{name} between nodes", phase, "all_to_all", "ep", size, "", again, count, nodes, far
         )
+        # Rows are handed on inside the node while others still cross, each device once.
+        beside = f"{name} between nodes:{phase}"
+        sent = sent * distinct(layout.ep, s.moe.top_k) / s.moe.top_k
     return [
         between,
         Message(
-            f"{name} inside node", phase, "all_to_all", "ep", sent, "", again, count, inside,
+            f"{name} inside node", phase, "all_to_all", "ep", sent, beside, again, count, inside,
             layout.etp,
         ),
     ]  # fmt: skip
+
+
+def distinct(places: Array, top_k: int) -> Array:
+    """Expected number of distinct places among `top_k` even choices."""
+    return places * (1.0 - (1.0 - 1.0 / places) ** top_k)
 
 
 def distinct_nodes(s: Shapes, nodes: Array) -> Array:
@@ -193,4 +202,4 @@ def distinct_nodes(s: Shapes, nodes: Array) -> Array:
     if moe_config.router == "group_limited" and moe_config.topk_group:
         share = moe_config.topk_group / moe_config.num_expert_groups
         reachable = np.maximum(np.minimum(nodes, np.ceil(nodes * share)), 1)
-    return reachable * (1.0 - (1.0 - 1.0 / reachable) ** moe_config.top_k)
+    return distinct(reachable, moe_config.top_k)

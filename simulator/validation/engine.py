@@ -198,9 +198,8 @@ def _parallel(row: Row, assumed: list[str]) -> ParallelConfig:
         pipeline_model_parallel_size=sizes["pp"],
         virtual_pipeline_model_parallel_size=sizes["vpp"],
         context_parallel_size=sizes["cp"],
-        context_parallel_type="ring"
-        if row.mentions("megatron_cp_algo", "FSDP+CP")
-        else "all_to_all",
+        # Megatron's default; its all-to-all is named where a table used it.
+        context_parallel_type="all_to_all" if row.mentions("ulysses", "CP A2A") else "ring",
         expert_model_parallel_size=sizes["ep"],
         expert_tensor_parallel_size=sizes["etp"],
         zero_stage=_zero_stage(row, sharded),
