@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from configs.compose import ConfigError, Violation
 from configs.schema import Config
 from simulator.collectives import collective_seconds
 from simulator.counts.layer import Blocks, blocks
@@ -26,9 +27,10 @@ from simulator.memory import (
     rank_memory,
     stage_contents,
     stage_parameters,
+    swapped_activations,
 )
 from simulator.operators import vector_seconds
-from simulator.parameters import layer_parameters, model_flops_per_token
+from simulator.parameters import LayerKind, layer_parameters, model_flops_per_token
 from simulator.pipeline import Ranks, RankSeconds, distinct_ranks, hidden_seconds, pipeline_seconds
 from simulator.seconds import BlockSeconds, StageBlocks, price_blocks
 
@@ -236,8 +238,8 @@ def rank_seconds(parts: Parts, contents: list[StageContent]) -> RankSeconds:
         repeated_dense * priced.dense.forward + repeated_moe * priced.moe.forward,
         dense_layers * priced.dense.recompute(layout) + moe_layers * priced.moe.recompute(layout),
     )
-    dense_wait = sharded_weights(parts, priced.dense, "dense")
-    moe_wait = sharded_weights(parts, priced.moe, "moe")
+    dense_wait = layer_waits(parts, "dense")
+    moe_wait = layer_waits(parts, "moe")
     forward = total(count * block.forward for block, count in counts)
     forward = forward + dense_layers * dense_wait[0] + moe_layers * moe_wait[0]
     backward = total(count * block.input_gradient for block, count in counts) + again
@@ -250,14 +252,45 @@ def rank_seconds(parts: Parts, contents: list[StageContent]) -> RankSeconds:
     return RankSeconds(forward, backward, weight, np.minimum(exchanged, computing))
 
 
-def sharded_weights(parts: Parts, block: BlockSeconds, kind: str) -> tuple[Array, Array]:
+def layer_waits(parts: Parts, kind: LayerKind) -> tuple[Array, Array]:
+    """Seconds per layer, forward and backward, that sharded weights and swapped activations keep
+    computing waiting."""
+    block: BlockSeconds = getattr(parts.seconds, kind)
+    weights = sharded_weights(parts, block, kind)
+    swap = swapping(parts, block, getattr(parts.blocks, kind))
+    return weights[0] + swap[0], weights[1] + swap[1]
+
+
+def swapping(parts: Parts, block: BlockSeconds, counts: Counts | None) -> tuple[Array, Array]:
+    """Exposed seconds of a layer's way to the host and back; a layer computes meanwhile.
+
+    Raises:
+        ConfigError: nobody knows how fast the machine reaches its host.
+    """
+    moved = swapped_activations(parts.shapes, counts)
+    if not np.any(moved > 0):
+        return 0.0, 0.0
+    seconds = moved / host_bandwidth(parts.hardware)
+    forward = np.maximum(seconds - block.forward, 0.0)
+    return forward, np.maximum(seconds - block.backward(parts.layout), 0.0)
+
+
+def host_bandwidth(hw: Hardware) -> float:
+    """Bytes/s to the host, one way."""
+    if not hw.host_link_gbps:
+        reason = f"swapping needs it, and the preset {hw.name} does not know it"
+        raise ConfigError([Violation("hardware.host_link_gbps", 0, reason)])
+    return hw.host_link_gbps * 1e9
+
+
+def sharded_weights(parts: Parts, block: BlockSeconds, kind: LayerKind) -> tuple[Array, Array]:
     """Exposed seconds per layer, forward and backward, of gathering ZeRO-3's weights and of
     reducing ZeRO-2/3's gradients with every micro-batch. Each hides behind the layer before it."""
     layout, hw, s = parts.layout, parts.hardware, parts.shapes
     counts = parts.blocks.dense if kind == "dense" else parts.blocks.moe
     if counts is None or not np.any(np.asarray(layout.zero) >= 2):
         return 0.0, 0.0
-    held = layer_parameters(s.model, s.moe, kind, layout.tp, layout.ep, layout.etp)  # type: ignore[arg-type]
+    held = layer_parameters(s.model, s.moe, kind, layout.tp, layout.ep, layout.etp)
     grad = 4.0 if s.traits.fp32_gradients else s.element
     gather: Array = 0.0
     reduce: Array = 0.0
@@ -316,4 +349,7 @@ def data_parallel(parts: Parts, parameters: StageParameters, seconds: RankSecond
     # gradient buffer is then cleared.
     update = (34.0 if s.element < 4 else 32.0) * held
     clear: Array = np.where(layout.zero >= 2, held, parameters.total)
-    return DataParallel(reduce, vector_seconds(hw, update + clear * element), gather)
+    optimizer = vector_seconds(hw, update + clear * element)
+    if s.traits.swap_optimizer:  # states stream in and out, both ways at once
+        optimizer = np.maximum(optimizer, 12.0 * held / host_bandwidth(hw))
+    return DataParallel(reduce, optimizer, gather)

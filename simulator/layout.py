@@ -47,7 +47,9 @@ class Layout:
     full_recompute: Array = False
     block_recompute: Array = False
     recompute_layers: Array = 1
-    core_attn: Array = False  # selective recomputation, by module
+    # selective recomputation, by module; with `swap` the same modules go to the host instead
+    swap: Array = False
+    core_attn: Array = False
     layernorm: Array = False
     mla_up_proj: Array = False
     mlp: Array = False
@@ -98,9 +100,9 @@ class Layout:
         }
         return sizes[group] if group in sizes else getattr(self, group)
 
-    def recomputes(self, module: str) -> Array:
-        """Whether selective recomputation repeats `module` ("" = never)."""
-        return getattr(self, module) if module else False
+    def drops(self, module: str) -> Array:
+        """Whether the activations of `module` are recomputed or swapped."""
+        return getattr(self, module)
 
     def take(self, index: Any) -> Layout:
         """The layouts at `index` of the arrays."""

@@ -103,11 +103,24 @@ def kept_activations(s: Shapes, counts: Counts) -> Array:
     for tensor in counts.saved:
         dropped: Array = False
         for module in tensor.dropped_by:
-            dropped = dropped | s.layout.recomputes(module)
+            dropped = dropped | s.layout.drops(module)
             if module in s.traits.swap_modules:
                 dropped = True
         kept = kept + np.where(dropped, 0.0, tensor.bytes)
     return kept
+
+
+def swapped_activations(s: Shapes, counts: Counts | None) -> Array:
+    """Bytes that one micro-batch of a layer sends to the host, and later fetches."""
+    swapped: Array = 0.0
+    for tensor in counts.saved if counts else ():
+        away: Array = False
+        for module in tensor.dropped_by:
+            away = away | (s.layout.drops(module) & s.layout.swap)
+            if module in s.traits.swap_modules:
+                away = True
+        swapped = swapped + np.where(away, tensor.bytes, 0.0)
+    return swapped
 
 
 @dataclass(frozen=True)
@@ -134,6 +147,9 @@ def block_activations(s: Shapes, blocks: Blocks) -> Activations:
     whole = np.maximum(dense, moe)
     chunk = np.where(s.layout.block_recompute, 1, s.layout.recompute_layers)
     layer_peak = layer_peak + np.where(s.layout.full_recompute, whole * chunk, 0.0)
+    # What was swapped comes back a layer at a time.
+    back = np.maximum(swapped_activations(s, blocks.dense), swapped_activations(s, blocks.moe))
+    layer_peak = layer_peak + back
     return Activations(
         dense,
         moe,

@@ -14,16 +14,16 @@ from simulator.evaluate import (
     DataParallel,
     Parts,
     data_parallel,
+    layer_waits,
     peak_dtype,
     prepare,
     rank_seconds,
     send_seconds,
-    sharded_weights,
     tokens_per_step,
 )
 from simulator.layout import StageContent, from_config
 from simulator.memory import Memory, rank_memory, stage_contents, stage_parameters
-from simulator.parameters import model_flops_per_token
+from simulator.parameters import LayerKind, model_flops_per_token
 from simulator.pipeline import RankSeconds, hidden_seconds
 from simulator.seconds import BlockSeconds, Line
 from simulator.timeline import Timeline, UnitSeconds, build
@@ -286,7 +286,7 @@ def _breakdown(
     def add(name: str, value: float) -> None:
         result[name] = result.get(name, 0.0) + value * count_of
 
-    for name, count, block in _blocks(parts, contents):
+    for _, count, block in _blocks(parts, contents):
         if not count:
             continue
         for line in block.lines:
@@ -294,8 +294,11 @@ def _breakdown(
             add(key, count * float(line.exposed))
         passes = float(block.forward + block.input_gradient + block.weight_gradient)
         add("launch gaps", count * (passes - sum(float(line.exposed) for line in block.lines)))
-        if name in ("dense", "moe"):
-            add("sharded weights", count * float(sum(sharded_weights(parts, block, name))))
+    kinds: tuple[LayerKind, ...] = ("dense", "moe")
+    for kind in kinds:
+        layers = sum(float(getattr(content, kind)) for content in contents)
+        if layers:
+            add("sharded weights and swapping", layers * float(sum(layer_waits(parts, kind))))
     known = sum(result.values())
     result["recomputation"] = float(seconds.both) * count_of - known
     result["gradient reduction"] = float(end.reduce)

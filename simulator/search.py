@@ -94,14 +94,14 @@ def search(
     Args:
         pinned: configuration keys that keep their value.
         everything: also what only the simulator plans (every schedule, ZeRO stage and way of
-            context parallelism) and experts cut over part of the tensor-parallel ranks.
+            context parallelism, swapping) and experts cut over part of the tensor-parallel ranks.
         top: how many layouts to return; of those that differ only in what they recompute, the
             fastest.
         progress: called with evaluations done and in all.
     """
     start = time.perf_counter()
     structures, rejected = enumerate_layouts(config, pinned, everything)
-    policies = recompute_policies(config, pinned)
+    policies = recompute_policies(config, pinned, everything)
     for reason in rejected:
         rejected[reason] *= len(policies)
     count = len(structures.tp) * len(policies)
@@ -251,11 +251,14 @@ def _reasons(
     )
 
 
-def recompute_policies(config: Config, pinned: frozenset[str]) -> list[dict[str, Any]]:
-    """Fields of `Layout` for every recomputation policy worth trying."""
+def recompute_policies(
+    config: Config, pinned: frozenset[str], everything: bool = False
+) -> list[dict[str, Any]]:
+    """Fields of `Layout` for every recomputation policy worth trying; with `everything`, also
+    for swapping the same modules to the host, where the machine's link to it is known."""
     now = from_config(config)
     if any(key in pinned for key in POLICY_KEYS):
-        names = ("full_recompute", "block_recompute", "recompute_layers", *MODULES)
+        names = ("full_recompute", "block_recompute", "recompute_layers", "swap", *MODULES)
         return [{name: getattr(now, name) for name in names}]
     model = config.model
     modules = ["layernorm"]
@@ -273,13 +276,17 @@ def recompute_policies(config: Config, pinned: frozenset[str]) -> list[dict[str,
         "full_recompute": False,
         "block_recompute": False,
         "recompute_layers": 1,
+        "swap": False,
     }
+    host = bool(load_hardware(config.hardware).host_link_gbps)
     policies = []
     for count in range(len(modules) + 1):
         for some in itertools.combinations(modules, count):
             if "moe" in some and {"moe_act", "shared_experts"} & set(some):
                 continue
             policies.append(nothing | dict.fromkeys(some, True))
+            if everything and host and some:
+                policies.append(policies[-1] | {"swap": True})
     policies.append(nothing | {"full_recompute": True})
     policies += [
         nothing | {"full_recompute": True, "block_recompute": True, "recompute_layers": layers}
@@ -372,7 +379,9 @@ def _pareto(order: np.ndarray, peak: np.ndarray, limit: int = 12) -> list[int]:
 def configure(config: Config, layout: Layout) -> Config:
     """The configuration that a single layout stands for."""
     modules: Any = [name for name in MODULES if getattr(layout, name)]
-    granularity: Any = "full" if layout.full_recompute else "selective" if modules else "none"
+    swapped = modules if layout.swap else []
+    again = [] if layout.swap else modules
+    granularity: Any = "full" if layout.full_recompute else "selective" if again else "none"
     schedule: Any = SCHEDULES[int(layout.schedule)]
     parallel = replace(
         config.parallel,
@@ -391,9 +400,10 @@ def configure(config: Config, layout: Layout) -> Config:
     memory = replace(
         config.memory,
         recompute_granularity=granularity,
-        recompute_modules=modules or ["core_attn"],
+        recompute_modules=again or ["core_attn"],
         recompute_method="block" if layout.block_recompute else "uniform",
         recompute_num_layers=int(layout.recompute_layers),
     )
     train = replace(config.train, micro_batch_size=int(layout.micro_batch))
-    return replace(config, parallel=parallel, memory=memory, train=train)
+    simulation = replace(config.simulation, swap_modules=swapped or config.simulation.swap_modules)
+    return replace(config, parallel=parallel, memory=memory, train=train, simulation=simulation)

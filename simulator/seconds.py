@@ -181,8 +181,8 @@ def _again(layout: Layout, modules: str) -> Array:
         return 0.0
     on: Array = False
     for module in modules.split("|"):
-        on = on | layout.recomputes(module)
-    return np.where(on, 1.0, 0.0)
+        on = on | layout.drops(module)
+    return np.where(on & np.logical_not(layout.swap), 1.0, 0.0)
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ def _table(title: str, choices: list[Choice]) -> Table:
     table = Table(*sizes, "recompute", "schedule", *figures, title=title)
     for choice in choices:
         config, p = choice.config, choice.prediction
-        parallel = config.parallel
+        parallel, swapped = config.parallel, "+".join(config.simulation.swap_modules)
         table.add_row(
             str(parallel.tensor_model_parallel_size),
             str(parallel.pipeline_model_parallel_size),
@@ -161,7 +161,7 @@ def _table(title: str, choices: list[Choice]) -> Table:
             str(parallel.expert_tensor_parallel_size),
             str(config.data_parallel_size),
             str(config.train.micro_batch_size),
-            recompute_words(config.memory),
+            f"swap {swapped}" if swapped else recompute_words(config.memory),
             parallel.schedule,
             f"{p.step_seconds:.3f}",
             f"{p.tokens_per_second_per_device:,.1f}",

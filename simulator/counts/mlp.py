@@ -30,7 +30,8 @@ def dense_mlp(s: Shapes) -> Counts:
 
 def two_matrices(s: Shapes, width: int, name: str, module: str) -> Counts:
     """fc1, activation function, fc2 of an MLP over the tensor-parallel group; recomputed or
-    swapped as `module`."""
+    swapped with `module` ("a|b": either)."""
+    modules = tuple(module.split("|"))
     tp, element = s.layout.tp, s.element
     fc1, fc2 = mlp_linears(s.model, width, name)
     inner = s.tokens * fc1.local_outputs(tp) * element
@@ -50,8 +51,8 @@ def two_matrices(s: Shapes, width: int, name: str, module: str) -> Counts:
         messages=before_column(s, fc1.name, s.model.hidden_size, module)
         + after_row(s, fc2.name, s.model.hidden_size, module),
         saved=[
-            Saved(f"{name}.fc1 output", inner, (module,)),
-            Saved(f"{name}.activation output", outer * s.linear_element, (module,)),
+            Saved(f"{name}.fc1 output", inner, modules),
+            Saved(f"{name}.activation output", outer * s.linear_element, modules),
         ],
         # gradients of the residual stream, of the layer's output, and of fc1's output at the
         # moment when the activation function's input gradient has just been written

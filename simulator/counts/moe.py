@@ -47,7 +47,7 @@ def moe(s: Shapes, load: Array = 1.0) -> Counts:
     counts = counts + _experts(s, load)
     if s.model.shared_expert_ffn_hidden_size:
         counts = counts + two_matrices(
-            s, s.model.shared_expert_ffn_hidden_size, "shared_expert", "shared_experts"
+            s, s.model.shared_expert_ffn_hidden_size, "shared_expert", "shared_experts|moe"
         )
     return counts
 
@@ -93,12 +93,16 @@ def _experts(s: Shapes, load: Array) -> Counts:
         *vector("moe.permute", stream + sent, stream + sent, module),
         *vector("moe.sort", regroup, regroup, module),
         *grouped_matmul(s, fc1, experts, rows / experts, layout.etp, module),
-        *vector("experts.activation", inner + outer * element, 2 * inner + outer * element, module),
+        *vector(
+            "experts.activation",
+            inner + outer * element,
+            2 * inner + outer * element,
+            "moe_act|moe",
+        ),
         *grouped_matmul(s, fc2, experts, rows / experts, layout.etp, module),
         *vector("moe.unsort", regroup, regroup, module),
         *vector("moe.unpermute", stream + sent, stream + sent, module),
     ]
-    operators = [_also(operator) for operator in operators]
     exchange = regroup / 2
     peak = received + np.maximum(exchange, inner + outer * element) + 2 * stream
     return Counts(
@@ -113,13 +117,6 @@ def _experts(s: Shapes, load: Array) -> Counts:
         backward_peak=peak,
         matrices={fc1.name: fc1.matrix(layout.etp), fc2.name: fc2.matrix(layout.etp)},
     )
-
-
-def _also(operator: Operator) -> Operator:
-    """The activation function is repeated by `moe_act` too, which alone repeats nothing else."""
-    if operator.name != "experts.activation" or operator.phase != "forward":
-        return operator
-    return Operator(**(vars(operator) | {"recompute": "moe_act|moe"}))
 
 
 def _exchange(s: Shapes, sent: Array, load: Array) -> list[Message]:

@@ -24,7 +24,7 @@ class Operator:
 
     `shape` holds the keyword arguments of the timing function of its `kind`
     (`simulator.operators`). `recompute` names the module whose selective recomputation repeats
-    a forward operator. `count` is 0 where a layout has no such operator.
+    a forward operator ("a|b": either's). `count` is 0 where a layout has no such operator.
     """
 
     name: str

@@ -165,3 +165,29 @@ def test_mistakes_are_one_sentence_and_exit_code_2(arguments, named):
     assert done.returncode == 2
     assert named in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_swapping_costs_what_the_host_link_cannot_hide():
+    plan = [*PLAN, "devices=8", "train.global_batch_size=80", "memory=selective"]
+    modules = "[moe_act,layernorm]"
+    again = predict(load([*plan, f"memory.recompute_modules={modules}"]))
+    swap = [*PLAN, "devices=8", "train.global_batch_size=80", f"simulation.swap_modules={modules}"]
+    fast = predict(load([*swap, "hardware.host_link_gbps=1000"]))
+    slow = predict(load([*swap, "hardware.host_link_gbps=1"]))
+    assert "recomputation" in again.breakdown
+    assert "recomputation" not in fast.breakdown
+    assert float(fast.stages[0].memory.activations) == float(again.stages[0].memory.activations)
+    moved = 4096 * (8 * 1344 * 2 + 2 * 5120 * 2)  # bytes of a layer and micro-batch
+    waits = slow.breakdown["sharded weights and swapping"]
+    most = 48 * slow.num_microbatches * 2 * moved / 1e9
+    assert 0.8 * most < waits < most
+
+
+def test_recomputing_experts_recomputes_the_shared_expert():
+    plan = [*PLAN, "devices=8", "train.global_batch_size=80", "memory=selective"]
+    moe = predict(load([*plan, "memory.recompute_modules=[moe]"]))
+    shared = predict(load([*plan, "memory.recompute_modules=[shared_experts]"]))
+    assert moe.stages[0].memory.activations < shared.stages[0].memory.activations
+    kept = 48 * 4096 * (2 * 5120 * 2 + 2 * 5120 * 2 + 2 * (40 + 16 + 40) * 128 + 4 * 40 + 8)
+    ends = 4096 * (2 * 5120 * 2 + 8)
+    assert float(moe.stages[0].memory.activations) == pytest.approx(kept + ends)

@@ -129,6 +129,15 @@ def test_everything_adds_what_only_plans(config):
     assert set(wider.schedule.tolist()) == {0, 1, 2, 3}
     assert set(wider.zero.tolist()) == {0, 1, 2, 3}
     assert int(from_config(config).zero) == 1
+    swaps = [policy for policy in recompute_policies(config, frozenset(), True) if policy["swap"]]
+    assert not [p for p in recompute_policies(config, frozenset()) if p["swap"]]
+    one = replace(usual.take(0), **swaps[0])
+    written = configure(config, one)
+    assert written.simulation.swap_modules == ["layernorm"]
+    assert written.memory.recompute_granularity == "none"
+    assert predict(written).peak_memory_gib * 2**30 == pytest.approx(
+        float(evaluate(config, one).peak_memory_bytes)
+    )
 
 
 @pytest.mark.end_to_end
