@@ -73,7 +73,7 @@ def test_sandwich_norms_start_scaled_with_depth():
 
 def test_a_sandwiched_layer_normalises_what_it_adds():
     """h ← h + Norm(g, f(Norm(h))): with gain g, what is added has a root mean square of g."""
-    model = model_of("pangu_ultra_moe", "model.mtp_num_layers=0")
+    model = model_of("pangu_ultra_moe", "model.mtp_num_layers=0", "model.norm_epsilon=1e-12")
     layer = model.decoder.layers[0]
     seen = []
     layer.self_attn_bda.norm.register_forward_hook(lambda _, args, out: seen.append(out))
