@@ -37,7 +37,7 @@ BROKEN = [
     (["model.hidden_size=190", "model.kv_channels=0"], "model.num_attention_heads", "head size"),
     (["model.kv_channels=47"], "model.kv_channels", "must be even"),
     ([f"{EP}=32", "devices=32", "train.global_batch_size=32"], EP, "16 experts"),
-    ([f"{ETP}=3", "devices=3", "train.global_batch_size=3"], ETP, "width 128"),
+    ([f"{ETP}=3", "devices=3", "train.global_batch_size=3"], ETP, "width 64"),
     (["moe.num_expert_groups=5", "moe.top_k=5"], "moe.num_expert_groups", "16 experts"),
     (["moe.top_k=6"], "moe.num_expert_groups", "6 / 4"),
     (["moe.top_k=17", "moe.router=top_k"], "moe.top_k", "only 16 experts"),

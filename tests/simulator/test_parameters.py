@@ -52,11 +52,11 @@ def test_dense_sibling_is_near_its_name():
 
 def test_tiny_model_by_hand():
     config = load(["model=moge_tiny"])
-    attention = 192 * (4 + 2 * 2) * 48 + 192 * 192
-    experts = 16 * 3 * 192 * 128
-    shared = 3 * 192 * 256
-    layer = attention + experts + shared + 16 * 192 + 2 * 192
-    assert count_parameters(config).total == 4096 * 192 + 4 * layer + 192
+    attention = 128 * (4 + 2 * 2) * 32 + 128 * 128
+    experts = 16 * 3 * 128 * 64
+    shared = 3 * 128 * 128
+    layer = attention + experts + shared + 16 * 128 + 2 * 128
+    assert count_parameters(config).total == 1024 * 128 + 4 * layer + 128
 
 
 def test_layouts_cut_matrices_and_keep_norms():
@@ -67,15 +67,15 @@ def test_layouts_cut_matrices_and_keep_norms():
     np.testing.assert_allclose(cut.experts, whole.experts / 2)
     assert cut.norms == whole.norms
     # two KV heads over four ranks: a rank still holds one key head and one value head
-    qkv = 192 * 48 * np.array([4 + 4, 2 + 2, 1 + 2])
-    np.testing.assert_allclose(cut.attention, qkv + 192 * 192 / tp)
+    qkv = 128 * 32 * np.array([4 + 4, 2 + 2, 1 + 2])
+    np.testing.assert_allclose(cut.attention, qkv + 128 * 128 / tp)
 
 
 def test_model_flops_by_hand():
     config = load(["model=moge_tiny", "train.seq_length=512"])
-    matrices = 192 * 8 * 48 + 192 * 192 + 16 * 192 + 3 * 192 * 256 + 4 * 3 * 192 * 128
-    scores = 3 * 512 * 4 * (48 + 48)
-    expected = 4 * (6 * matrices + scores) + 6 * 4096 * 192
+    matrices = 128 * 8 * 32 + 128 * 128 + 16 * 128 + 3 * 128 * 128 + 4 * 3 * 128 * 64
+    scores = 3 * 512 * 4 * (32 + 32)
+    expected = 4 * (6 * matrices + scores) + 6 * 1024 * 128
     assert model_flops_per_token(config) == expected
     assert model_flops_per_token(config, causal=False) == expected + 4 * scores
 

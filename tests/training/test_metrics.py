@@ -55,9 +55,9 @@ def row(config, routing=None, tokens=2000):
 
 def test_flops_are_those_of_the_active_parameters():
     values = row(load(["experiment=quickstart", "backend.peak_tflops=0.5"]))
-    qkv, proj = 192 * (192 + 2 * 96), 192 * 192
-    router, shared, experts = 16 * 192, 3 * 192 * 256, 4 * 3 * 192 * 128  # 4 of 16 experts
-    head, scores = 4096 * 192, 256 * 4 * (48 + 48)
+    qkv, proj = 128 * (128 + 2 * 64), 128 * 128
+    router, shared, experts = 16 * 128, 3 * 128 * 128, 4 * 3 * 128 * 64  # 4 of 16 experts
+    head, scores = 1024 * 128, 256 * 4 * (32 + 32)
     per_token = 6 * head + 4 * (6 * (qkv + proj + router + shared + experts) + 3 * scores)
     tflops = per_token * 8 * 256 / 2.0 / 1e12
     assert values["model_tflops_per_device"] == pytest.approx(tflops, rel=1e-12)
@@ -76,7 +76,7 @@ def test_the_peak_in_use_is_said():
         " CPU, fp32; MFU counts active parameters, against 312 TFLOPS per device"
     )
     line = describe_run(load(quickstart))
-    assert line.startswith("moge_tiny: 6.55M parameters, 3.01M active per token, on 1 × ")
+    assert line.startswith("moge_tiny: 2.11M parameters, 927K active per token, on 1 × ")
     assert line.endswith(" CPU, fp32")
 
 
