@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from configs.compose import ConfigError, Violation
 from configs.schema import Config
 from simulator.evaluate import evaluate
 from simulator.hardware import load_hardware
@@ -29,6 +30,7 @@ LARGEST_TP = 64
 LARGEST_CP = 64
 LARGEST_VPP = 8
 MICRO_BATCHES = (1, 2, 4, 8)
+MOST = 20_000_000  # evaluations whose results fit into memory and an evening's patience
 PARALLEL_ABOVE = 100_000  # evaluations that are worth a second process
 
 # Field of `Layout` -> key of the configuration that pins it.
@@ -98,6 +100,9 @@ def search(
         top: how many layouts to return; of those that differ only in what they recompute, the
             fastest.
         progress: called with evaluations done and in all.
+
+    Raises:
+        ConfigError: there are too many candidates.
     """
     start = time.perf_counter()
     structures, rejected = enumerate_layouts(config, pinned, everything)
@@ -105,6 +110,10 @@ def search(
     for reason in rejected:
         rejected[reason] *= len(policies)
     count = len(structures.tp) * len(policies)
+    if count > MOST:
+        reason = f"more than {MOST:,} evaluations"
+        hint = "pin some sizes, e.g. parallel.tensor_model_parallel_size=8"
+        raise ConfigError([Violation("search", f"{count:,}", reason, hint)])
     candidates = count + sum(rejected.values())
     step, peak, outside = _evaluate_all(config, structures, policies, progress)
     memory = load_hardware(config.hardware).memory_bytes

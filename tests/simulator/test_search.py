@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from configs.check import load_checked, violations
-from configs.compose import load
+from configs.compose import ConfigError, load
 from simulator.emit import experiment, launch_flags
 from simulator.evaluate import evaluate
 from simulator.layout import from_config
@@ -120,6 +120,12 @@ def test_launch_flags(config):
     assert "--num-layers-per-virtual-pipeline-stage 2" in flags
     assert "--noop-layers 0,49" in flags
     assert "--recompute-granularity full" in flags
+
+
+def test_too_many_candidates_are_refused(config, monkeypatch):
+    monkeypatch.setattr("simulator.search.MOST", 1000)
+    with pytest.raises(ConfigError, match="pin some sizes"):
+        search(config)
 
 
 def test_everything_adds_what_only_plans(config):
