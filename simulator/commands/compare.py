@@ -84,7 +84,7 @@ def _check_names(models: list[str], machines: list[str]) -> None:
 def _show(pairs: list[Pair]) -> None:
     from rich.table import Table
 
-    from simulator.commands.search import layout_words
+    from simulator.words import layout_words
 
     console = wide_console()
     table = Table(title="models × hardware; hours, energy and cost per trillion tokens")

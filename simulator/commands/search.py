@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from configs.schema import Config, MemoryConfig
+    from configs.schema import Config
     from simulator.search import Choice, SearchResult
 
 
@@ -146,6 +146,8 @@ def _show(result: SearchResult) -> None:
 def _table(title: str, choices: list[Choice]) -> Table:
     from rich.table import Table
 
+    from simulator.words import recompute_words
+
     sizes = ["TP", "PP", "VPP", "CP", "EP", "ETP", "DP", "MBS"]
     figures = ["step s", "tokens/s/device", "MFU", "bubble", "peak GiB"]
     table = Table(*sizes, "recompute", "schedule", *figures, title=title)
@@ -170,34 +172,6 @@ def _table(title: str, choices: list[Choice]) -> Table:
             f"{p.peak_memory_gib:.1f}",
         )
     return table
-
-
-def recompute_words(memory: MemoryConfig) -> str:
-    """What is recomputed, in a few words."""
-    if memory.recompute_granularity == "selective":
-        return "+".join(memory.recompute_modules)
-    if memory.recompute_granularity == "full" and memory.recompute_method == "block":
-        return f"full, {memory.recompute_num_layers} a stage"
-    return memory.recompute_granularity
-
-
-def layout_words(config: Config) -> str:
-    """A layout in one line: sizes above 1, micro-batch and recomputation."""
-    p = config.parallel
-    sizes = {
-        "TP": p.tensor_model_parallel_size,
-        "PP": p.pipeline_model_parallel_size,
-        "VPP": p.virtual_pipeline_model_parallel_size,
-        "CP": p.context_parallel_size,
-        "EP": p.expert_model_parallel_size,
-        "ETP": p.expert_tensor_parallel_size,
-        "DP": config.data_parallel_size,
-    }
-    words = [f"{name}{size}" for name, size in sizes.items() if size > 1]
-    words.append(f"MBS{config.train.micro_batch_size}")
-    if config.memory.recompute_granularity != "none":
-        words.append(f"recompute {recompute_words(config.memory)}")
-    return " ".join(words)
 
 
 def progress_bar(title: str, *, quiet: bool = False) -> Callable[[int, int], None] | None:
