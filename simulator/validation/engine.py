@@ -222,7 +222,9 @@ def _virtual_stages(row: Row, layers: int) -> int:
 
 
 def _zero_stage(row: Row, sharded: bool) -> int:
-    if sharded and not row.mentions("FSDP off"):
+    if sharded and row.number("pp", 1) > 1:
+        return 1  # beside a pipeline the weights stay gathered for the whole step
+    if sharded:
         return 3
     plain = row.mentions("no distributed optimizer", "SC21 arXiv", "Korthikanti")
     return 0 if plain else 1
@@ -270,8 +272,8 @@ def _memory(row: Row) -> MemoryConfig:
 def _train(row: Row, assumed: list[str]) -> TrainConfig:
     micro = row.number("micro_batch")
     if not micro:
-        micro = 1
-        assumed.append("micro-batch 1")
+        micro = _micro_batch(row)
+        assumed.append(f"micro-batch {micro}")
     if not row.number("global_batch"):
         raise NotPredictable("global batch not given")
     return TrainConfig(
@@ -279,6 +281,16 @@ def _train(row: Row, assumed: list[str]) -> TrainConfig:
         global_batch_size=row.number("global_batch"),
         seq_length=row.number("seq"),
     )
+
+
+def _micro_batch(row: Row) -> int:
+    """1, but in torchtitan's pipelines, which cut the local batch into as many micro-batches as
+    there are stages."""
+    stages = row.number("pp", 1) * row.number("vpp", 3)
+    local = row.number("global_batch") // row.number("dp", 1)
+    if row.mentions("torchtitan") and row.number("pp", 1) > 1 and local % stages == 0:
+        return local // stages
+    return 1
 
 
 def _traits(row: Row) -> SimulationConfig:
