@@ -149,7 +149,7 @@ def test_processes_of_the_launcher_are_what_is_checked(tmp_path: Path) -> None:
     """experiment=quickstart asks for two processes; sixteen were started."""
     result = train("experiment=quickstart", cwd=tmp_path, **{**TORCHRUN, "RANK": "0"})
     assert result.returncode == 2
-    assert "8 x 16 = 128" in said(result)
+    assert "x 16 = 128" in said(result)
 
 
 def test_threads_are_shared_among_the_processes_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
