@@ -111,7 +111,7 @@ def compose_dict(overrides: list[str], primary: str = "config") -> dict[str, Any
         raise ConfigError([Violation("configuration", " ".join(overrides), reason)]) from error
     assert isinstance(tree, dict)
     if machine:
-        tree["hardware"] = machine | (tree["hardware"] or {})
+        tree["hardware"] = machine | (tree.get("hardware") or {})
     return tree  # type: ignore[return-value]
 
 

@@ -122,7 +122,8 @@ def evaluate(config: Config, layout: Layout, load: Array | None = None) -> Evalu
         seconds = rank_seconds(parts, contents)
         end = data_parallel(parts, stage_parameters(parts.shapes, contents), seconds)
         held = group.count > 0
-        peak = np.maximum(peak, np.where(held, memory.peak, 0.0))
+        most = memory.peak + parts.hardware.process_base_bytes
+        peak = np.maximum(peak, np.where(held, most, 0.0))
         reduce = np.maximum(reduce, np.where(held, end.reduce, 0.0))
         optimizer = np.maximum(optimizer, np.where(held, end.optimizer, 0.0))
         gather = np.maximum(gather, np.where(held, end.gather, 0.0))
@@ -352,4 +353,5 @@ def data_parallel(parts: Parts, parameters: StageParameters, seconds: RankSecond
     optimizer = vector_seconds(hw, update + clear * element)
     if s.traits.swap_optimizer:  # states stream in and out, both ways at once
         optimizer = np.maximum(optimizer, 12.0 * held / host_bandwidth(hw))
+    optimizer = optimizer + hw.launch_us.step * 1e-6
     return DataParallel(reduce, optimizer, gather)

@@ -117,12 +117,14 @@ class Attention:
 @dataclass(frozen=True)
 class Launch:
     """Fixed costs in µs: what one operator of each kind adds on the device, and what the host
-    needs to issue one (`host`; the device waits when the host is slower)."""
+    needs to issue one (`host`; the device waits when the host is slower). `step` is what the
+    framework spends once per step, whatever the size of the model."""
 
     matmul: float
     vector: float
     collective: float
     host: float
+    step: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,8 @@ class Hardware:
     `evidence` gives each figure's grade (`GRADES`) and where it comes from.
     `sequential_collectives`: the library finishes one level of links before the next
     (hierarchical HCCL) instead of running all levels at once (NCCL's rings).
+    `process_base_bytes` is what a process holds before there is a model: nothing on a device with
+    memory of its own, interpreter and libraries where the process shares the host's.
     """
 
     name: str
@@ -164,6 +168,7 @@ class Hardware:
     devices_per_node: int = 8
     host_link_gbps: float = 0.0  # GB/s to host memory, one way per device; 0 = unknown
     sequential_collectives: bool = False
+    process_base_bytes: float = 0.0
     power_w: float | None = None
     price_per_hour: float | None = None  # of one device, in whatever currency
     backend: Literal["cpu", "cuda", "npu"] = "cuda"
@@ -270,7 +275,8 @@ _MAY_BE_ZERO = {
     "half_head",
     "latency_us",
 }
-_MAY_BE_ZERO |= {"host_link_gbps", "matmul", "vector", "collective", "host"}
+_MAY_BE_ZERO |= {"host_link_gbps", "matmul", "vector", "collective", "host", "step"}
+_MAY_BE_ZERO |= {"process_base_bytes", "independent", "fused"}
 
 
 def _impossible(key: str, value: Any) -> list[Violation]:

@@ -153,6 +153,7 @@ def predict(config: Config, load: float | None = None) -> Prediction:
         for rank in ranks
     ]
     peak = max(float(stage.memory.peak) for stage in stages)
+    peak += parts.hardware.process_base_bytes
     outside = max(float(stage.memory.buffers) for stage in stages)
     memory = parts.hardware.memory_bytes
     tokens = float(tokens_per_step(config, layout))

@@ -30,6 +30,8 @@ class Backend:
     reset_peak_memory: Callable[[], None]
     synchronize: Callable[[], None]
     description: str
+    total_memory_bytes: int  # of the device; on a CPU the machine's, shared by its processes
+    matrix_units: int  # cores over which a library spreads the tiles of a product; 1 where unknown
     peak_tflops: Callable[[str], float | None]
     # Whether a tensor may be freed once its send is issued: streams keep the order, gloo does not.
     sends_in_stream_order: bool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import platform
 import resource
 from collections.abc import Iterator
@@ -148,6 +149,8 @@ def create(local_rank: int) -> Backend:
         memory_bytes=lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         reset_peak_memory=lambda: None,
         synchronize=lambda: None,
+        total_memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        matrix_units=1,
         description=f"{platform.processor() or platform.machine()} CPU",
         peak_tflops=lambda precision: None,
         sends_in_stream_order=False,

@@ -36,7 +36,8 @@ def create(local_rank: int) -> Backend:
         raise RuntimeError(f"backend=cuda: local rank {local_rank} needs a GPU, torch sees {count}")
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
-    name = torch.cuda.get_device_name(device)
+    properties = torch.cuda.get_device_properties(device)
+    name = properties.name
 
     def peak(precision: str) -> float | None:
         if precision not in ("bf16", "fp16"):
@@ -52,6 +53,8 @@ def create(local_rank: int) -> Backend:
         memory_bytes=lambda: torch.cuda.max_memory_allocated(device),
         reset_peak_memory=lambda: torch.cuda.reset_peak_memory_stats(device),
         synchronize=lambda: torch.cuda.synchronize(device),
+        total_memory_bytes=properties.total_memory,
+        matrix_units=properties.multi_processor_count,
         description=name,
         peak_tflops=peak,
         sends_in_stream_order=True,

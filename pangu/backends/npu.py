@@ -82,6 +82,8 @@ def create(local_rank: int) -> Backend:
         memory_bytes=npu.max_memory_allocated,
         reset_peak_memory=npu.reset_peak_memory_stats,
         synchronize=npu.synchronize,
+        total_memory_bytes=npu.get_device_properties(local_rank).total_memory,
+        matrix_units=1,
         description=npu.get_device_name(local_rank),
         # 910B comes in three parts that share a name: the peak must be given by the user.
         peak_tflops=lambda precision: None,

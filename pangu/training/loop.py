@@ -17,9 +17,11 @@ from configs.schema import Config
 from pangu import backends
 from pangu.data.datasets import Datasets, batches, build_datasets
 from pangu.moe.load import read_load
+from pangu.report.run_files import read_metrics
 from pangu.training import checkpoint, schedule
 from pangu.training.distributed import say
 from pangu.training.expert_load import LoadWindow
+from pangu.training.forecast import announce, compare, forecast
 from pangu.training.metrics import MetricsFile, describe_run, step_row
 from pangu.training.optimizer import set_learning_rate
 from pangu.training.progress import Progress
@@ -27,6 +29,7 @@ from pangu.training.resilience import Diverged, SkippedSteps, StopSignal
 from pangu.training.saver import Saved, Saver
 from pangu.training.state import RunState
 from pangu.training.step import Batch, StepShape, evaluate, train_step
+from simulator.predict import Prediction
 
 LOAD_INTERVAL = 100  # steps over which an expert that nobody chose counts as dead
 
@@ -62,6 +65,10 @@ class Trainer:
         rank, devices = dist.get_rank(), dist.get_world_size()
         with Progress(self.config, self.state.step, active=rank == 0, devices=devices) as progress:
             progress.say(describe_run(self.config))
+            expected = forecast(self.config, devices)
+            if expected is not None:
+                progress.say(announce(expected))
+            first_step = self.state.step
             train_batches = self.train_batches()
             while self.state.step < self.config.train.steps and not self.stop.agreed():
                 if self.enter_phase():
@@ -80,6 +87,10 @@ class Trainer:
                     self.metrics.write({"step": self.state.step, "validation_loss": loss})
                     progress.show_validation(self.state.step, loss)
                 self.save_if_due()
+            if isinstance(expected, Prediction) and rank == 0:
+                rows = [row for row in read_metrics(self.metrics.path) if row["step"] > first_step]
+                if line := compare(expected, rows):
+                    progress.say(line)
         code = self.leave()
         self.metrics.close()
         return code

@@ -92,9 +92,6 @@ class Counts:
         )
 
 
-PRECISION = {"auto": "bf16"}
-
-
 @dataclass(frozen=True)
 class Shapes:
     """What every count starts from: the model, the layout, and the sizes that follow.
@@ -131,15 +128,18 @@ class Shapes:
 
 
 def shapes(config: Config, layout: Layout) -> Shapes:
+    machine = config.hardware or {}
     precision = config.backend.precision
+    if precision == "auto":  # the trainer's own choice on each kind of device
+        precision = "fp32" if machine.get("backend") == "cpu" else "bf16"
     return Shapes(
         config.model,
         config.moe,
         config.simulation,
         layout,
         config.train.seq_length,
-        PRECISION.get(precision, precision),
-        (config.hardware or {}).get("devices_per_node", 8),
+        precision,
+        machine.get("devices_per_node", 8),
     )
 
 
