@@ -29,7 +29,8 @@ def test_the_run_is_compared_with_its_forecast_after_the_warm_up() -> None:
     rows = [{"step": n, "step_seconds": 2 * step, "memory_gib": memory / 2} for n in (3, 4, 5)]
     line = compare(expected, [*slow, {"step": 4, "validation_loss": 1.0}, *rows])
     assert line is not None
-    assert "(-50%)" in line and "(+100%)" in line
+    assert "(-50%)" in line
+    assert "(+100%)" in line
     assert compare(expected, slow) is None
 
 
@@ -39,6 +40,7 @@ def test_a_machine_may_state_what_a_process_and_a_step_cost() -> None:
         load([*RUN, "hardware=a100", "hardware.process_base_bytes=2147483648",
               "hardware.launch_us.step=1e6"]), 1
     )  # fmt: skip
-    assert isinstance(plain, Prediction) and isinstance(costly, Prediction)
+    assert isinstance(plain, Prediction)
+    assert isinstance(costly, Prediction)
     assert costly.peak_memory_gib - plain.peak_memory_gib == pytest.approx(2.0)
     assert costly.step_seconds - plain.step_seconds == pytest.approx(1.0)
