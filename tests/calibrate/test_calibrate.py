@@ -102,6 +102,7 @@ def machine() -> Hardware:
             tiles=[(1, 1, 1.0)],
             depth_half=32.0,
             grouped=0.7,
+            grouped_half=0.0,
             weight_gradient=0.9,
             in_training=1.0,
         ),
