@@ -1,0 +1,182 @@
+"""`python -m simulator shape`: which shape of a model a machine likes."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from simulator.commands import wide_console
+
+if TYPE_CHECKING:
+    from configs.schema import Config
+    from simulator.shape import Shape, ShapeResult
+
+
+class Goal(Enum):
+    """What a shape is good for."""
+
+    inference = "inference"
+    training = "training"
+
+
+def shape(
+    overrides: Annotated[
+        list[str],
+        typer.Argument(help="model=… hardware=… devices=N inference.latency_limit_ms=… train.…=…"),
+    ],
+    goal: Annotated[Goal, typer.Option(help="Decoding or training throughput.")] = Goal.inference,
+    layers: Annotated[str, typer.Option(help="FROM:TO:STEP, or values A,B.")] = "40:64:4",
+    hidden: Annotated[str, typer.Option()] = "4096:8192:512",
+    heads: Annotated[str, typer.Option()] = "32:64:8",
+    kv_heads: Annotated[str, typer.Option(help="Of GQA; MLA has none.")] = "8,16",
+    experts: Annotated[str, typer.Option(help="Routed experts.")] = "32:64:16",
+    groups: Annotated[str, typer.Option(help="Left out: the model's own.")] = "",
+    expert_width: Annotated[str, typer.Option()] = "768:2560:64",
+    parameters: Annotated[str, typer.Option(help="Limits FROM:TO in billions.")] = "60:80",
+    active: Annotated[str, typer.Option(help="The same for active parameters.")] = "0:1e6",
+    shortlist: Annotated[int, typer.Option(min=1, help="Shapes for the full model.")] = 48,
+    top: Annotated[int, typer.Option(min=1, help="Shapes to show.")] = 10,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write the Pareto plot (PNG, SVG, PDF).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Search the shape of a model; the ranges left out are those that Pangu Pro MoE came from."""
+    from configs.compose import load
+    from simulator.commands.search import load_search_plan, progress_bar
+    from simulator.shape import Ranges, search_shapes
+
+    config = load_search_plan(overrides) if goal is Goal.training else load(overrides)
+    ranges = Ranges(
+        num_layers=values("--layers", layers),
+        hidden_size=values("--hidden", hidden),
+        num_attention_heads=values("--heads", heads),
+        num_query_groups=[1] if config.model.attention == "mla" else values("--kv-heads", kv_heads),
+        num_experts=values("--experts", experts),
+        num_expert_groups=values("--groups", groups or str(config.moe.num_expert_groups)),
+        moe_ffn_hidden_size=values("--expert-width", expert_width),
+        parameters=limits("--parameters", parameters),
+        active=limits("--active", active),
+    )
+    result = search_shapes(
+        config,
+        ranges,
+        goal.value,
+        shortlist=shortlist,
+        pinned=frozenset(line.lstrip("+").partition("=")[0] for line in overrides),
+        progress=progress_bar("full model of the shortlist", quiet=as_json),
+    )
+    if plot:
+        from simulator.shape_plot import pareto_plot
+
+        pareto_plot(plot, config, goal.value, result)
+    if as_json:
+        print(json.dumps(to_json(result)))
+    else:
+        _show(config, goal, result, top)
+        if plot:
+            print(f"wrote {plot}")
+
+
+def values(option: str, text: str) -> list[int]:
+    """`FROM:TO:STEP` with both ends, or `A,B,…`, as whole numbers.
+
+    Raises:
+        ConfigError: it is neither, or holds nothing positive.
+    """
+    from configs.compose import ConfigError, Violation
+
+    try:
+        if ":" in text:
+            first, last, *step = (int(part) for part in text.split(":"))
+            found = list(range(first, last + 1, step[0] if step else 1))
+            good = len(step) < 2
+        else:
+            found, good = [int(part) for part in text.split(",")], True
+    except ValueError:
+        found, good = [], False
+    if not good or not found or min(found) < 1:
+        wanted = "must be FROM:TO:STEP or A,B of positive whole numbers"
+        raise ConfigError([Violation(option, text, wanted)])
+    return sorted(set(found))
+
+
+def limits(option: str, text: str) -> tuple[float, float]:
+    """`FROM:TO` in billions.
+
+    Raises:
+        ConfigError: it is not, or nothing lies between.
+    """
+    from configs.compose import ConfigError, Violation
+
+    try:
+        low, high = (float(part) for part in text.split(":"))
+    except ValueError:
+        low, high = 1.0, 0.0
+    if not 0 <= low <= high:
+        raise ConfigError([Violation(option, text, "must be FROM:TO in billions")])
+    return low * 1e9, high * 1e9
+
+
+def to_json(result: ShapeResult) -> dict[str, Any]:
+    return {
+        "evaluated": result.shortlisted,
+        "candidates": result.candidates,
+        "seconds": result.seconds,
+        "rejected": result.rejected,
+        "own": vars(result.own) if result.own else None,
+        "ranking": [vars(shape) for shape in result.shapes],
+        "pareto": [vars(shape) for shape in result.pareto],
+    }
+
+
+def _show(config: Config, goal: Goal, result: ShapeResult, top: int) -> None:
+    console = wide_console()
+    console.print(
+        f"{result.candidates:,} shapes counted, {result.shortlisted} through the full model in"
+        f" {result.seconds:.1f} s"
+    )
+    for reason, count in sorted(result.rejected.items(), key=lambda item: -item[1]):
+        console.print(f"  {count:>12,} rejected because {reason}")
+    assert config.hardware is not None
+    where = f"{config.world_size} × {config.hardware['name']}"
+    console.print(_table(f"fastest shapes, {goal.value} on {where}", result.shapes[:top]))
+    shown = [*result.pareto, *([result.own] if result.own else [])]
+    title = "Pareto front: throughput against active parameters"
+    console.print(_table(f"{title}; last, {config.model.name} itself", shown))
+    console.print("what a shape learns is not modelled: active parameters stand in for it")
+
+
+def _table(title: str, shapes: list[Shape]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title)
+    names = ["layers", "hidden", "heads", "KV", "experts", "groups", "width", "B", "active B"]
+    serving = shapes[0].tpot_ms is not None
+    rest = ["batch", "ms/token"] if serving else ["MFU"]
+    for name in [*names, "tokens/s/device", *rest, "GiB"]:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("layout")
+    for one in shapes:
+        d = one.dimensions
+        served = [str(one.batch), f"{one.tpot_ms:.1f}"] if serving else [f"{one.mfu:.1%}"]
+        table.add_row(
+            str(d["num_layers"]),
+            str(d["hidden_size"]),
+            str(d["num_attention_heads"]),
+            str(d["num_query_groups"]),
+            str(d["num_experts"]),
+            str(d["num_expert_groups"]),
+            str(d["moe_ffn_hidden_size"]),
+            f"{one.parameters / 1e9:.1f}",
+            f"{one.active / 1e9:.1f}",
+            f"{one.tokens_per_second_per_device:,.0f}",
+            *served,
+            f"{one.memory_gib:.1f}",
+            one.layout,
+        )
+    return table

@@ -1,0 +1,56 @@
+"""Throughput against active parameters of a shape search."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from configs.compose import ConfigError, Violation
+from configs.schema import Config
+from simulator.shape import Goal, ShapeResult
+
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def pareto_plot(path: Path, config: Config, goal: Goal, result: ShapeResult) -> None:
+    """Write the plot; its format is that of the file's name.
+
+    Raises:
+        ConfigError: another format.
+    """
+    if path.suffix not in FORMATS:
+        raise ConfigError([Violation("--plot", path, f"ends with one of {', '.join(FORMATS)}")])
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    active = [s.active / 1e9 for s in result.shapes]
+    rates = [s.tokens_per_second_per_device for s in result.shapes]
+    colors = [s.parameters / 1e9 for s in result.shapes]
+    dots = axes.scatter(active, rates, c=colors, cmap="viridis", s=26, zorder=3)
+    figure.colorbar(dots, label="total parameters, billions")
+    front = [(s.active / 1e9, s.tokens_per_second_per_device) for s in result.pareto]
+    axes.plot(*zip(*front, strict=True), color="tab:orange", label="Pareto front")
+    if result.own:
+        own = result.own
+        axes.scatter(
+            [own.active / 1e9],
+            [own.tokens_per_second_per_device],
+            marker="*",
+            s=220,
+            color="tab:red",
+            edgecolor="white",
+            zorder=4,
+            label=f"{config.model.name} itself",
+        )
+    limit = config.inference.latency_limit_ms
+    within = f" within {limit:g} ms per token" if goal == "inference" and limit else ""
+    assert config.hardware is not None
+    axes.set_title(f"{goal} on {config.world_size} × {config.hardware['name']}{within}")
+    axes.set_xlabel("active parameters, billions")
+    axes.set_ylabel("tokens/s per device")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
