@@ -39,7 +39,7 @@ RANGES = Ranges(
 
 @pytest.fixture(scope="module")
 def result():
-    return search_shapes(load(SERVED), RANGES, "inference", shortlist=8)
+    return search_shapes(load(SERVED), RANGES, "inference", shortlist=5)
 
 
 @pytest.mark.parametrize("model", ["pangu_pro_moe", "pangu_ultra_moe", "mixtral_8x7b"])
