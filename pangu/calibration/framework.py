@@ -59,12 +59,14 @@ def measure(backend: list[str], quick: bool, say: Callable[[str], None]) -> Fram
     Raises:
         RuntimeError: a run failed; the message is the last line that it said.
     """
-    steps = 8 if quick else 40
+    length = 8 if quick else 40
     seconds, memory = [], []
     for depth in DEPTHS:
         say(f"framework, {depth} layers")
-        rows = _run([*NARROW, f"model.num_layers={depth}", f"train.steps={steps}", *backend])
-        seconds.append(statistics.median(row["step_seconds"] for row in rows[WARM_UP:]))
+        rows = _run([*NARROW, f"model.num_layers={depth}", f"train.steps={length}", *backend])
+        steps = [row["step_seconds"] for row in rows[WARM_UP:]]
+        # The lower quartile: a step of some milliseconds is easily interrupted.
+        seconds.append(statistics.quantiles(steps, n=4)[0])
         memory.append(rows[-1]["memory_gib"])
     per_layer = max((seconds[1] - seconds[0]) / (DEPTHS[1] - DEPTHS[0]), 0.0)
     in_layer, outside = _operators()

@@ -42,9 +42,15 @@ PRODUCTS = [
 # groups, rows of each, n, k
 GROUPED = [(8, 64, 256, 256), (8, 256, 256, 128), (32, 128, 128, 256), (4, 512, 512, 256)]
 # batch, heads, KV heads, sequence, head size
-ATTENTION = [(2, 4, 4, 128, 64), (2, 8, 2, 512, 32), (1, 4, 2, 512, 128), (1, 4, 4, 1024, 64)]
+ATTENTION = [
+    (2, 4, 4, 256, 64),
+    (2, 8, 2, 512, 32),
+    (1, 4, 2, 512, 128),
+    (1, 4, 4, 1024, 64),
+    (4, 2, 2, 256, 32),
+]
 # rows, width of element-wise operators
-VECTORS = [(256, 256), (1024, 256), (1024, 1024), (2048, 2048)]
+VECTORS = [(1024, 256), (512, 1024), (2048, 512), (2048, 2048)]
 WIDER = 8
 ROTATION_BYTES = 64 * 2**20  # of operands that take turns
 MOST_TURNS = 16
