@@ -137,8 +137,8 @@ def search_shapes(
     if failed:
         rejected["no layout fits memory and latency"] = failed
     if not shapes:
-        reason = "none fits memory and latency in any layout"
-        raise ConfigError([Violation("shape", f"{len(chosen)} shortlisted shapes", reason)])
+        reason = f"none of {len(total):,} shapes within the limits fits memory and latency on them"
+        raise ConfigError([Violation("devices", config.world_size, reason)])
     shapes.sort(key=lambda shape: -shape.tokens_per_second_per_device)
     seconds = time.perf_counter() - start
     return ShapeResult(shapes, front(shapes), candidates, len(chosen), rejected, seconds, own)
