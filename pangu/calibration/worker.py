@@ -17,6 +17,7 @@ from configs.schema import Config
 from pangu import backends
 from pangu.calibration import messages, operators
 from pangu.calibration.samples import Device
+from pangu.local_launch import die_with_parent
 
 QUICK_SIZES = [2**12, 2**18, 2**20]
 
@@ -40,6 +41,7 @@ def work(
 ) -> None:
     """Measure, with all processes busy at the same time. Puts ("progress", text) and, last,
     ("done", Device) into `out`; or ("error", sentence). Rank 0 alone reports."""
+    die_with_parent()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(threads)
     try:
