@@ -98,7 +98,7 @@ def test_smoothing_is_a_centred_mean_that_ignores_skipped_steps():
 
 def test_the_page_holds_the_numbers(folder):
     data = page_data(folder)
-    assert data["subtitle"].startswith("moge_tiny: 2.11M parameters, 927K active · 40 of 1,100 ")
+    assert data["subtitle"].startswith("moge_tiny: 2.11M parameters, 927K active · 40 of 900 ")
     assert data["loss"][:6] == [7.9, 7.8, 7.7, 7.6, None, 7.4]
     assert data["validation"] == [[20, 6.5], [40, 4.25]]
     assert data["baselines"] == {"bigram": 4.5, "unigram": None}
