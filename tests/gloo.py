@@ -32,6 +32,9 @@ def single() -> None:
     """A process group of this process alone, for tests without others."""
     if not dist.is_initialized():
         join(0, 1, os.path.join(tempfile.mkdtemp(), "store"))
+    from megatron.core import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
         parallel(tensor_model_parallel_size=1)
 
 
