@@ -18,7 +18,6 @@ from pangu.report.run_files import METRICS, read_metrics
 from simulator.evaluate import prepare
 from simulator.layout import from_config
 
-# No width of it is a multiple of a real model's.
 NARROW = [
     "model=moge_tiny",
     "model.hidden_size=16",
