@@ -140,6 +140,7 @@ def processes(count: int) -> float:
             f"launch.processes={count}",
             "backend.threads=1",
             f"parallel.expert_model_parallel_size={count}",
+            "parallel.zero_stage=0",
             "checkpoint.save_at_end=false",
             f"run_dir={folder}/run",
         ]
