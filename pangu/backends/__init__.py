@@ -35,6 +35,8 @@ class Backend:
     peak_tflops: Callable[[str], float | None]
     # Whether a tensor may be freed once its send is issued: streams keep the order, gloo does not.
     sends_in_stream_order: bool
+    # Whether torch's AdamW has a fused step here; torch-npu brings an optimizer of its own.
+    fused_adamw: bool
 
 
 _current: Backend | None = None

@@ -154,4 +154,5 @@ def create(local_rank: int) -> Backend:
         description=f"{platform.processor() or platform.machine()} CPU",
         peak_tflops=lambda precision: None,
         sends_in_stream_order=False,
+        fused_adamw=True,
     )

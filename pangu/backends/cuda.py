@@ -58,4 +58,5 @@ def create(local_rank: int) -> Backend:
         description=name,
         peak_tflops=peak,
         sends_in_stream_order=True,
+        fused_adamw=True,
     )

@@ -70,7 +70,7 @@ def _draw(
     parameter: torch.nn.Parameter, shape: list[int], name: str, std: float, seed: int
 ) -> torch.Tensor:
     """This rank's slice of a full matrix. `shape` is the slice's."""
-    dim, stride, rank, size = _sharding(parameter, name, len(shape))
+    dim, stride, rank, size = _sharding(parameter, name)
     full = list(shape)
     if size > 1:
         full[dim] *= size
@@ -84,7 +84,7 @@ def _draw(
     return torch.cat([part.chunk(size, dim)[rank] for part in parts], dim)
 
 
-def _sharding(parameter: Any, name: str, dims: int) -> tuple[int, int, int, int]:
+def _sharding(parameter: Any, name: str) -> tuple[int, int, int, int]:
     """(dimension, stride, rank, size) of a parameter's split."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return 0, 1, 0, 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -254,8 +253,3 @@ def phase_datasets(config: Config, at: schedule.PhaseAt, state: RunState) -> Dat
         validation_samples=config.train.validation_batches * sequences,
         seq_length=schedule.seq_length(config, at.phase),
     )
-
-
-def run_folder(config: Config) -> Path:
-    """Where the run keeps its files."""
-    return Path(config.run_dir)

@@ -49,12 +49,8 @@ def wrap_model(
 def shards_optimizer(config: Config) -> bool:
     """Whether the optimizer's state is spread over data-parallel ranks. With one rank there is
     nothing to spread, and the sharded step would only copy every buffer twice."""
-    return config.parallel.zero_stage > 0 and config.world_size > _model_ranks(config)
-
-
-def _model_ranks(config: Config) -> int:
-    p = config.parallel
-    return p.tensor_model_parallel_size * p.pipeline_model_parallel_size
+    ranks = config.data_parallel_size * config.parallel.context_parallel_size
+    return config.parallel.zero_stage > 0 and ranks > 1
 
 
 def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
@@ -78,7 +74,7 @@ def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Me
         chunks,
         use_gloo_process_groups=False,
     )
-    if backends.current().name != "npu":  # torch-npu brings its own fused step
+    if backends.current().fused_adamw:
         for group in optimizer.param_groups:
             group["fused"] = True
     return optimizer

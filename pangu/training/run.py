@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
@@ -67,14 +68,14 @@ def build_trainer(config: Config, stop: StopSignal) -> Trainer:
     from pangu.model.build import build_model
     from pangu.training import checkpoint, distributed, schedule
     from pangu.training.expert_load import LoadWindow
-    from pangu.training.loop import Trainer, phase_datasets, run_folder
+    from pangu.training.loop import Trainer, phase_datasets
     from pangu.training.metrics import MetricsFile
     from pangu.training.optimizer import build_optimizer, wrap_model
     from pangu.training.state import RunState
 
     first = dist.get_rank() == 0
     found = checkpoint.find(config)
-    folder = run_folder(config)
+    folder = Path(config.run_dir)
     if first:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(config))
