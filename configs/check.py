@@ -133,33 +133,36 @@ def _composes(override: str) -> bool:
 
 
 def _forget(tree: dict[str, Any], path: list[str]) -> None:
-    """Drop a key, so that its default takes its place."""
+    """Drop a key, or the whole list that it is in, so that its default takes its place."""
     node: Any = tree
-    for part in path[:-1]:
-        node = node.get(part) if isinstance(node, dict) else None
-    if isinstance(node, dict):
-        node.pop(path[-1], None)
+    for part, inner in zip(path, [*path[1:], ""], strict=True):
+        child = node.get(part) if isinstance(node, dict) else None
+        if isinstance(child, dict) and inner in child:
+            node = child
+        else:
+            node.pop(part, None)
+            return
 
 
 def _problems(config: Config, purpose: Purpose) -> list[Problem]:
     found = list(bounds(config))
-    for problem in found:
+    broken = {problem.key for problem in found}
+    for key in broken & BOUNDS.keys():
         # Only so that the other rules can divide.
-        default = max(1, int(BOUNDS.get(problem.key, (1, None))[0]))
-        config = with_value(config, problem.key, default)
+        config = with_value(config, key, max(1, int(BOUNDS[key][0])))
     for rule in (*RULES, trainer_limits) if purpose == "train" else RULES:
-        found += rule(config)
+        found += [problem for problem in rule(config) if problem.key not in broken]
     return found
 
 
 def _suggestion(config: Config, purpose: Purpose, problem: Problem, rules: set[str]) -> str:
-    """The candidates that mend this problem, cause no other, and leave the fewest others."""
-    mending: list[tuple[bool, int, str, Any]] = []
+    """The candidates that mend this problem and leave the fewest, rather none that is new."""
+    mending: list[tuple[int, bool, str, Any]] = []
     for key, values in problem.candidates.items():
         for value in values:
             left = {p.rule for p in _problems(with_value(config, key, value), purpose)}
             if problem.rule not in left:
-                mending.append((not left <= rules, len(left), key, value))
+                mending.append((len(left), not left <= rules, key, value))
     best = min((entry[:2] for entry in mending), default=None)
     parts = []
     for key in problem.candidates:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -83,17 +84,8 @@ def compose_dict(overrides: list[str], primary: str = "config") -> dict[str, Any
     parsed, machine = _machine_file(parsed)
     known = groups()
     for override in parsed:
-        name = override.key_or_group
-        option = override.value()
-        if name in known and isinstance(option, str) and option not in known[name]:
-            violations.append(
-                Violation(
-                    name,
-                    option,
-                    f"there is no file configs/{name}/{option}.yaml",
-                    f"one of {', '.join(known[name])}",
-                )
-            )
+        if wrong := _unusable(override, known):
+            violations.append(wrong)
     if violations:
         raise ConfigError(violations)
     # `++` lets an unknown key through to pydantic, which reports all of them together.
@@ -113,6 +105,21 @@ def compose_dict(overrides: list[str], primary: str = "config") -> dict[str, Any
     if machine:
         tree["hardware"] = machine | (tree.get("hardware") or {})
     return tree  # type: ignore[return-value]
+
+
+def _unusable(override: Override, known: dict[str, list[str]]) -> Violation | None:
+    """What Hydra would refuse in words of its own: lists to sweep over, and unknown options."""
+    name, option = override.key_or_group, override.value()
+    typed = str(override.input_line).partition("=")[2]
+    if override.is_sweep_override():
+        reason = "several values, where a single run has one"
+        return Violation(name, typed, reason, "one of them; pangu.train -m runs each in turn")
+    if name not in known or override.is_delete() or option in known[name]:
+        return None
+    hint = f"one of {', '.join(known[name])}"
+    if isinstance(option, str | None):
+        return Violation(name, typed, f"there is no file configs/{name}/{typed}.yaml", hint)
+    return Violation(name, typed, f"{name} is a group of keys", f"{hint}; or {name}.KEY=VALUE")
 
 
 def _machine_file(parsed: list[Override]) -> tuple[list[Override], dict[str, Any]]:
@@ -183,9 +190,17 @@ def _parse(overrides: list[str]) -> tuple[list[Violation], list[Override]]:
         try:
             parsed.append(parser.parse_override(line))
         except HydraException as error:
-            reason = str(error).splitlines()[0]
+            # The parser speaks of tokens; that helps where the value is what it cannot read.
+            key, equals, value = line.partition("=")
+            plain = re.fullmatch(r"[\w.+~/@]+", key) and equals
+            reason = str(error).splitlines()[0] if plain else "is not of the form key=value"
+            hint = (
+                "quotes, for the shell and for the parser: 'key=\"value\"'"
+                if plain
+                else "key=value"
+            )
             violations.append(
-                Violation(line, "", reason, "key=value, or key='value' around = , or blanks")
+                Violation(key if plain else line, value if plain else "", reason, hint)
             )
     return violations, parsed
 
@@ -206,25 +221,52 @@ def _from_pydantic(item: Any) -> Violation:
     path = [str(part) for part in item["loc"]]
     key = ".".join(path)
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        siblings = _siblings(path[:-1])
+        siblings = list(_schema_of(path[:-1]).get("properties", {}))
         close = difflib.get_close_matches(path[-1], siblings, n=3, cutoff=0.5)
         suggestion = (
             f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(siblings)}"
         )
         return Violation(key, item["input"], "unknown key", suggestion)
-    return Violation(key, item.get("input"), item["msg"].lower())
+    if item["type"] == "missing":
+        return Violation(key, "", "is missing", f"{key}=VALUE: {_expected(_schema_of(path))}")
+    schema = _schema_of(path)
+    if members := schema.get("properties"):
+        hint = f"{key}.KEY=VALUE, of {', '.join(members)}"
+        return Violation(key, item.get("input"), "is a group of keys, not a value", hint)
+    reason = "unknown value" if "enum" in schema else item["msg"].lower()
+    return Violation(key, item.get("input"), reason, _expected(schema))
 
 
-def _siblings(path: list[str]) -> list[str]:
-    """Names of the keys beside an unknown one."""
+def _expected(schema: dict[str, Any]) -> str:
+    """What may be written where a JSON schema is to be met, with the default as an example."""
+    if "enum" in schema:
+        return f"one of {', '.join(schema['enum'])}"
+    words = {
+        "integer": "a whole number",
+        "number": "a number",
+        "boolean": "true or false",
+        "string": "text",
+        "array": "a list: [a, b]",
+        "object": "a mapping: {a: 1, b: 2}",
+        "null": "null",
+    }
+    kinds = [one.get("type") for one in schema.get("anyOf", [schema])]
+    text = " or ".join(words[kind] for kind in kinds if kind in words)
+    default = schema.get("default")
+    shown = text and isinstance(default, int | float) and not isinstance(default, bool)
+    return f"{text}; the default is {default:g}" if shown else text
+
+
+def _schema_of(path: list[str]) -> dict[str, Any]:
+    """The JSON schema of a key; {} for one that there is not."""
     schema: Any = _adapter().json_schema()
     definitions = schema.get("$defs", {})
     for part in path:
-        schema = schema.get("properties", {}).get(part, {})
-        reference = schema.get("$ref") or schema.get("items", {}).get("$ref")
-        if reference:
-            schema = definitions[reference.rsplit("/", 1)[-1]]
-    return list(schema.get("properties", {}))
+        inner = schema.get("properties", {}).get(part) or schema.get("items")
+        schema = inner or schema.get("additionalProperties") or {}
+        if "$ref" in schema:
+            schema = definitions[schema["$ref"].rsplit("/", 1)[-1]]
+    return schema
 
 
 def load(overrides: list[str]) -> Config:

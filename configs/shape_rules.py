@@ -66,7 +66,9 @@ def _routing(config: Config) -> Iterator[Problem]:
         reason = "{value} experts do not fall into {size} equal groups"
         yield from divides(config, "groups of experts", "model.num_experts", groups, reason)
     if moe.router == "moge":
-        reason = "a token takes top_k / groups experts from every group: {value} / {size} is broken"
+        reason = (
+            "a token takes top_k / groups experts from every group: {value} / {size} is not whole"
+        )
         yield from divides(config, "choices per group", "moe.top_k", groups, reason)
     if moe.router == "group_limited":
         key = "moe.topk_group"

@@ -10,6 +10,8 @@ from rich.text import Text
 
 from configs.compose import Violation
 
+_VALUE, _REASON = 24, 20  # widest value, narrowest reason, in characters
+
 
 def console(*, stderr: bool = False) -> Console:
     """The terminal, or 120 columns where the output goes to a file."""
@@ -20,7 +22,8 @@ def console(*, stderr: bool = False) -> Console:
 def print_violations(violations: Sequence[Violation]) -> None:
     """One row per violation, to standard error."""
     count = f"{len(violations)} thing{'s' if len(violations) > 1 else ''}"
-    console(stderr=True).print(table(violations, f"The configuration has {count} to mend"))
+    out = console(stderr=True)
+    out.print(table(violations, f"The configuration has {count} to mend", out.width))
 
 
 def print_warnings(warnings: Sequence[Violation]) -> None:
@@ -29,13 +32,19 @@ def print_warnings(warnings: Sequence[Violation]) -> None:
         console(stderr=True).print(Text(f"warning: {warning}"))
 
 
-def table(violations: Sequence[Violation], title: str) -> Table:
-    """Key, value, reason and values that would work, side by side."""
+def table(violations: Sequence[Violation], title: str, width: int) -> Table:
+    """Key, value, reason and values that would work, side by side in `width` columns."""
+    rows = [(v.key, str(v.value), v.reason, v.suggestion) for v in violations]
     result = Table(title=title, title_justify="left", show_lines=True)
+    # What would work is there to be copied: the reason makes room for its keys.
+    borders = 13
+    room = width - borders - max(len(row[0]) for row in rows)
+    value = min(max(len("value"), *(len(row[1]) for row in rows)), _VALUE)
+    words = max((len(word) for row in rows for word in row[3].split()), default=0)
     result.add_column("key", no_wrap=True)
-    for heading in ("value", "why", "what would work"):
-        result.add_column(heading, overflow="fold")
-    for violation in violations:
-        cells = (violation.key, violation.value, violation.reason, violation.suggestion)
-        result.add_row(*(Text(str(cell)) for cell in cells))
+    result.add_column("value", overflow="fold", max_width=value)
+    result.add_column("why", overflow="fold", max_width=max(room - value - words, _REASON))
+    result.add_column("what would work", overflow="fold")
+    for row in rows:
+        result.add_row(*map(Text, row))
     return result

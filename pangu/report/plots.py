@@ -31,6 +31,8 @@ def write_plots(run: RunData) -> list[Path]:
 
 def loss_figure(run: RunData) -> Figure:
     """Training and held-out loss over the steps, beside what n-grams reach."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = _figure(9, 5)
     steps = np.array([row["step"] for row in run.steps])
     loss = np.array([row["loss"] for row in run.steps], dtype=float)  # None becomes NaN
@@ -44,6 +46,7 @@ def loss_figure(run: RunData) -> Figure:
             marker="o",
             markersize=4,
             linewidth=1.8,
+            clip_on=False,
             label="held-out",
         )
     for name, style in (("unigram", ":"), ("bigram", "--")):
@@ -52,6 +55,7 @@ def loss_figure(run: RunData) -> Figure:
             label = f"{name}, held-out ({level:.2f})"
             axes.axhline(level, color=BASELINE, linestyle=style, linewidth=1.3, label=label)
     axes.set_xlim(0 if steps[0] == 1 else steps[0], max(steps[-1], steps[0] + 1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no step 0.5
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(f"{run.name}: loss", loc="left", fontweight="bold")

@@ -144,6 +144,47 @@ def test_all_violations_at_once_with_unknown_keys() -> None:
     assert "pangu_pro_moe" in suggestions["model"]
 
 
+# what cannot even be read, the key that must be named, a part of the reason and of the suggestion
+UNREADABLE = [
+    ("train.steps=many", "train.steps", "valid integer", "a whole number; the default is 100"),
+    ("moe.router=best", "moe.router", "unknown value", "one of moge, top_k, group_limited"),
+    ("moe.expert_bias=perhaps", "moe.expert_bias", "valid boolean", "true or false"),
+    ("train=3", "train", "group of keys", "train.KEY=VALUE, of steps"),
+    ("optimizer.phases=[{steps: 3}]", "optimizer.phases.0.lr", "missing", "a number"),
+    ("memory.recompute_modules=[all]", "memory.recompute_modules.0", "unknown value", "core_attn"),
+    ("data.blend={a: much}", "data.blend.a", "valid number", "a number"),
+    ("moe=moge,top_k", "moe", "several values", "one of them"),
+    ("model={a: 1}", "model", "group of keys", "one of deepseek_v3"),
+    ("backend=null", "backend", "there is no file", "one of auto, cpu"),
+    ("--steps", "--steps", "not of the form key=value", "key=value"),
+    ("run_dir=a=b", "run_dir", "'='", "quotes"),
+    ("optimizer.lr=nan", "optimizer.lr", "finite", "optimizer.lr=0"),
+    ("optimizer.min_lr=inf", "optimizer.min_lr", "finite", "optimizer.min_lr=0"),
+    ("optimizer.adam_beta2=1", "optimizer.adam_beta2", "0.999999", "optimizer.adam_beta2=0.999"),
+    ("seed=-1", "seed", "from 0", "seed=0"),
+    ("data.blend={a: nan}", "data.blend", "positive", "above 0"),
+]
+
+
+@pytest.mark.parametrize(("override", "key", "reason", "suggestion"), UNREADABLE)
+def test_unreadable_values_are_named(override: str, key: str, reason: str, suggestion: str) -> None:
+    """Alone, and beside something else that is wrong, which must be found as well."""
+    with pytest.raises(ConfigError) as caught:
+        load_checked([override, "checkpoint.keep_last=0"])
+    found = {violation.key: violation for violation in caught.value.violations}
+    assert reason in found[key].reason
+    assert suggestion in found[key].suggestion
+    assert "checkpoint.keep_last" in found
+
+
+def test_suggestions_with_several_things_wrong() -> None:
+    """A tensor parallel size is only suggested where the ranks are enough for it."""
+    overrides = [f"{TP}=3", "launch.processes=4", "moe.top_k=6", "train.micro_batch_size=3"]
+    found = [v for v in violations(load(overrides)) if v.key == TP]
+    assert len(found) >= 3
+    assert {v.suggestion for v in found} == {f"{TP}=1, 2 or 4", f"{TP}=1 or 2"}
+
+
 def test_suggested_values_are_the_right_ones() -> None:
     (violation,) = violations(load(["moe.num_expert_groups=8", "moe.top_k=4"]))
     assert violation.suggestion == "moe.num_expert_groups=1, 2 or 4; or moe.top_k=8"
@@ -237,6 +278,8 @@ def test_phases_are_checked_too() -> None:
     }
     assert "2 or 4" in found["optimizer.phases[0].global_batch_size"].suggestion
     assert found["train.steps"].suggestion == "train.steps=100"
+    (empty,) = violations(load([f"optimizer.phases=[{phase.replace('100', '0')}]"]))[:1]
+    assert (empty.key, empty.reason) == ("optimizer.phases[0].steps", "must be at least 1")
 
 
 @pytest.mark.parametrize("moe", groups()["moe"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import subprocess
@@ -9,10 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from configs.compose import load
+from configs.compose import Violation, load
 from pangu import machine_check
 from pangu.doctor import stages
+from pangu.violation_table import table
 from simulator.parameters import count_parameters
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +58,17 @@ def test_violations_end_with_2_and_show_the_rest() -> None:
     broken = doctor("parallel.pipeline_model_parallel_size=0")
     assert broken.returncode == 2
     assert "at least 1" in broken.stderr
+
+
+def test_what_would_work_can_be_copied() -> None:
+    """In a file, 120 columns wide, no suggested key is broken in two."""
+    key = "parallel.virtual_pipeline_model_parallel_size"
+    violation = Violation("train.global_batch_size", 1000, "a reason " * 9, f"{key}=1; or {key}=3")
+    out = Console(width=120, file=io.StringIO(), record=True)
+    out.print(table([violation, violation], "to mend", out.width))
+    text = out.export_text()
+    assert text.count(f"{key}=1;") == text.count(f"{key}=3") == 2
+    assert {len(line.rstrip()) for line in text.splitlines()[1:]} == {120}
 
 
 @pytest.mark.parametrize("model", ["moge_tiny", "pangu_pro_moe", "pangu_ultra_moe", "mixtral_8x7b"])
