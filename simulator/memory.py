@@ -16,7 +16,7 @@ import numpy as np
 from simulator.counts.layer import Blocks
 from simulator.counts.records import Counts, Shapes, total
 from simulator.counts.vocabulary import embedding_gradient
-from simulator.hardware import ELEMENT_BYTES
+from simulator.hardware import ELEMENT_BYTES, Hardware
 from simulator.layout import SCHEDULES, Layout, StageContent, stage_content
 from simulator.parameters import (
     LayerParameters,
@@ -27,6 +27,14 @@ from simulator.parameters import (
 )
 
 Array = Any
+
+# What the driver, the framework and fragmentation take beside the allocator's peak.
+RESERVED_FRACTION = 0.04
+
+
+def fits(hw: Hardware, peak: Array, outside: Array) -> Array:
+    """Whether a peak of the allocator and what lies outside it (bytes) fit the device."""
+    return peak * (1 + RESERVED_FRACTION) + outside <= hw.memory_bytes
 
 
 @dataclass(frozen=True)

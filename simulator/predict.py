@@ -22,7 +22,7 @@ from simulator.evaluate import (
     tokens_per_step,
 )
 from simulator.layout import StageContent, from_config
-from simulator.memory import Memory, rank_memory, stage_contents, stage_parameters
+from simulator.memory import Memory, fits, rank_memory, stage_contents, stage_parameters
 from simulator.parameters import LayerKind, model_flops_per_token
 from simulator.pipeline import RankSeconds, hidden_seconds
 from simulator.seconds import BlockSeconds, Line
@@ -30,8 +30,6 @@ from simulator.timeline import Timeline, UnitSeconds, build
 
 ACCURACY = Path(__file__).parent / "accuracy.json"  # written by `validate`
 GIB = 2**30
-# What the driver, the framework and fragmentation take beside the allocator's peak.
-RESERVED_FRACTION = 0.04
 
 
 @dataclass(frozen=True)
@@ -129,33 +127,20 @@ def predict(config: Config, load: float | None = None) -> Prediction:
         raise ConfigError([_does_not_divide(config)])
     parts = prepare(config, layout, load)
     ranks = range(int(layout.pp))
-    contents = [stage_contents(parts.shapes, rank, int(layout.vpp)) for rank in ranks]
-    units = [
-        [
-            UnitSeconds(*(float(value) for value in vars(rank_seconds(parts, [content])).values()))
-            for content in chunks
-        ]
-        for chunks in contents
-    ]
-    timeline = build(layout, units, float(send_seconds(parts)))
-    seconds = [rank_seconds(parts, chunks) for chunks in contents]
-    held = [stage_parameters(parts.shapes, chunks) for chunks in contents]
-    ends = [data_parallel(parts, *pair) for pair in zip(held, seconds, strict=True)]
+    held = _ranks(parts)
+    timeline = build(layout, [rank.units for rank in held], float(send_seconds(parts)))
     reduced = [
-        finish + float(end.reduce) for finish, end in zip(timeline.finished, ends, strict=True)
+        finish + float(rank.end.reduce)
+        for finish, rank in zip(timeline.finished, held, strict=True)
     ]
-    optimizer = max(float(end.optimizer) for end in ends)
-    gather = max(float(end.gather) for end in ends)
+    optimizer = max(float(rank.end.optimizer) for rank in held)
+    gather = max(float(rank.end.gather) for rank in held)
     step = max(reduced) + optimizer + gather
-    slowest = max(ranks, key=lambda rank: float(seconds[rank].both))
-    stages = [
-        _stage(parts, rank, contents[rank], seconds[rank], float(held[rank].total), timeline)
-        for rank in ranks
-    ]
+    slowest = max(ranks, key=lambda rank: float(held[rank].seconds.both))
+    stages = [_stage(parts, rank, held[rank], timeline) for rank in ranks]
     peak = max(float(stage.memory.peak) for stage in stages)
     peak += parts.hardware.process_base_bytes
     outside = max(float(stage.memory.buffers) for stage in stages)
-    memory = parts.hardware.memory_bytes
     tokens = float(tokens_per_step(config, layout))
     devices = int(layout.devices)
     dtype = peak_dtype(parts)
@@ -163,9 +148,7 @@ def predict(config: Config, load: float | None = None) -> Prediction:
     breakdown = _breakdown(
         parts,
         slowest,
-        contents[slowest],
-        seconds[slowest],
-        ends[slowest],
+        held[slowest],
         step,
         optimizer,
         gather,
@@ -179,14 +162,14 @@ def predict(config: Config, load: float | None = None) -> Prediction:
         peak_dtype=dtype,
         model_flops_per_token=flops,
         peak_memory_gib=peak / GIB,
-        memory_gib=memory / GIB,
-        fits=peak * (1 + RESERVED_FRACTION) + outside <= memory,
+        memory_gib=parts.hardware.memory_gib,
+        fits=bool(fits(parts.hardware, peak, outside)),
         devices=devices,
         num_microbatches=int(layout.num_microbatches),
         bubble_fraction=breakdown.get(BUBBLE, 0.0) / step,
         breakdown=breakdown,
         stages=stages,
-        bill=_bill(parts, contents[slowest]),
+        bill=_bill(parts, held[slowest].contents),
         timeline=timeline,
         expert_load=float(parts.load),
         energy_kilojoules=_scaled(parts.hardware.power_w, step * devices / 1e3),
@@ -210,24 +193,53 @@ def _scaled(value: float | None, factor: float) -> float | None:
     return None if value is None else value * factor
 
 
-def _stage(
-    parts: Parts,
-    rank: int,
-    contents: list[StageContent],
-    seconds: RankSeconds,
-    parameters: float,
-    timeline: Timeline,
-) -> Stage:
+@dataclass(frozen=True)
+class _Rank:
+    """A pipeline rank's content and what it costs; ranks that hold the same share it."""
+
+    contents: list[StageContent]
+    units: list[UnitSeconds]  # by chunk
+    seconds: RankSeconds
+    parameters: float
+    end: DataParallel
+
+
+def _ranks(parts: Parts) -> list[_Rank]:
+    """Every pipeline rank, each distinct content priced once."""
+    known: dict[tuple[float, ...], _Rank] = {}
+    ranks = []
+    for index in range(int(parts.layout.pp)):
+        contents = stage_contents(parts.shapes, index, int(parts.layout.vpp))
+        key = tuple(float(item) for content in contents for item in vars(content).values())
+        if key not in known:
+            known[key] = _rank(parts, contents)
+        ranks.append(known[key])
+    return ranks
+
+
+def _rank(parts: Parts, contents: list[StageContent]) -> _Rank:
+    seconds = rank_seconds(parts, contents)
+    parameters = stage_parameters(parts.shapes, contents)
+    units = [
+        UnitSeconds(*(float(value) for value in vars(rank_seconds(parts, [chunk])).values()))
+        for chunk in contents
+    ]
+    end = data_parallel(parts, parameters, seconds)
+    return _Rank(contents, units, seconds, float(parameters.total), end)
+
+
+def _stage(parts: Parts, rank: int, held: _Rank, timeline: Timeline) -> Stage:
+    seconds = held.seconds
     busy = float(seconds.both) * int(parts.layout.num_microbatches)
     busy -= float(hidden_seconds(parts.layout, rank, seconds))
     return Stage(
         rank=rank,
-        layers=int(sum(float(content.layers) for content in contents)),
+        layers=int(sum(float(content.layers) for content in held.contents)),
         forward_seconds=float(seconds.forward),
         backward_seconds=float(seconds.backward),
         idle_seconds=max(timeline.seconds - busy, 0.0),
-        parameters=int(parameters),
-        memory=rank_memory(parts.shapes, parts.blocks, parts.kept, rank, contents),
+        parameters=int(held.parameters),
+        memory=rank_memory(parts.shapes, parts.blocks, parts.kept, rank, held.contents),
     )
 
 
@@ -272,9 +284,7 @@ GROUP_LINES = {
 def _breakdown(
     parts: Parts,
     rank: int,
-    contents: list[StageContent],
-    seconds: RankSeconds,
-    end: DataParallel,
+    held: _Rank,
     step: float,
     optimizer: float,
     gather: float,
@@ -287,7 +297,7 @@ def _breakdown(
     def add(name: str, value: float) -> None:
         result[name] = result.get(name, 0.0) + value * count_of
 
-    for _, count, block in _blocks(parts, contents):
+    for _, count, block in _blocks(parts, held.contents):
         if not count:
             continue
         for line in block.lines:
@@ -297,16 +307,16 @@ def _breakdown(
         add("launch gaps", count * (passes - sum(float(line.exposed) for line in block.lines)))
     kinds: tuple[LayerKind, ...] = ("dense", "moe")
     for kind in kinds:
-        layers = sum(float(getattr(content, kind)) for content in contents)
+        layers = sum(float(getattr(content, kind)) for content in held.contents)
         if layers:
             add("sharded weights and swapping", layers * float(sum(layer_waits(parts, kind))))
     known = sum(result.values())
-    result["recomputation"] = float(seconds.both) * count_of - known
-    result["gradient reduction"] = float(end.reduce)
+    result["recomputation"] = float(held.seconds.both) * count_of - known
+    result["gradient reduction"] = float(held.end.reduce)
     result["optimizer"] = optimizer
     result["parameter gathering"] = gather
     experts = GROUP_LINES["ep"]
-    hidden = float(hidden_seconds(layout, rank, seconds))
+    hidden = float(hidden_seconds(layout, rank, held.seconds))
     result[experts] = result.get(experts, 0.0) - hidden
     result[BUBBLE] = step - sum(result.values())
     return {key: value for key, value in result.items() if abs(value) > 1e-9 * step}

@@ -21,8 +21,9 @@ from configs.schema import Config
 from simulator.evaluate import evaluate
 from simulator.hardware import load_hardware
 from simulator.layout import MODULES, SCHEDULES, Layout, from_config
+from simulator.memory import fits
 from simulator.parameters import query_groups
-from simulator.predict import RESERVED_FRACTION, Prediction, predict
+from simulator.predict import Prediction, predict
 
 Array = Any
 CHUNK = 16_384  # layouts evaluated at once: arrays that stay in a core's cache
@@ -116,10 +117,9 @@ def search(
         raise ConfigError([Violation("search", f"{count:,}", reason, hint)])
     candidates = count + sum(rejected.values())
     step, peak, outside = _evaluate_all(config, structures, policies, progress)
-    memory = load_hardware(config.hardware).memory_bytes
-    fits = peak * (1 + RESERVED_FRACTION) + outside <= memory
-    rejected["needs more memory than the device has"] = int(count - fits.sum())
-    order = np.flatnonzero(fits)
+    fitting = fits(load_hardware(config.hardware), peak, outside)
+    rejected["needs more memory than the device has"] = int(count - fitting.sum())
+    order = np.flatnonzero(fitting)
     order = order[np.argsort(step[order], kind="stable")]
     tokens = config.train.global_batch_size * config.train.seq_length
     throughput = tokens / step / config.world_size
@@ -138,10 +138,10 @@ def search(
         {reason: number for reason, number in rejected.items() if number},
         candidates,
         count,
-        int(fits.sum()),
+        int(fitting.sum()),
         time.perf_counter() - start,
-        throughput[fits],
-        peak[fits] / 2**30,
+        throughput[fitting],
+        peak[fitting] / 2**30,
     )
 
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 from simulator.layout import SCHEDULES, Layout
 
-MAX_EVENTS = 60_000  # beyond that the steady state is continued, not repeated
+MAX_EVENTS = 20_000  # beyond that the steady state is continued, not repeated
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """One pass: `kind` is F, B (input and weight gradient), I (input gradient), W (weight
     gradient) or FB (a forward beside a backward pass; `micro_batch` is the forward's)."""
 
@@ -103,18 +104,23 @@ def forward_units(p: int, v: int, m: int) -> list[tuple[int, int]]:
     return order
 
 
+@lru_cache(maxsize=1)
+def _passes(p: int, v: int, m: int) -> tuple[list[Unit], list[Unit]]:
+    """Forward and backward passes, each in every rank's order."""
+    units = forward_units(p, v, m)
+    ahead: list[Unit] = [("F", batch, chunk) for batch, chunk in units]
+    back: list[Unit] = [("B", batch, v - 1 - chunk) for batch, chunk in units]
+    return ahead, back
+
+
 def interleaved_order(p: int, v: int, m: int, rank: int, early: int = 0) -> list[Unit]:
     """1F1B, interleaved where v > 1."""
-    ahead = forward_units(p, v, m)
-    back = [(batch, v - 1 - chunk) for batch, chunk in ahead]
+    ahead, back = _passes(p, v, m)
     after = p - rank - 1
     warmup = min((2 * after + (v - 1) * p if v > 1 else after) + early, len(ahead))
-    order: list[Unit] = [("F", *unit) for unit in ahead[:warmup]]
-    for index in range(len(ahead) - warmup):
-        order.append(("F", *ahead[warmup + index]))
-        order.append(("B", *back[index]))
-    order += [("B", *unit) for unit in back[len(ahead) - warmup :]]
-    return order
+    steady = len(ahead) - warmup
+    pairs = zip(ahead[warmup:], back[:steady], strict=True)
+    return [*ahead[:warmup], *(unit for pair in pairs for unit in pair), *back[steady:]]
 
 
 def _gpipe(v: int, m: int) -> list[Unit]:
@@ -142,67 +148,62 @@ def _follow(
     """Run fixed orders. Without interleaving a rank waits for its sends; with it they only
     delay the receiver."""
     waits = send if v == 1 else 0.0
-    delay = send if v > 1 else 0.0
-    done: list[dict[tuple[str, int, int], float]] = [{} for _ in range(p)]
+    delay = send if v > 1 and p > 1 else 0.0
+    last = p * v - 1
+    # When the input of each micro-batch is there, by stage; back[-1] takes what leaves stage 0.
+    ahead: list[dict[int, float]] = [{} for _ in range(last + 1)]
+    back: list[dict[int, float]] = [{} for _ in range(last + 2)]
+    ahead[0] = {batch: 0.0 for _, batch, _ in orders[0]}
     free = [0.0] * p
     position = [0] * p
     events: list[Event] = []
-    last = p * v - 1
-    waiting = set(range(p))
+    waiting = list(range(p))
 
-    def arrival(rank: int, kind: str, batch: int, chunk: int) -> float | None:
-        stage = chunk * p + rank
-        if kind == "F":
-            if stage == 0:
-                return 0.0
-            source, before = (stage - 1) % p, (stage - 1) // p
-            end = done[source].get(("F", batch, before))
-        elif stage == last:
-            source, end = rank, done[rank].get(("F", batch, chunk))
-        else:
-            source, after = (stage + 1) % p, (stage + 1) // p
-            end = done[source].get(("B", batch, after))
-        if end is None:
-            return None
-        return end + (delay if source != rank else 0.0)
+    def passed_on(stage: int, batch: int, end: float) -> None:
+        if stage < last:
+            ahead[stage + 1][batch] = end + delay
+        else:  # the loss turns round
+            back[stage][batch] = end
 
     while waiting:
-        progressed = False
-        for rank in sorted(waiting):
+        before = len(events)
+        for rank in waiting:
             order = orders[rank]
+            chunks = units[rank]
             while position[rank] < len(order):
                 kind, batch, chunk = order[position[rank]]
-                ready = arrival(rank, "F" if kind == "FB" else kind, batch, chunk)
-                unit = units[rank][chunk]
                 stage = chunk * p + rank
-                ahead = waits if stage < last else 0.0
+                unit = chunks[chunk]
+                ready = (back if kind == "B" else ahead)[stage].get(batch)
+                if ready is None:
+                    break
+                start = max(free[rank], ready)
+                there = waits if stage < last else 0.0
                 behind = waits if stage > 0 else 0.0
-                if kind == "FB":
-                    _, other, other_chunk = order[position[rank] + 1]
-                    second = arrival(rank, "B", other, other_chunk)
-                    if ready is None or second is None:
-                        break
-                    start = max(free[rank], ready, second)
-                    back = units[rank][other_chunk]
-                    hidden = (unit.hideable + back.hideable) / 2
-                    end = start + unit.forward + back.backward - hidden + ahead + behind
-                    done[rank]["F", batch, chunk] = end
-                    done[rank]["B", other, other_chunk] = end
-                    position[rank] += 1
+                if kind == "F":
+                    end = start + unit.forward + there
+                    passed_on(stage, batch, end)
+                elif kind == "B":
+                    end = start + unit.backward + behind
+                    back[stage - 1][batch] = end + delay
                 else:
-                    if ready is None:
+                    _, other, other_chunk = order[position[rank] + 1]
+                    other_stage = other_chunk * p + rank
+                    second = back[other_stage].get(other)
+                    if second is None:
                         break
-                    start = max(free[rank], ready)
-                    length = unit.forward + ahead if kind == "F" else unit.backward + behind
-                    end = start + length
-                    done[rank][kind, batch, chunk] = end
+                    start = max(start, second)
+                    paired = chunks[other_chunk]
+                    hidden = (unit.hideable + paired.hideable) / 2
+                    end = start + unit.forward + paired.backward - hidden + there + behind
+                    passed_on(stage, batch, end)
+                    back[other_stage - 1][other] = end + delay
+                    position[rank] += 1
                 events.append(Event(rank, kind, batch, chunk, start, end))
                 free[rank] = end
                 position[rank] += 1
-                progressed = True
-            if position[rank] == len(order):
-                waiting.discard(rank)
-        if not progressed:
+        waiting = [rank for rank in waiting if position[rank] < len(orders[rank])]
+        if len(events) == before:
             raise RuntimeError("the schedule waits for itself")
     return Timeline(events, free, max(free))
 

@@ -25,8 +25,10 @@ from configs.schema import (
     SimulationConfig,
     TrainConfig,
 )
-from simulator.hardware import PRESETS
-from simulator.predict import predict
+from simulator.evaluate import evaluate
+from simulator.hardware import PRESETS, load_hardware
+from simulator.layout import from_config
+from simulator.memory import fits
 from simulator.validation.table import Row
 
 
@@ -377,8 +379,10 @@ def _assume_recomputation(found: Case) -> Case:
     for name, memory in policies:
         chosen = Case(found.row, replace(found.config, memory=memory), [*found.assumptions, name])
         try:
-            if predict(chosen.config).fits:
-                break
+            result = evaluate(chosen.config, from_config(chosen.config))
         except ConfigError:
             continue
+        machine = load_hardware(chosen.config.hardware)
+        if fits(machine, result.peak_memory_bytes, result.buffer_bytes):
+            break
     return chosen
