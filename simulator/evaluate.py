@@ -346,6 +346,10 @@ def data_parallel(parts: Parts, parameters: StageParameters, seconds: RankSecond
         np.maximum(_outlasting(hw, gather, seconds.forward), gather * last),
         gather,
     )
+    # The first and the last stage's copies of the embedding, when all gradients are there.
+    far = layout.stride("pp") * np.maximum(layout.pp - 1, 1)
+    table = parameters.copied * element
+    reduce = reduce + collective_seconds(hw, "all_reduce", table, np.minimum(layout.pp, 2), far)
     # Norm and update read gradients, master weights and moments and write them back; the
     # gradient buffer is then cleared.
     update = (34.0 if s.element < 4 else 32.0) * held

@@ -62,6 +62,9 @@ class StageParameters:
 
     dense: Array
     experts: Array
+    # Embedding table that another stage holds too (tied with its head, or for its MTP modules):
+    # an all-reduce between the stages adds up the gradients.
+    copied: Array = 0.0
 
     @property
     def total(self) -> Array:
@@ -88,9 +91,16 @@ def stage_parameters(s: Shapes, contents: list[StageContent]) -> StageParameters
     ends = embedding * table
     if model.position_embedding == "learned":
         ends = ends + embedding * model.max_position_embeddings * model.hidden_size
-    # Tied embeddings on different stages are two copies kept equal by an all-reduce.
-    own_head = head if not model.tie_embeddings else head * (1 - embedding)
-    ends = ends + own_head * table + head * norm_parameters(model, model.hidden_size)
+    # The last stage has its own table: the projection, and the embedding that MTP looks up; both
+    # are one where embeddings are tied.
+    tables: Array = 1.0
+    if model.mtp_num_layers and not model.tie_embeddings:
+        tables = 2 - embedding
+    elif model.tie_embeddings:
+        tables = 1 - embedding
+    ends = ends + head * (tables * table + norm_parameters(model, model.hidden_size))
+    copies = bool(model.tie_embeddings or model.mtp_num_layers)
+    copied = np.where(layout.pp > 1, (embedding + head) * table, 0.0) * copies
     shared = ends + dense * kinds["dense"].dense
     experts: Array = 0.0
     if model.num_experts:
@@ -99,9 +109,9 @@ def stage_parameters(s: Shapes, contents: list[StageContent]) -> StageParameters
     if model.mtp_num_layers:
         inside = kinds[mtp_kind(model)]
         extra = model.mtp_num_layers * head
-        shared = shared + extra * (inside.dense + mtp_extra(model))
+        shared = shared + extra * (inside.dense + mtp_extra(model, layout.tp))
         experts = experts + extra * inside.experts
-    return StageParameters(shared, experts)
+    return StageParameters(shared, experts, copied)
 
 
 def kept_activations(s: Shapes, counts: Counts) -> Array:

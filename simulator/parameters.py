@@ -184,11 +184,15 @@ def mtp_kind(model: ModelConfig) -> LayerKind:
     return "moe" if model.num_experts else "dense"
 
 
-def mtp_extra(model: ModelConfig) -> int:
-    """What an MTP module holds beside its transformer layer: the projection of [embedding,
-    hidden] and three norms (of the embedding, of the hidden state, and before the head)."""
-    hidden = model.hidden_size
-    return 2 * hidden * hidden + 3 * norm_parameters(model, hidden)
+def mtp_projection(model: ModelConfig) -> Linear:
+    """An MTP module's projection of [embedding, hidden] to hidden."""
+    return Linear("mtp.projection", 2 * model.hidden_size, model.hidden_size, "column")
+
+
+def mtp_extra(model: ModelConfig, tp: Array = 1) -> Array:
+    """What an MTP module holds on one rank beside its transformer layer: the projection and
+    three norms (of the embedding, of the hidden state, and before the head)."""
+    return mtp_projection(model).parameters(tp) + 3 * norm_parameters(model, model.hidden_size)
 
 
 @dataclass(frozen=True)
@@ -280,6 +284,6 @@ def model_flops_per_token(
             total += layers * (6.0 * matrices + attention)
     if mtp and model.mtp_num_layers:
         matrices = matmul_parameters_per_token(model, moe, mtp_kind(model))
-        matrices += 2 * model.hidden_size**2 + head
+        matrices += mtp_projection(model).matrix() + head
         total += model.mtp_num_layers * (6.0 * matrices + attention)
     return total

@@ -9,7 +9,7 @@ import numpy as np
 
 from simulator.counts.records import Counts, Message, Saved, Shapes, matmul, vector
 from simulator.counts.tensor_parallel import before_column
-from simulator.parameters import Linear
+from simulator.parameters import Linear, mtp_projection
 
 Array = Any
 
@@ -73,17 +73,25 @@ def head(s: Shapes) -> Counts:
 
 
 def mtp_entrance(s: Shapes) -> Counts:
-    """What a multi-token-prediction module adds before its transformer layer: two norms and the
-    projection of [embedding, hidden] to hidden."""
+    """What a multi-token-prediction module adds before its transformer layer: the embedding of the
+    next token, two norms, and the projection of [embedding, hidden] to hidden, whose columns are
+    gathered and handed on by sequence."""
     hidden, element = s.model.hidden_size, s.element
     stream = s.shard * hidden * element
-    projection = Linear("mtp.projection", 2 * hidden, hidden, "column")
-    return Counts(
+    states = s.tokens * hidden * element
+    by_sequence = np.where(s.layout.sequence_parallel, 1, 0)
+    name = "mtp.projection output"
+    projection = mtp_projection(s.model)
+    return embedding(s) + Counts(
         operators=[
             *vector("mtp.norm", 4 * stream, 6 * stream),
             *matmul(s, projection, s.tokens, s.layout.tp),
         ],
-        messages=before_column(s, "mtp.projection", 2 * hidden),
+        messages=[
+            *before_column(s, "mtp.projection", 2 * hidden),
+            Message(name, "forward", "all_gather", "tp", states),
+            Message(name, "input_gradient", "all_gather", "tp", states, "", "", by_sequence),
+        ],
         saved=[Saved("mtp.norm input", 2 * stream), Saved("mtp.norm output", 2 * stream)],
         backward_peak=2 * stream,
         matrices={projection.name: projection.matrix(s.layout.tp)},
