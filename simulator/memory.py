@@ -91,13 +91,10 @@ def stage_parameters(s: Shapes, contents: list[StageContent]) -> StageParameters
     ends = embedding * table
     if model.position_embedding == "learned":
         ends = ends + embedding * model.max_position_embeddings * model.hidden_size
-    # The last stage has its own table: the projection, and the embedding that MTP looks up; both
-    # are one where embeddings are tied.
-    tables: Array = 1.0
-    if model.mtp_num_layers and not model.tie_embeddings:
-        tables = 2 - embedding
-    elif model.tie_embeddings:
-        tables = 1 - embedding
+    # Away from the first stage, tied embeddings are a copy and MTP modules have one of their own.
+    tables = 1 - embedding if model.tie_embeddings else 1.0
+    if model.mtp_num_layers:
+        tables = tables + 1 - embedding
     ends = ends + head * (tables * table + norm_parameters(model, model.hidden_size))
     copies = bool(model.tie_embeddings or model.mtp_num_layers)
     copied = np.where(layout.pp > 1, (embedding + head) * table, 0.0) * copies

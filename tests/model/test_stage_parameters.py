@@ -45,7 +45,7 @@ def counted(overrides: list[str], rank: int) -> StageParameters:
 
 
 def test_a_rank_holds_what_the_trainer_builds_on_it():
-    """MTP's projection is cut over tensor parallelism, and its stage has an embedding of its own."""
+    """MTP's projection is cut over tensor parallelism; its stage has its own embedding."""
     ranks = run(2, built, list(LAYOUTS.values()))
     for index, (name, overrides) in enumerate(LAYOUTS.items()):
         for rank in (0, 1):

@@ -11,8 +11,11 @@ import pytest
 
 from configs.check import load_checked
 from configs.compose import ConfigError, load
-from simulator.evaluate import evaluate
+from simulator.collectives import collective_seconds
+from simulator.evaluate import data_parallel, evaluate, prepare
 from simulator.layout import Layout, from_config
+from simulator.memory import StageParameters
+from simulator.pipeline import RankSeconds
 from simulator.predict import predict
 from simulator.trace import chrome_trace
 
@@ -191,3 +194,16 @@ def test_recomputing_experts_recomputes_the_shared_expert():
     kept = 48 * 4096 * (2 * 5120 * 2 + 2 * 5120 * 2 + 2 * (40 + 16 + 40) * 128 + 4 * 40 + 8)
     ends = 4096 * (2 * 5120 * 2 + 8)
     assert float(moe.stages[0].memory.activations) == pytest.approx(kept + ends)
+
+
+def test_copies_of_the_embedding_are_added_up_between_the_end_stages():
+    """megatron-core's last reduction: an all-reduce of the table's float32 gradient over the first
+    and the last stage, 3 × 16 ranks apart here."""
+    config = load([*PLAN, *LAYOUTS["pp"], "devices=64", "train.global_batch_size=64"])
+    parts = prepare(config, from_config(config))
+    nothing = RankSeconds(0.0, 0.0, 0.0, 0.0)
+    end = data_parallel(parts, StageParameters(0.0, 0.0, copied=1e8), nothing)
+    alone = collective_seconds(parts.hardware, "all_reduce", 4e8, 2, 48)
+    assert float(end.reduce) == pytest.approx(float(alone))
+    # over RoCE at 70 % of 25 GB/s, each of the two sends and receives the tensor once
+    assert float(end.reduce) == pytest.approx(4e8 / 17.5e9, rel=0.01)
