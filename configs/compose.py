@@ -187,21 +187,22 @@ def _parse(overrides: list[str]) -> tuple[list[Violation], list[Override]]:
     parser = OverridesParser.create()
     violations, parsed = [], []
     for line in overrides:
-        try:
-            parsed.append(parser.parse_override(line))
-        except HydraException as error:
-            # The parser speaks of tokens; that helps where the value is what it cannot read.
-            key, equals, value = line.partition("=")
-            plain = re.fullmatch(r"[\w.+~/@]+", key) and equals
-            reason = str(error).splitlines()[0] if plain else "is not of the form key=value"
-            hint = (
-                "quotes, for the shell and for the parser: 'key=\"value\"'"
-                if plain
-                else "key=value"
-            )
-            violations.append(
-                Violation(key if plain else line, value if plain else "", reason, hint)
-            )
+        key, equals, value = line.partition("=")
+        readable = [line]
+        if value and value[0] not in "[{(":  # a path with letters that the grammar does not know
+            readable.append(f"{key}={_grammar(value)}")
+        for text in readable:
+            try:
+                parsed.append(parser.parse_override(text))
+                break
+            except HydraException as error:
+                reason = str(error).splitlines()[0]
+        else:
+            plain = equals and re.fullmatch(r"[\w.+~/@]+", key)
+            if not plain:
+                key, value, reason = line, "", "is not of the form key=value"
+            hint = "quotes around what is neither a word nor a number" if plain else "key=value"
+            violations.append(Violation(key, value, reason, hint))
     return violations, parsed
 
 

@@ -285,7 +285,7 @@ class CheckpointConfig:
     save_every: int = 0  # steps; 0 saves only at the end
     keep_last: int = 2
     keep_every: int = 0  # steps whose multiples are never deleted; 0 = none
-    resume: str = "auto"  # auto | never | a checkpoint folder
+    resume: str = "auto"  # auto | never | a folder: of another run, or of one checkpoint
     async_save: bool = True
     save_at_end: bool = True
     # Starts from one checkpoint that do not get as far as the next, before resume=auto refuses.

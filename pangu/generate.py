@@ -5,6 +5,7 @@ One process, whatever layout the checkpoint was saved in.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import warnings
@@ -88,30 +89,29 @@ def parse(arguments: Sequence[str]) -> Options:
     if "checkpoint" not in given:
         reason = "what to generate with is missing"
         violations.append(Violation("checkpoint", "", reason, "checkpoint=RUN_DIR"))
-    if violations:
-        raise ConfigError(violations)
+    options = {"checkpoint": ""} | {key: given[key] for key in known if key in given}
     try:
-        options = TypeAdapter(Options).validate_python(given)
+        found = TypeAdapter(Options).validate_python(options)
     except ValidationError as error:
-        raise ConfigError(
-            [
-                Violation(str(item["loc"][0]), item["input"], item["msg"].lower())
-                for item in error.errors()
-            ]
-        ) from None
+        for item in error.errors():
+            key = str(item["loc"][0])
+            violations.append(Violation(key, item["input"], item["msg"].lower()))
+            del options[key]
+        found = TypeAdapter(Options).validate_python(options)
     ranges = {
-        "max_new_tokens": (options.max_new_tokens > 0, "a number of tokens is positive"),
-        "temperature": (options.temperature >= 0, "a temperature is not negative"),
-        "top_p": (0 < options.top_p <= 1, "a probability is more than 0 and at most 1"),
+        "max_new_tokens": (found.max_new_tokens > 0, "a number of tokens is positive"),
+        "temperature": (0 <= found.temperature < math.inf, "must be 0 or more"),
+        "top_p": (0 < found.top_p <= 1, "a probability is more than 0 and at most 1"),
+        "seed": (0 <= found.seed < 2**63, "must be 0 or more"),
     }
-    violations = [
-        Violation(key, getattr(options, key), reason)
+    violations += [
+        Violation(key, getattr(found, key), reason)
         for key, (fits, reason) in ranges.items()
         if not fits
     ]
     if violations:
         raise ConfigError(violations)
-    return options
+    return found
 
 
 def read_run_config(folder: Path) -> Config:
@@ -172,9 +172,10 @@ def stream(options: Options, config: Config) -> Iterator[str]:
         prompt = tokenizer.encode(options.prompt) or [tokenizer.eod]
         longest = config.model.max_position_embeddings
         if len(prompt) + options.max_new_tokens > longest:
-            room = longest - len(prompt)
-            reason = f"with a prompt of {len(prompt)} tokens, the model has room for {room} more"
-            raise ConfigError([Violation("max_new_tokens", options.max_new_tokens, reason)])
+            room = max(0, longest - len(prompt))
+            reason = f"the prompt takes {len(prompt)} of the model's {longest} positions"
+            hint = f"at most {room}" if room else "a shorter prompt"
+            raise ConfigError([Violation("max_new_tokens", options.max_new_tokens, reason, hint)])
         yield options.prompt
         decoder = StreamDecoder(tokenizer)
         sampler = Sampler(temperature=options.temperature, top_p=options.top_p, seed=options.seed)

@@ -54,7 +54,8 @@ def start_local(command: Sequence[str], processes: int, log_dir: Path) -> int:
             output.close()
     _pass_on_signals(children)
     rank, code = _wait(children)
-    if code and rank:
+    # A user's mistake (2) is the same on every rank, and rank 0 has the terminal.
+    if code and rank and (code, children[0].returncode) != (2, 2):
         _show(log_dir / f"rank_{rank}.log", rank, code)
     return code
 

@@ -22,17 +22,18 @@ def load_for_inference(config: Config, folder: Path) -> tuple[GPTModel, Tokenize
     Raises:
         ConfigError: there is no checkpoint, it is damaged, or it does not fit the model.
     """
+    source: Path | checkpoint.Found = folder
     path = folder
     if not (folder / manifest.MANIFEST).is_file():  # a run's folder, not a checkpoint's
         found = checkpoint.newest(config)
         if found is None:
             reason = "the run has saved no checkpoint yet"
             raise ConfigError([Violation("checkpoint", folder, reason)])
-        path = found.path
+        source, path = found, found.path
     try:
         tokenizer = load_tokenizer(path / checkpoint.TOKENIZER)
     except DataError as error:
         raise ConfigError([Violation("checkpoint", path, str(error))]) from None
     chunks, _ = build_model(config)
-    checkpoint.load_model(path, chunks)
+    checkpoint.load_model(source, chunks)
     return chunks[0], tokenizer

@@ -1,11 +1,12 @@
 """Which checkpoint a run starts from, and loading it.
 
-`checkpoint.resume` is auto (the newest sound checkpoint of the run folder), never, or a folder.
+`checkpoint.resume` is auto (the newest sound checkpoint of the run folder), never, or a folder: of
+another run, or of one checkpoint.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,22 +50,6 @@ def read_config(path: str | Path) -> Config:
     return from_dict(OmegaConf.to_container(OmegaConf.load(file)))  # type: ignore[arg-type]
 
 
-def load_model(path: str | Path, chunks: list[Any]) -> None:
-    """Weights alone, into chunks built for any layout and precision. Collective.
-
-    Raises:
-        ConfigError: a file is missing or altered, or the checkpoint holds other weights than the
-            model has.
-    """
-    found = _verify(Path(path))
-    if isinstance(found, str):
-        raise ConfigError([Violation("checkpoint", path, f"is no sound checkpoint: {found}")])
-    try:
-        contents.load(found.path, chunks, None)
-    except CheckpointMismatch as error:
-        raise ConfigError([Violation("checkpoint", path, str(error))]) from None
-
-
 @dataclass(frozen=True)
 class Found:
     """A checkpoint whose files are all as they were written."""
@@ -76,6 +61,23 @@ class Found:
     def state(self) -> RunState:
         """The run's state when it was saved."""
         return RunState(**self.manifest.state)
+
+
+def load_model(source: str | Path | Found, chunks: list[Any]) -> None:
+    """Weights alone, of a checkpoint folder or of one that was found to be sound, into chunks built
+    for any layout and precision. Collective.
+
+    Raises:
+        ConfigError: a file is missing or altered, or the checkpoint holds other weights than the
+            model has.
+    """
+    found = source if isinstance(source, Found) else _verify(Path(source))
+    if isinstance(found, str):
+        raise ConfigError([Violation("checkpoint", source, f"is no sound checkpoint: {found}")])
+    try:
+        contents.load(found.path, chunks, None)
+    except CheckpointMismatch as error:
+        raise ConfigError([Violation("checkpoint", found.path, str(error))]) from None
 
 
 def find(config: Config) -> Found | None:
@@ -91,7 +93,7 @@ def find(config: Config) -> Found | None:
     resume = config.checkpoint.resume
     if resume == "never":
         return None
-    found = newest(config) if resume == "auto" else _named(Path(resume))
+    found = newest(config) if resume == "auto" else _named(config, Path(resume))
     if found is not None:
         refuse_other_shape(config, found.path)
         if resume == "auto":
@@ -122,11 +124,15 @@ def newest(config: Config, before: int | None = None) -> Found | None:
     return None
 
 
-def _named(path: Path) -> Found:
-    found = _verify(path)
+def _named(config: Config, path: Path) -> Found:
+    other = replace(config, run_dir=str(path))
+    if from_rank_0(checkpoints_of(other).is_dir):  # a run folder: its newest sound checkpoint
+        found: Found | str = newest(other) or "no checkpoint is complete"
+    else:
+        found = _verify(path)
     if isinstance(found, str):
-        hint = "auto, never, or a folder such as run_dir/checkpoints/step_00000200"
-        reason = f"is not a sound checkpoint folder: {found}"
+        hint = "auto, never, a run folder, or one of its checkpoints/step_… folders"
+        reason = f"is no sound checkpoint: {found}"
         raise ConfigError([Violation("checkpoint.resume", path, reason, hint)])
     return found
 
@@ -161,7 +167,7 @@ def refuse_other_shape(config: Config, path: Path) -> None:
     pairs = [(f"model.{k}", then[k], now[k]) for k in now if k not in _NOT_SHAPE]
     pairs += [(f"moe.{k}", getattr(saved.moe, k), getattr(config.moe, k)) for k in _MOE_SHAPE]
     violations = [
-        Violation(key, new, f"the checkpoint {path} was trained with {old}", f"{key}={old}")
+        Violation(key, new, f"the checkpoint {path} has {old}", f"{key}={old}; or another run_dir")
         for key, old, new in pairs
         if old != new
     ]

@@ -58,7 +58,7 @@ def sample(trainer: Trainer) -> str:
     """A document from its very beginning, or why there is none. Collective."""
     tokenizer = trainer.datasets.tokenizer
     if reason := obstacle(trainer.config.parallel):
-        return f"No sample: {reason}."
+        return f"No sample from this layout: {reason}. python -m pangu.generate has one process."
     tokens = generate(
         unwrap_model(trainer.chunks[0]),
         [tokenizer.eod],

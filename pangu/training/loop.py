@@ -68,6 +68,8 @@ class Trainer:
             if expected is not None:
                 progress.say(announce(expected))
             first_step = self.state.step
+            if first_step >= self.config.train.steps:
+                progress.say(f"nothing to train: train.steps={self.config.train.steps} is reached")
             train_batches = self.train_batches()
             while self.state.step < self.config.train.steps and not self.stop.agreed():
                 if self.enter_phase():
@@ -131,19 +133,30 @@ class Trainer:
             self.metrics.write({"step": saved.step, "checkpoint_error": saved.error})
 
     def leave(self) -> int:
-        """Save where the run has ended or was told to stop. The exit code is 1 when it was told
-        to stop and could not save, else 0."""
-        finished = self.state.step >= self.config.train.steps
+        """Save where the run has ended or was told to stop. The exit code is 1 when the last steps
+        should be on disk and are not (see `lost`), else 0."""
+        step = self.state.step
+        finished = step >= self.config.train.steps
         self.note(self.saver.finish())
         wanted = not finished or self.config.checkpoint.save_at_end
-        if wanted and self.last_saved < self.state.step:
+        if wanted and self.last_saved < step:
             self.save()
             self.note(self.saver.finish())
         self.saver.close()
-        if finished:
-            return 0
-        say(f"told to stop after step {self.state.step}")
-        return 0 if self.last_saved == self.state.step else 1
+        if not finished:
+            say(f"told to stop after step {step}")
+        return 1 if wanted and self.last_saved < step else 0
+
+    def lost(self) -> str:
+        """A sentence on the steps that no checkpoint has."""
+        step, steps = self.state.step, f"{self.last_saved + 1} to {self.state.step}"
+        newest = (
+            f"the last one is of step {self.last_saved}" if self.last_saved else "there is none"
+        )
+        return (
+            f"error: the checkpoint of step {step} could not be saved, and steps {steps} are in no "
+            f"other: {newest}. Make room and start the same command again: it goes on from there."
+        )
 
     def roll_back(self) -> None:
         """Weights, optimizer and step of the last checkpoint; the data move on.

@@ -22,8 +22,8 @@ def run(config: Config, process: ProcessEnvironment) -> int:
     """Train as `config` says, from where `checkpoint.resume` says.
 
     The configuration must have been checked for `process.world_size` ranks.
-    The exit code is 0 when the run reached its end, or was told to stop and saved; 3 when it
-    diverged.
+    The exit code is 0 when the run reached its end, or was told to stop, and saved; 1 when that
+    save failed; 3 when it diverged.
 
     Raises:
         ConfigError: this machine does not have the backend, or the run cannot start from the
@@ -47,6 +47,8 @@ def run(config: Config, process: ProcessEnvironment) -> int:
         code = trainer.train()
         if trainer.state.step >= config.train.steps:
             finish(trainer)
+        if code:
+            distributed.say(trainer.lost())
         return code
     except Diverged as error:
         distributed.say(f"the run has diverged: {error}")

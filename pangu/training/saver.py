@@ -167,8 +167,8 @@ class Saver:
     def _report(self, saved: Saved) -> Saved:
         if saved.error:
             say(
-                f"the checkpoint of step {saved.step} could not be saved ({saved.error}); "
-                "training goes on, the checkpoints before it are untouched"
+                f"warning: the checkpoint of step {saved.step} could not be saved ({saved.error}); "
+                "those before it are untouched"
             )
         return saved
 

@@ -157,7 +157,7 @@ UNREADABLE = [
     ("model={a: 1}", "model", "group of keys", "one of deepseek_v3"),
     ("backend=null", "backend", "there is no file", "one of auto, cpu"),
     ("--steps", "--steps", "not of the form key=value", "key=value"),
-    ("run_dir=a=b", "run_dir", "'='", "quotes"),
+    ("data.blend={ü: 1}", "data.blend", "'ü'", "quotes"),
     ("optimizer.lr=nan", "optimizer.lr", "finite", "optimizer.lr=0"),
     ("optimizer.min_lr=inf", "optimizer.min_lr", "finite", "optimizer.min_lr=0"),
     ("optimizer.adam_beta2=1", "optimizer.adam_beta2", "0.999999", "optimizer.adam_beta2=0.999"),
@@ -175,6 +175,11 @@ def test_unreadable_values_are_named(override: str, key: str, reason: str, sugge
     assert reason in found[key].reason
     assert suggestion in found[key].suggestion
     assert "checkpoint.keep_last" in found
+
+
+@pytest.mark.parametrize("folder", ["a b/ü", "a=b", "it's", "50%, (new) #2", "$x", '"a'])
+def test_a_path_is_taken_as_it_is(folder: str) -> None:
+    assert load([f"run_dir={folder}"]).run_dir == folder
 
 
 def test_suggestions_with_several_things_wrong() -> None:

@@ -120,9 +120,13 @@ def test_a_damaged_checkpoint_is_a_sentence_and_exit_code_2(ended):
         (["checkpoint=nowhere"], "checkpoint=nowhere: is neither a run folder nor a checkpoint"),
         (["prompt=x"], "checkpoint=: what to generate with is missing"),
         (["checkpoint=x", "promt=y"], "promt=y: unknown key (known: checkpoint, prompt"),
-        (["checkpoint=x", "temperature=-1"], "temperature=-1.0: a temperature is not negative"),
+        (["checkpoint=x", "temperature=-1"], "temperature=-1.0: must be 0 or more"),
         (["checkpoint=x", "top_p=0"], "top_p=0.0: a probability is more than 0 and at most 1"),
         (["checkpoint=x", "max_new_tokens=many"], "max_new_tokens=many: input should be a valid"),
+        (
+            ["x=y", "seed=-1", "temperature=nan", "max_new_tokens=many"],
+            "\nseed=-1: must be 0 or more",
+        ),
     ],
 )
 def test_a_mistake_is_a_sentence_and_exit_code_2(arguments, sentence, capsys):

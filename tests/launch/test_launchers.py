@@ -156,6 +156,11 @@ def test_a_failing_rank_ends_the_others_and_is_shown(tmp_path: Path) -> None:
     assert "rank 1 failed with exit code 3" in error
     assert "  ouch" in error
 
+    mistake = "import sys, time, os; time.sleep(int(os.environ['RANK']) == 0); "
+    process = spawn(tmp_path, mistake + "print('yours', file=sys.stderr); sys.exit(2)")
+    _, error = process.communicate(timeout=30)
+    assert (process.returncode, error) == (2, "yours\n"), "said once, by rank 0"
+
 
 def test_sigterm_reaches_every_rank(tmp_path: Path) -> None:
     child = (

@@ -74,6 +74,19 @@ def refusals(folder: Path) -> dict[str, str]:
     return said
 
 
+def from_another_run(folder: Path) -> tuple[list[int], str]:
+    """Steps taken when the folder of another run is named, and what an unfinished one answers."""
+    rows, _ = train(folder / "other", [f"checkpoint.resume={folder / 'run'}", "train.steps=5"])
+    if dist.get_rank() == 0:
+        (folder / "young" / "checkpoints").mkdir(parents=True)
+    dist.barrier()
+    try:
+        train(folder / "other", [f"checkpoint.resume={folder / 'young'}"])
+    except ConfigError as error:
+        return sorted(rows), str(error)
+    return sorted(rows), "started"
+
+
 def _edit(step: Path, edit: Any) -> None:
     """Change the list of tensors, with the manifest made to agree."""
     file = step / ".metadata"
@@ -159,6 +172,7 @@ def everything(folder: Path) -> dict[str, Any]:
     return {
         "damaged": damaged(folder),
         "refusals": refusals(folder),
+        "other run": from_another_run(folder),
         "poisoned": poisoned(folder),
         "weights": weights_alone(folder),
     }

@@ -19,11 +19,15 @@ def test_what_cannot_be_used_is_named_and_the_run_goes_on_from_what_can(tmp_path
 
     said = found["refusals"]
     assert "model.hidden_size=64: the checkpoint" in said["shape"]
-    assert "was trained with 32 (model.hidden_size=32)" in said["shape"]
+    assert "has 32 (model.hidden_size=32; or another run_dir)" in said["shape"]
     assert "moe.router_scale=False: the checkpoint" in said["shape"]
     assert f"does not fit this model: {MOMENT} is missing" in said["lost"]
     assert "decoder.layers.9.mlp.experts.w1 is extra" in said["added"]
     assert "refused_shape" not in said["shelf"], "refused before anything was written"
+
+    steps, sentence = found["other run"]
+    assert steps == [5], "from the newest of the run that was named"
+    assert "is no sound checkpoint: no checkpoint is complete" in sentence
 
     steps, sequences, skipped, rollbacks = found["poisoned"]
     assert (steps, skipped, rollbacks) == (8, 2, 1)

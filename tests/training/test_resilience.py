@@ -102,7 +102,7 @@ def test_a_full_disk_costs_neither_the_run_nor_the_last_good_checkpoint(small_di
     run_dir = small_disk / "run"
     overrides = ["checkpoint.save_every=2", "checkpoint.keep_last=4", "launch.processes=2"]
     code, output = train(run_dir, "train.steps=10", *overrides)
-    assert code == 0, output
+    assert code == 1, "it went on to its end, but that is not on disk"
     assert sorted(losses(run_dir)) == list(range(1, 11))
     kept = saved(run_dir)
     assert 0 < len(kept) < 5, "some fitted, not all"
@@ -115,6 +115,7 @@ def test_a_full_disk_costs_neither_the_run_nor_the_last_good_checkpoint(small_di
     assert sorted(failed) == [step for step in (2, 4, 6, 8, 10) if step not in kept]
     assert all("No space left on device" in reason for reason in failed.values())
     assert f"the checkpoint of step {max(failed)} could not be saved" in output
+    assert f"steps {kept[0] + 1} to 10 are in no other: the last one is of step {kept[0]}" in output
     assert not list((run_dir / "checkpoints").glob(".*.partial"))
 
     enlarge = ["mount", "-o", "remount,size=64m", str(small_disk)]
@@ -126,6 +127,10 @@ def test_a_full_disk_costs_neither_the_run_nor_the_last_good_checkpoint(small_di
     after = losses(run_dir)
     assert {step: after[step] for step in before} == before, "the last good one was whole"
     assert saved(run_dir)[0] == 11
+
+    code, output = train(run_dir, "train.steps=7", *overrides)
+    assert code == 0, output
+    assert "nothing to train: train.steps=7 is reached" in output
 
 
 EXPLODING = (
