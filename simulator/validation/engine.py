@@ -312,7 +312,7 @@ def _traits(row: Row) -> SimulationConfig:
         fused_attention=not (early or legacy or "Gemma2" in row["model"]),
         fused_kernels=not eager,
         fused_cross_entropy=row.mentions(
-            "fused CE", "llm-foundry", "Megatron-Bridge", "NeMo", "Megatron Core"
+            "fused CE", "SimuMax", "llm-foundry", "Megatron-Bridge", "NeMo", "Megatron Core"
         ),
         fp32_gradients=not (early or row.mentions("mixed precision PURE", "Bridge", "FSDP on")),
         scatter_gather_sends=early,
