@@ -257,9 +257,12 @@ class SimulationConfig:
     # TransformerEngine keeps a placeholder gradient of every weight shape and fuses norms.
     transformer_engine: bool = False
     fused_attention: bool = True  # scores never reach memory
+    # Latent attention through a kernel that knows one width: values padded to the keys'.
+    padded_values: bool = False
     fused_cross_entropy: bool = True  # the gradient overwrites the logits
     # Norms, rotary embedding and activations in one kernel each; eager code runs them in several.
     fused_kernels: bool = True
+    grouped_experts: bool = True  # all experts of a rank in one product; else one by one
     fp32_gradients: bool = True  # main gradients accumulated and reduced in float32
     tp_comm_overlap: bool = False  # tensor-parallel collectives fused with their matrix products
     # How tokens reach experts in other nodes: flat all-to-all; Pangu's hierarchy (all-gather
@@ -274,6 +277,9 @@ class SimulationConfig:
     # Mean part of its causal past that a token attends to: less than 1 where packed documents are
     # masked from each other.
     attention_span: float = 1.0
+    # ZeRO-3 as FSDP and Megatron run it, or as DeepSpeed did in 2021: rings that know nothing of
+    # nodes, and weights gathered a third time for recomputation (arXiv 2104.07857, section 4.1).
+    sharding: Literal["fsdp", "deepspeed_2021"] = "fsdp"
     # Zipf exponent of how often experts are chosen by a top-k router; 0: alike.
     expert_popularity_exponent: float = 0.0
     swap_modules: list[RecomputeModule] = field(default_factory=list)  # activations kept on host

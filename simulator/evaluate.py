@@ -293,21 +293,25 @@ def sharded_weights(parts: Parts, block: BlockSeconds, kind: LayerKind) -> tuple
         return 0.0, 0.0
     held = layer_parameters(s.model, s.moe, kind, layout.tp, layout.ep, layout.etp)
     grad = 4.0 if s.traits.fp32_gradients else s.element
+    early = s.traits.sharding == "deepspeed_2021"
     gather: Array = 0.0
     reduce: Array = 0.0
     for elements, group in ((held.dense, "dp_cp"), (held.experts, "expert_dp")):
         size, stride = layout.size(group), layout.stride(group)
+        if early:  # every neighbour as far as the next node's
+            stride = np.maximum(stride, s.domain)
         weights = collective_seconds(hw, "all_gather", elements * s.element, size, stride)
         gather = gather + np.where(layout.zero >= 3, weights, 0.0)
         grads = collective_seconds(hw, "reduce_scatter", elements * grad, size, stride)
         reduce = reduce + np.where(layout.zero >= 2, grads, 0.0)
     work = block.backward(layout) + np.where(layout.full_recompute, block.forward, 0.0)
-    return _outlasting(hw, gather, block.forward), _outlasting(hw, gather + reduce, work)
+    again = np.where(layout.full_recompute & early, 2.0, 1.0) * gather
+    return _outlasting(hw, gather, block.forward), _outlasting(hw, again + reduce, work)
 
 
 def _outlasting(hw: Hardware, messages: Array, work: Array) -> Array:
-    """What of `messages` shows beside `work`."""
-    return messages - np.minimum(messages * hw.overlap.independent, work)
+    """What of `messages`, issued a layer ahead, shows beside `work`."""
+    return messages - np.minimum(messages * hw.overlap.ahead, work)
 
 
 def send_seconds(parts: Parts) -> Array:

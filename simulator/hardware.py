@@ -132,12 +132,13 @@ class Overlap:
     """Part of a collective that really disappears behind an operator running beside it; the rest
     shows, as both then compete for memory, copy engines or cores.
 
-    `independent`: a collective issued on another stream (a gradient's reduction beside a weight
-    gradient, sharded weights beside the layer before). `fused`: one cut into pieces inside its
-    own matrix product.
+    `independent`: a collective issued on another stream beside one operator (a gradient's
+    reduction beside a weight gradient). `ahead`: one issued a layer ahead (sharded weights, the
+    data-parallel reduction). `fused`: one cut into pieces inside its own matrix product.
     """
 
     independent: float = 1.0
+    ahead: float = 1.0
     fused: float = 1.0
 
 
@@ -276,7 +277,7 @@ _MAY_BE_ZERO = {
     "latency_us",
 }
 _MAY_BE_ZERO |= {"host_link_gbps", "matmul", "vector", "collective", "host", "step"}
-_MAY_BE_ZERO |= {"process_base_bytes", "independent", "fused"}
+_MAY_BE_ZERO |= {"process_base_bytes", "independent", "ahead", "fused"}
 
 
 def _impossible(key: str, value: Any) -> list[Violation]:

@@ -90,6 +90,7 @@ def attention_seconds(
     v_dim: Array,
     causal: bool = True,
     fused: bool = True,
+    passes: float = 1.0,
     backward: bool = False,
     dtype: str = "bf16",
     kv_heads: Array | None = None,
@@ -100,13 +101,14 @@ def attention_seconds(
     Fused attention computes S = QKᵀ and PV (backward: S again, dV, dP, dQ, dK) and skips what a
     causal mask hides; its traffic is its inputs and outputs, with `kv_heads` heads of keys and
     values of `kv_bytes` per element. Unfused attention computes everything and moves the
-    [heads, seq_q, seq_kv] scores through softmax and dropout.
+    [heads, seq_q, seq_kv] scores through softmax, `passes` times what one kernel does, and dropout.
     """
     batch, heads, seq_q, seq_kv, qk_dim, v_dim = (
         np.asarray(x, dtype=float) for x in (batch, heads, seq_q, seq_kv, qk_dim, v_dim)
     )
     if not fused:
-        return _unfused_attention(hw, batch * heads, seq_q, seq_kv, qk_dim, v_dim, backward, dtype)
+        shape = (batch * heads, seq_q, seq_kv, qk_dim, v_dim)
+        return _unfused_attention(hw, *shape, passes, backward, dtype)
     element = ELEMENT_BYTES[dtype]
     pairs = batch * heads * seq_q * seq_kv
     if causal:
@@ -169,6 +171,7 @@ def _unfused_attention(
     seq_kv: Array,
     qk_dim: Array,
     v_dim: Array,
+    passes: float,
     backward: bool,
     dtype: str,
 ) -> Array:
@@ -179,13 +182,13 @@ def _unfused_attention(
     if not backward:
         scores = matmul_seconds(hw, seq_q, seq_kv, qk_dim, batch=matrices, dtype=dtype)
         output = matmul_seconds(hw, seq_q, v_dim, seq_kv, batch=matrices, dtype=dtype)
-        softmax = vector_seconds(hw, 2 * element * elements)
+        softmax = vector_seconds(hw, 2 * passes * element * elements)
         dropout = vector_seconds(hw, (2 * element + 1) * elements)
         return scores + softmax + dropout + output
     d_probabilities = matmul_seconds(hw, seq_q, seq_kv, v_dim, batch=matrices, dtype=dtype)
     d_value = matmul_seconds(hw, seq_kv, v_dim, seq_q, batch=matrices, dtype=dtype)
     d_query = matmul_seconds(hw, seq_q, qk_dim, seq_kv, batch=matrices, dtype=dtype)
     d_key = matmul_seconds(hw, seq_kv, qk_dim, seq_q, batch=matrices, dtype=dtype)
-    softmax = vector_seconds(hw, 3 * element * elements)
+    softmax = vector_seconds(hw, 3 * passes * element * elements)
     dropout = vector_seconds(hw, (2 * element + 1) * elements)
     return d_probabilities + d_value + d_query + d_key + softmax + dropout

@@ -23,9 +23,6 @@ from simulator.operators import (
 
 Array = Any
 
-# Passes over memory that eager code makes for one of a fused vector operator.
-EAGER_PASSES = 4.0
-
 _TIMING: dict[str, Callable[..., Array]] = {
     "matmul": matmul_seconds,
     "grouped_matmul": grouped_matmul_seconds,
@@ -109,8 +106,8 @@ def block_seconds(hw: Hardware, s: Shapes, counts: Counts) -> BlockSeconds:
     lines = []
     for operator in counts.operators:
         seconds = operator_seconds(hw, operator)
-        if operator.kind == "vector" and not s.traits.fused_kernels:
-            seconds = seconds * EAGER_PASSES
+        if operator.kind == "vector":
+            seconds = seconds * s.vector_passes
         if operator.kind == "attention":
             seconds = seconds * s.traits.attention_span
         if operator.kind == "attention" and not s.traits.balanced_context:

@@ -64,6 +64,8 @@ def build(layout: Layout, units: list[list[UnitSeconds]], send: float) -> Timeli
     """
     p, v, m = int(layout.pp), int(layout.vpp), int(layout.num_microbatches)
     simulated = m
+    if v > 1 and m > 2 * p:  # micro-batches go through chunks in groups of p
+        simulated = m // p * p
     if p * v * m * 2 > MAX_EVENTS:
         simulated = max(4 * p, MAX_EVENTS // (2 * p * v) // p * p)
         simulated = min(simulated, m)

@@ -116,9 +116,10 @@ def _core(s: Shapes) -> Counts:
         "seq_q": s.seq_length,
         "seq_kv": s.seq_length,
         "qk_dim": qk,
-        "v_dim": v,
+        "v_dim": max(qk, v) if s.traits.padded_values else v,
         "kv_heads": np.maximum(kv_heads / layout.cp, 1),
         "fused": s.traits.fused_attention,
+        "passes": s.vector_passes,
         "dtype": "bf16" if s.dtype in ("fp8", "int8") else s.dtype,
     }
     pairs = layout.micro_batch * heads / layout.cp * s.seq_length**2

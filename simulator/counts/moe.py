@@ -158,7 +158,7 @@ def _between_ranks(
     layout = s.layout
     if s.traits.dispatch == "flat":
         return [Message(name, phase, "all_to_all", "ep", sent, "", again, count)]
-    inside = np.clip(np.floor(s.devices_per_node / layout.etp), 1, layout.ep)
+    inside = np.clip(np.floor(s.domain / layout.etp), 1, layout.ep)
     nodes = np.maximum(np.floor(layout.ep / inside), 1)
     far = layout.etp * inside
     one = s.shard * s.model.hidden_size * s.element  # every token once
@@ -196,7 +196,8 @@ def distinct_nodes(s: Shapes, nodes: Array) -> Array:
     routing stays inside the groups it may use."""
     moe_config = s.moe
     reachable = nodes
-    if moe_config.router == "group_limited" and moe_config.topk_group:
+    limited = moe_config.router in ("group_limited", "forced_balance")
+    if limited and moe_config.topk_group:
         share = moe_config.topk_group / moe_config.num_expert_groups
         reachable = np.maximum(np.minimum(nodes, np.ceil(nodes * share)), 1)
     return distinct(reachable, moe_config.top_k)

@@ -14,6 +14,7 @@ from simulator.layout import Layout
 from simulator.parameters import Linear
 
 Array = Any
+EAGER_PASSES = 4.0  # of eager code, which runs a fused vector operator as several
 Phase = Literal["forward", "input_gradient", "weight_gradient"]
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv"]
 
@@ -106,7 +107,7 @@ class Shapes:
     layout: Layout
     seq_length: Array
     dtype: str  # of matrix products
-    devices_per_node: int
+    domain: int  # devices that reach each other over the fast links: a node, or a rack
 
     @property
     def element(self) -> float:
@@ -119,6 +120,11 @@ class Shapes:
         return ELEMENT_BYTES[self.dtype]
 
     @property
+    def vector_passes(self) -> float:
+        """Passes over memory for one of a fused vector operator."""
+        return 1.0 if self.traits.fused_kernels else EAGER_PASSES
+
+    @property
     def tokens(self) -> Array:
         return self.layout.micro_batch * self.seq_length / self.layout.cp
 
@@ -129,6 +135,7 @@ class Shapes:
 
 def shapes(config: Config, layout: Layout) -> Shapes:
     machine = config.hardware or {}
+    links = machine.get("links")
     precision = config.backend.precision
     if precision == "auto":  # the trainer's own choice on each kind of device
         precision = "fp32" if machine.get("backend") == "cpu" else "bf16"
@@ -139,7 +146,7 @@ def shapes(config: Config, layout: Layout) -> Shapes:
         layout,
         config.train.seq_length,
         precision,
-        machine.get("devices_per_node", 8),
+        max(machine.get("devices_per_node", 8), links[0]["devices"] if links else 0),
     )
 
 
@@ -177,7 +184,9 @@ def matmul(
 def grouped_matmul(
     s: Shapes, linear: Linear, experts: Array, rows: Array, split: Array, recompute: str = ""
 ) -> list[Operator]:
-    """The same over `experts` matrices, `rows` tokens each."""
+    """The same over `experts` matrices, `rows` tokens each, in one launch or one after another."""
+    if not s.traits.grouped_experts:
+        return matmul(s, linear, rows, split, recompute, experts)
     inputs, outputs = linear.local_inputs(split), linear.local_outputs(split)
     flops = 2.0 * experts * rows * inputs * outputs
     element = s.linear_element

@@ -72,6 +72,8 @@ PRECISIONS = (
 )
 ROWWISE = 0.5  # calibrated, see simulator.validation.split
 HEAD_SIZES = {"Gemma2-9B": 256, "Gemma2-27B": 128}  # public model configurations
+# Groups of experts, and how many of them a token may use.
+GROUPS = {"DeepSeek-V3": (8, 4), "DeepSeekV3": (8, 4), "DeepSeek-V2": (8, 3)}
 VOCABULARIES = {"Mixtral": 32768, "Llama": 128256, "Qwen": 151936, "GPT": 51200}
 
 
@@ -107,7 +109,7 @@ def case(row: Row) -> Case:
             f"global batch {row['global_batch']} does not divide over {devices} devices"
         )
     found = Case(row, config, assumed)
-    return _assume_recomputation(found) if not row["recompute"] else found
+    return found if _recompute(row) else _assume_recomputation(found)
 
 
 def _model(row: Row, assumed: list[str]) -> ModelConfig:
@@ -180,7 +182,17 @@ def _moe(row: Row) -> MoEConfig:
     balanced = not row["notes"].startswith("dropless;") and (
         row.mentions("force-balanced", "forced balance", "CF=1", "SimuMax") or not real
     )
-    return MoEConfig(router="forced_balance" if balanced else "top_k", top_k=row.number("topk", 2))
+    groups, chosen = next((x for name, x in GROUPS.items() if name in row["model"]), (1, 0))
+    return MoEConfig(
+        router="forced_balance" if balanced else "top_k",
+        top_k=row.number("topk", 2),
+        num_expert_groups=groups,
+        topk_group=chosen,
+        # As MindSpeed's scripts for this family have it.
+        dispatcher="allgather"
+        if "DeepSeek-V2" in row["model"] and row.mentions("script examples/")
+        else "auto",
+    )
 
 
 def _parallel(row: Row, assumed: list[str]) -> ParallelConfig:
@@ -206,7 +218,7 @@ def _parallel(row: Row, assumed: list[str]) -> ParallelConfig:
         expert_tensor_parallel_size=sizes["etp"],
         zero_stage=_zero_stage(row, sharded),
         schedule="1f1b_overlap"
-        if row.mentions("1F1B EP-A2A overlap", "1f1b A2A overlap", "moe-fb-overlap")
+        if row.mentions("1F1B EP-A2A overlap", "1f1b A2A overlap", "moe-fb-overlap", "DualPipe")
         else "1f1b",
         overlap_grad_reduce=modern or sharded or row.mentions("overlap-grad-reduce"),
         overlap_param_gather=modern or sharded or row.mentions("overlap-param-gather"),
@@ -218,6 +230,8 @@ def _virtual_stages(row: Row, layers: int) -> int:
     Megatron-Core's own runs the deepest cut up to eight, as its published scripts have it."""
     if row.mentions("Folding", "Megatron-LM README", "Llama 3 Herd"):
         return next(v for v in range(8, 0, -1) if layers % v == 0)
+    if row.mentions("DualPipe"):
+        return 2  # every rank holds a stage of each direction
     if row.mentions("interleaved"):
         return next((v for v in (2, 3, 4) if layers % v == 0), 1)
     return 1
@@ -232,8 +246,16 @@ def _zero_stage(row: Row, sharded: bool) -> int:
     return 0 if plain else 1
 
 
+def _recompute(row: Row) -> str:
+    """What a run recomputes, in the words of the table's column; "" where nothing says."""
+    if row.mentions("swap-attention"):  # MindSpeed: attention to the host, the rest again
+        return "selective: layernorm mlp moe"
+    said = re.search(r"recompute of ([^;]+)", row["notes"])
+    return (row["recompute"] or (f"selective: {said.group(1)}" if said else "")).lower()
+
+
 def _memory(row: Row) -> MemoryConfig:
-    text = row["recompute"].lower()
+    text = _recompute(row)
     if text.startswith("full/block"):
         layers = int(re.findall(r"\d+", text)[0])
         return MemoryConfig(
@@ -254,6 +276,7 @@ def _memory(row: Row) -> MemoryConfig:
         "attention core": "core_attn",
         "norm": "layernorm",
         "mla_up_proj": "mla_up_proj",
+        "mla up-projections": "mla_up_proj",
         "moe_act": "moe_act",
         "act": "moe_act",
         "mlp": "mlp",
@@ -299,27 +322,31 @@ def _traits(row: Row) -> SimulationConfig:
     early = row.mentions("SC21 arXiv", "Korthikanti")
     # MindSpeed's scripts from before megatron-core: no fused kernels, no flash attention.
     legacy = row.mentions("script examples/") and not row.mentions("script examples/mcore")
-    eager = legacy or row.mentions("; eager")
+    eager = legacy or "Gemma2" in row["model"] or row.mentions("; eager")
     transformer_engine = row.mentions(
         "SimuMax", "Megatron-Bridge", "NeMo", "ModelZoo", "Megatron Core", "Folding", "Megatron-LM"
     )
     notes = row["notes"].lower()
-    fused = any(word in notes for word in ("mc2", "coc overlap", "async tp", "asynctp"))
+    fused = any(word in notes for word in ("mc2 (", "coc overlap", "async tp", "asynctp"))
     fused = fused or "tp-comm-overlap" in notes
     return SimulationConfig(
         transformer_engine=transformer_engine and not early,
         # Gemma 2 caps its attention scores between the two products.
-        fused_attention=not (early or legacy or "Gemma2" in row["model"]),
+        fused_attention=not (early or "Bloom" in row["model"]),
         fused_kernels=not eager,
+        padded_values=row.mentions("MindSpeed-LLM tag v1.0"),
         fused_cross_entropy=row.mentions(
             "fused CE", "SimuMax", "llm-foundry", "Megatron-Bridge", "NeMo", "Megatron Core"
         ),
+        # MindSpeed's scripts name the flag.
+        grouped_experts=not row.mentions("script examples/") or row.mentions("moe-grouped-gemm"),
         fp32_gradients=not (early or row.mentions("mixed precision PURE", "Bridge", "FSDP on")),
         scatter_gather_sends=early,
+        sharding="deepspeed_2021" if row.mentions("SC21 arXiv") else "fsdp",
         attention_span=0.3 if row.mentions("pack mode") else 1.0,
         balanced_context=not row.mentions("torchtitan"),
         dispatch="deduplicated"
-        if row.mentions("DeepEP", "HybridEP", "Megatron-Bridge")
+        if row.mentions("DeepEP", "HybridEP", "Megatron-Bridge", "DualPipe;", "DualPipe,")
         else "flat",
         tp_comm_overlap=fused or row.mentions("Megatron-Bridge", "NeMo"),
         swap_optimizer=row.mentions("swap-optimizer"),
@@ -332,6 +359,8 @@ def _precision(row: Row) -> str:
 
 
 def _hardware(row: Row, assumed: list[str]) -> dict[str, Any]:
+    if "not stated" in row["device"]:
+        raise NotPredictable(f"the device is '{row['device']}'")
     for pattern, preset, changes in DEVICES:
         if re.search(pattern, row["device"]):
             machine = _preset(preset) | changes
