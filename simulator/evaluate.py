@@ -250,7 +250,8 @@ def rank_seconds(parts: Parts, contents: list[StageContent]) -> RankSeconds:
         count * (block.experts_forward + block.experts_backward) for block, count in counts
     )
     computing = forward + backward + weight - exchanged
-    return RankSeconds(forward, backward, weight, np.minimum(exchanged, computing))
+    hideable = np.minimum(exchanged * parts.hardware.overlap.exchange, computing)
+    return RankSeconds(forward, backward, weight, hideable)
 
 
 def layer_waits(parts: Parts, kind: LayerKind) -> tuple[Array, Array]:
@@ -310,8 +311,8 @@ def sharded_weights(parts: Parts, block: BlockSeconds, kind: LayerKind) -> tuple
 
 
 def _outlasting(hw: Hardware, messages: Array, work: Array) -> Array:
-    """What of `messages`, issued a layer ahead, shows beside `work`."""
-    return messages - np.minimum(messages * hw.overlap.ahead, work)
+    """What of `messages` shows beside `work`."""
+    return messages - np.minimum(messages * hw.overlap.independent, work)
 
 
 def send_seconds(parts: Parts) -> Array:

@@ -132,14 +132,15 @@ class Overlap:
     """Part of a collective that really disappears behind an operator running beside it; the rest
     shows, as both then compete for memory, copy engines or cores.
 
-    `independent`: a collective issued on another stream beside one operator (a gradient's
-    reduction beside a weight gradient). `ahead`: one issued a layer ahead (sharded weights, the
-    data-parallel reduction). `fused`: one cut into pieces inside its own matrix product.
+    `independent`: a collective issued on another stream (a gradient's reduction beside a weight
+    gradient, sharded weights beside the layer before). `fused`: one cut into pieces inside its
+    own matrix product. `exchange`: expert dispatch and combine beside another micro-batch's
+    computing; where they are kernels they take cores away, where they are copy engines they do not.
     """
 
     independent: float = 1.0
-    ahead: float = 1.0
     fused: float = 1.0
+    exchange: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -277,7 +278,7 @@ _MAY_BE_ZERO = {
     "latency_us",
 }
 _MAY_BE_ZERO |= {"host_link_gbps", "matmul", "vector", "collective", "host", "step"}
-_MAY_BE_ZERO |= {"process_base_bytes", "independent", "ahead", "fused"}
+_MAY_BE_ZERO |= {"process_base_bytes", "independent", "fused", "exchange"}
 
 
 def _impossible(key: str, value: Any) -> list[Violation]:

@@ -57,7 +57,7 @@ def fit(name: str, device: Device, processes: int, framework: Framework) -> Hard
         ),
         attention=Attention(1.0, 1.0, 0.0, 0.0),
         launch_us=replace(launch, collective=collective),
-        overlap=Overlap(0.0, 0.0) if on_cpu else Overlap(0.7, 0.7),
+        overlap=Overlap(0.0, 0.0, 0.0) if on_cpu else Overlap(0.7, 0.7, 0.7),
         evidence={},
         devices_per_node=processes,
         process_base_bytes=framework.base_bytes if on_cpu else 0.0,

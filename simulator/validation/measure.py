@@ -59,7 +59,8 @@ def outcome(row: Row, packaged: bool) -> Outcome:
 def in_unit(found: Case, result: Prediction) -> float:
     """A forecast in its row's unit.
 
-    Model FLOPs count the whole attention square, as Megatron's and PaLM's formulas do.
+    Model FLOPs count the whole attention square, as Megatron's and PaLM's formulas do, but of
+    latent attention the causal half, as Megatron's does.
 
     Raises:
         NotPredictable: the metric is none of a training step.
@@ -79,7 +80,7 @@ def in_unit(found: Case, result: Prediction) -> float:
         return result.peak_memory_gib
     if metric.startswith("GPU_hours_per_1T"):
         return 1e12 / rate / 3600
-    flops = model_flops_per_token(config, causal=False)
+    flops = model_flops_per_token(config, causal=config.model.attention == "mla")
     if metric.startswith("MFU_pct"):
         stated = re.search(r"peak ([\d.]+) TFLOPS", row["notes"])
         peak = float(stated.group(1)) if stated else result.peak_tflops
