@@ -8,12 +8,12 @@ expert parallelism 2 against one, in tokens per second: only meaningful with two
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,7 +38,8 @@ OURS = [
     f"train.micro_batch_size={BATCH}",
     f"train.seq_length={SEQ}",
 ]
-ROUNDS, STEPS = 5, 4
+ROUNDS, STEPS = 9, 4
+CONTESTANTS = ("pangu", "transformers grouped_mm", "transformers eager")
 
 
 def transformers_step(implementation: str) -> Callable[[], None]:
@@ -82,7 +83,7 @@ def our_step() -> Callable[[], None]:
     from pangu.training.step import StepShape, train_step
 
     config = load([*OURS, f"train.global_batch_size={BATCH}"])
-    count = (ROUNDS + 1) * STEPS
+    count = (ROUNDS + 2) * STEPS
     data = build_datasets(config, train_samples=count * BATCH, validation_samples=0, seq_length=SEQ)
     chunks, settings = build_model(config)
     wrapped = wrap_model(config, settings, chunks)
@@ -103,30 +104,56 @@ def void(_: object) -> None:
     """Drop a result."""
 
 
-def one_thread() -> dict[str, float]:
-    """Median tokens per CPU-second of each; rounds alternate so that all meet the same machine."""
-    from configs.compose import load
-    from pangu import backends
-    from pangu.training import distributed
-
+def work(name: str) -> None:
+    """One contestant, in a process of its own as its users have it: for every line on stdin,
+    STEPS steps, and the CPU seconds that they took on stdout."""
     torch.set_num_threads(1)
-    backends.select("cpu")
-    distributed.join_alone(load([*OURS, f"train.global_batch_size={BATCH}"]))
-    steps = {
-        "pangu": our_step(),
-        "transformers grouped_mm": transformers_step("grouped_mm"),
-        "transformers eager": transformers_step("eager"),
-    }
-    rates: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
+    if name == "pangu":
+        from configs.compose import load
+        from pangu import backends
+        from pangu.training import distributed
+
+        backends.select("cpu")
+        distributed.join_alone(load([*OURS, f"train.global_batch_size={BATCH}"]))
+        step = our_step()
+    else:
+        step = transformers_step(name.removeprefix("transformers "))
+    for _ in range(STEPS):
         step()
-    for _ in range(ROUNDS):
-        for name, step in steps.items():
-            started = time.process_time()
-            for _ in range(STEPS):
-                step()
-            rates[name].append(STEPS * BATCH * SEQ / (time.process_time() - started))
-    return {name: statistics.median(values) for name, values in rates.items()}
+    for _ in sys.stdin:
+        started = time.process_time()
+        for _ in range(STEPS):
+            step()
+        print(time.process_time() - started, flush=True)
+
+
+def one_thread() -> dict[str, list[float]]:
+    """Tokens per CPU-second of each contestant, one figure a round. They take turns, so that all
+    meet the same machine."""
+    workers = {
+        name: subprocess.Popen(
+            [sys.executable, "-W", "ignore", __file__, "--worker", name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for name in CONTESTANTS
+    }
+    rates: dict[str, list[float]] = {name: [] for name in workers}
+    for turn in range(ROUNDS + 1):
+        for name, worker in workers.items():
+            assert worker.stdin is not None
+            assert worker.stdout is not None
+            worker.stdin.write("go\n")
+            worker.stdin.flush()
+            seconds = float(worker.stdout.readline())
+            if turn:  # the first turn warms up
+                rates[name].append(STEPS * BATCH * SEQ / seconds)
+    for worker in workers.values():
+        worker.communicate()
+    return rates
 
 
 def processes(count: int) -> float:
@@ -152,11 +179,17 @@ def processes(count: int) -> float:
 
 def main() -> None:
     """Print both comparisons as ratios."""
-    warnings.filterwarnings("ignore")
+    if sys.argv[1:2] == ["--worker"]:
+        work(sys.argv[2])
+        return
     rates = one_thread()
-    print("tokens per CPU-second, one thread")
-    for name, rate in rates.items():
-        print(f"  {name:26} {rate:8.0f}   pangu is {rates['pangu'] / rate:.2f} x")
+    print("tokens per CPU-second, one thread: median (lowest to highest round)")
+    for name, values in rates.items():
+        ratio = statistics.median(a / b for a, b in zip(rates["pangu"], values, strict=True))
+        print(
+            f"  {name:26} {statistics.median(values):6.0f} ({min(values):.0f} to {max(values):.0f})"
+            f"   pangu is {ratio:.2f} x"
+        )
     one, two = processes(1), processes(2)
     print("tokens per second, whole run")
     print(f"  one process                {one:8.0f}")

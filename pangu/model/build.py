@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.mlp import MLP
@@ -16,10 +15,11 @@ from pangu import backends
 from pangu.model.init import initialize
 from pangu.model.layer_spec import block_spec, mtp_spec
 from pangu.model.transformer_config import PanguTransformerConfig, transformer_config
+from pangu.ops.cross_entropy import cross_entropy
 
 
 class PanguModel(GPTModel):
-    """megatron-core's GPT model, with torch's own cross-entropy where the vocabulary is whole."""
+    """megatron-core's GPT model, with a cross-entropy of its own where the vocabulary is whole."""
 
     def compute_language_model_loss(
         self, labels: torch.Tensor, logits: torch.Tensor
@@ -29,7 +29,7 @@ class PanguModel(GPTModel):
         if self.config.tensor_model_parallel_size > 1:
             return super().compute_language_model_loss(labels, logits)
         wide = logits if logits.dtype is torch.float64 else logits.float()
-        losses = F.cross_entropy(wide.flatten(0, 1), labels.t().flatten(), reduction="none")
+        losses = cross_entropy(wide.flatten(0, 1), labels.t().flatten())
         return losses.view(labels.size(1), labels.size(0)).t().contiguous()
 
 

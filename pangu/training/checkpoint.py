@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer
 from omegaconf import OmegaConf
 
 from configs.compose import ConfigError, Violation, from_dict
@@ -188,7 +188,7 @@ def _bound_restarts(config: Config, found: Found) -> None:
 
 
 def restore(
-    config: Config, found: Found, chunks: list[Any], optimizer: MegatronOptimizer
+    config: Config, found: Found, chunks: list[Any], optimizer: ChainedOptimizer
 ) -> RunState:
     """Fill the model and the optimizer, and return the run's state. Collective.
 

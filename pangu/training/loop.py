@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer
 
 from configs.schema import Config
 from pangu import backends
@@ -39,7 +39,7 @@ class Trainer:
 
     config: Config
     chunks: list[DistributedDataParallel]
-    optimizer: MegatronOptimizer
+    optimizer: ChainedOptimizer
     phase: schedule.PhaseAt
     datasets: Datasets
     state: RunState

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,8 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from configs.schema import Config
 from pangu import backends
@@ -53,7 +54,7 @@ def shards_optimizer(config: Config) -> bool:
     return config.parallel.zero_stage > 0 and ranks > 1
 
 
-def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
+def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> ChainedOptimizer:
     """AdamW over all chunks; sharded over data-parallel ranks unless `zero_stage` is 0."""
     o, dtype = config.optimizer, backends.torch_dtype(config.backend.precision)
     optimizer = get_megatron_optimizer(
@@ -80,19 +81,29 @@ def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Me
     return optimizer
 
 
-def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
+def set_learning_rate(optimizer: ChainedOptimizer, lr: float) -> None:
     """Use `lr` in the next step."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_mult", 1.0)
 
 
-def gradients_are_finite(chunks: list[DistributedDataParallel], loss: torch.Tensor) -> bool:
-    """Whether the loss and every gradient of every rank is a number. One pass over the buffers."""
+@torch.no_grad()
+def apply_gradients(optimizer: ChainedOptimizer, loss: torch.Tensor) -> float | None:
+    """Clip the gradients and step; their norm before clipping, over all ranks.
+
+    None, and nothing has changed, where the loss or a gradient of any rank is not finite: neither
+    an infinity nor a NaN can hide in the norm, which is needed anyway.
+    """
+    optimizer.prepare_grads()
+    norm = optimizer.get_grad_norm()
     bad = (~torch.isfinite(loss)).any().float().reshape(1)
-    for chunk in chunks:
-        buffers: list[Any] = [*chunk.buffers, *chunk.expert_parallel_buffers]
-        for buffer in buffers:
-            # A sum is one pass, and neither an infinity nor a NaN can hide in it.
-            bad += ~torch.isfinite(buffer.grad_data.sum())
+    bad += not math.isfinite(norm)
     dist.all_reduce(bad)
-    return bad.item() == 0
+    if bad.item():
+        return None
+    for part in optimizer.chained_optimizers:
+        parameters = part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
+    optimizer.step_with_ready_grads()
+    return norm

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
@@ -66,7 +66,7 @@ class Part:
                 local.view(-1).copy_(whole.reshape(-1)[self.start : self.end])
 
 
-def parts(optimizer: MegatronOptimizer) -> list[Part]:
+def parts(optimizer: ChainedOptimizer) -> list[Part]:
     """One part per parameter, in the same order on all ranks that share the parameters."""
     chained: list[Any] = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for one in chained if one.optimizer is not None for part in _parts(one)]

@@ -31,7 +31,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer
 
 from configs.compose import to_yaml
 from configs.schema import Config
@@ -60,7 +60,7 @@ class Saver:
         self,
         config: Config,
         chunks: list[Any],
-        optimizer: MegatronOptimizer,
+        optimizer: ChainedOptimizer,
         tokenizer: Tokenizer,
     ) -> None:
         self.config = config

@@ -11,12 +11,12 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from pangu import backends
 from pangu.training.distributed import sum_over_losses
-from pangu.training.optimizer import gradients_are_finite
+from pangu.training.optimizer import apply_gradients
 
 Batch = dict[str, torch.Tensor]
 
@@ -117,7 +117,7 @@ def token_loss(
 
 def train_step(
     chunks: list[DistributedDataParallel],
-    optimizer: MegatronOptimizer,
+    optimizer: ChainedOptimizer,
     batches: list[Iterator[Batch]],
     shape: StepShape,
 ) -> StepResult:
@@ -127,10 +127,11 @@ def train_step(
     optimizer.zero_grad()
     total = run_schedule(chunks, batches, shape)
     loss = total[0] / total[1]
-    if not gradients_are_finite(chunks, loss):
-        return StepResult(loss.item(), float("nan"), int(total[1]), skipped=True)
-    _, grad_norm, _ = optimizer.step()
-    return StepResult(loss.item(), float(grad_norm), int(total[1]), skipped=False)
+    grad_norm = apply_gradients(optimizer, loss)
+    skipped = grad_norm is None
+    return StepResult(
+        loss.item(), float("nan") if grad_norm is None else grad_norm, int(total[1]), skipped
+    )
 
 
 def evaluate(chunks: list[Any], batches: list[Iterator[Batch]], shape: StepShape) -> float:

@@ -1,0 +1,50 @@
+"""Cross-entropy of each row over the whole vocabulary.
+
+Shapes: N rows, V entries of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+BLOCK = 2**18  # elements: on a CPU the passes over one block find it in a core's cache
+
+
+def cross_entropy_reference(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+    """`cross_entropy` in torch's own operation, which keeps three tensors of the logits' size."""
+    return F.cross_entropy(logits_NV, labels_N, reduction="none")
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The exponentials overwrite the logits, and the gradient overwrites the exponentials."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+        exp_NV = logits_NV.detach()
+        losses_N, sums_N = exp_NV.new_empty(2, exp_NV.size(0))
+        rows = max(1, BLOCK // exp_NV.size(1)) if exp_NV.is_cpu else max(1, exp_NV.size(0))
+        blocks = (tensor.split(rows) for tensor in (exp_NV, labels_N, sums_N, losses_N))
+        for exp, labels, sums, losses in zip(*blocks, strict=True):
+            exp.sub_(exp.amax(1, keepdim=True))
+            own = exp.gather(1, labels[:, None])[:, 0]
+            torch.sum(exp.exp_(), 1, out=sums)
+            torch.sub(sums.log(), own, out=losses)
+        ctx.save_for_backward(exp_NV, labels_N, sums_N)
+        return losses_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        exp_NV, labels_N, sums_N = ctx.saved_tensors
+        grad_NV = exp_NV.mul_((grads[0] / sums_N)[:, None])
+        return grad_NV.scatter_add_(1, labels_N[:, None], -grads[0][:, None]), None
+
+
+def cross_entropy(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+    """Losses `[N]` in nats; labels are integers below V, logits float32 or float64.
+
+    Differentiable once, and **the logits are used up**: nobody may read them afterwards.
+    """
+    return _CrossEntropy.apply(logits_NV, labels_N)
