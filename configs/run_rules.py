@@ -202,6 +202,11 @@ def trainer_limits(config: Config) -> Iterator[Problem]:
     if parallel.context_parallel_size > 1 and parallel.context_parallel_type == "ring":
         key = "parallel.context_parallel_type"
         yield Problem("ring", key, "ring", plan_only, {key: ["all_to_all"]})
+    if config.data.name == "stdlib" and config.model.vocab_size < 257:
+        key = "model.vocab_size"
+        reason = "data=stdlib has 257 tokens at least: 256 bytes and the end of a document"
+        options: dict[str, list[Any]] = {key: [257, 1024]}
+        yield Problem("small vocabulary", key, config.model.vocab_size, reason, options)
     if backend.name == "npu" and backend.precision == "fp64":
         key = "backend.precision"
         reason = "NPUs have no double-precision matrix products"

@@ -118,6 +118,10 @@ def show_parameters(config: Config) -> None:
     count = count_parameters(config)
     title = f"{config.model.name}: {_billions(count.total)} parameters, "
     title += f"{_billions(count.active)} active per token"
+    if not config.model.tie_embeddings:
+        one_less = count.parts["embedding"]  # some papers count one of the two
+        one = f"{_billions(count.total - one_less)} and {_billions(count.active - one_less)}"
+        title += f" ({one} with one vocabulary table)"
     title += f", {_billions(count.mtp)} for multi-token prediction beside" if count.mtp else ""
     config = replace(config, backend=replace(config.backend, precision=precision(config)))
     table = Table(title=title, title_justify="left")

@@ -87,8 +87,12 @@ def plan(overrides: list[str]) -> list[Job]:
         ConfigError: a sweep that cannot be enumerated, or every violation of every job.
     """
     fixed, swept = _split(overrides)
-    base = load([*fixed, *(values[0] for values in swept)]).run_dir
-    jobs, found = [], []
+    try:
+        base = load([*fixed, *(values[0] for values in swept)]).run_dir
+    except ConfigError:  # named below, with the jobs that it keeps from running
+        base = ""
+    jobs: list[Job] = []
+    found: list[tuple[str, Violation]] = []
     for values in itertools.product(*swept):
         name = ",".join(re.sub(r"[^\w.=+\-\[\]]", "_", value) for value in values)
         run_dir = str(Path(base) / name)
@@ -96,13 +100,26 @@ def plan(overrides: list[str]) -> list[Job]:
         try:
             jobs.append(Job(name, arguments, load_checked(arguments, alone=True)))
         except ConfigError as error:
-            found += [
-                Violation(v.key, v.value, f"in job {name}: {v.reason}", v.suggestion)
-                for v in error.violations
-            ]
+            found += [(name, violation) for violation in error.violations]
     if found:
-        raise ConfigError(found)
+        raise ConfigError(_merged(found, len(jobs) + len({job for job, _ in found})))
     return jobs
+
+
+def _merged(found: list[tuple[str, Violation]], jobs: int) -> list[Violation]:
+    """Each violation once, with the jobs that have it."""
+    by_violation: dict[tuple[str, ...], list[str]] = {}
+    for job, v in found:
+        alike = (v.key, str(v.value), v.reason, v.suggestion)
+        by_violation.setdefault(alike, []).append(job)
+    merged = []
+    for (key, value, reason, suggestion), names in by_violation.items():
+        if len(names) == jobs:
+            where = "in every job"
+        else:
+            where = f"in job {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "")
+        merged.append(Violation(key, value, f"{where}: {reason}", suggestion))
+    return merged
 
 
 def _split(overrides: list[str]) -> tuple[list[str], list[list[str]]]:
@@ -165,6 +182,7 @@ class _Runner:
     def run(self, job: Job) -> Outcome:
         marker = job.run_dir / MARKER
         if marker.is_file() and json.loads(marker.read_text()) == job.overrides:
+            console().print("finished before: skipped")
             return Outcome("skipped")
         start = time.monotonic()
         self._process = subprocess.Popen(

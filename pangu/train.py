@@ -6,6 +6,7 @@ joins the others. `-m` runs one job per combination of comma-separated values (s
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from launch import environment
 from launch.environment import LauncherError, ProcessEnvironment
 
 if TYPE_CHECKING:
+    from configs.compose import Violation
     from configs.schema import Config
 
 USAGE = """usage: python -m pangu.train [-m] [group=option] [key=value] ...
@@ -79,6 +81,9 @@ def _train(process: ProcessEnvironment, overrides: list[str]) -> int:
         if process.rank == 0:
             print_violations(error.violations)
         return 2
+    if process.rank == 0 and (unusable := unusable_folders(config)):
+        print_violations(unusable)
+        return 2
     if not process.launched and config.launch.processes > 1:
         from pangu.local_launch import start_local
 
@@ -122,6 +127,25 @@ def resolve(process: ProcessEnvironment, overrides: list[str]) -> Config:
     if config is None or found:
         raise ConfigError(found)
     return config
+
+
+def unusable_folders(config: Config) -> list[Violation]:
+    """Make the folders that a run writes into; those that cannot be."""
+    from configs.compose import Violation
+
+    folders = {"run_dir": config.run_dir}
+    if config.data.name != "synthetic":
+        folders["data.cache_dir"] = config.data.cache_dir
+    found = []
+    for key, folder in folders.items():
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            reason = f"cannot be written to: {error.strerror}"
+            found.append(Violation(key, folder, reason, "another folder"))
+    return found
 
 
 def _default_corpus_is_there(config: Config) -> bool:

@@ -119,7 +119,7 @@ def _write_corpus(job: Preparation, files: list[SourceFile], folder: Path) -> Co
                 info.text_bytes[part] += text_bytes
             bar.update(piece.size)
     if not info.documents["train"]:
-        raise DataError(f"no document with text in {', '.join(map(str, job.inputs))}")
+        raise DataError(f"no document with UTF-8 text in {', '.join(map(str, job.inputs))}")
     for part, writer in writers.items():
         writer.finish(keep=info.documents[part] > 0)
     return info

@@ -57,12 +57,16 @@ def build_datasets(
             NumberTokenizer(vocab_size),
         )
     blend, validation_blend = _resolve_blends(config)
-    tokenizer = corpus_tokenizer(config)
     violations = [
         *_check_tokenizers({**blend, **validation_blend}),
         *_check_blend("data.blend", blend, seq_length),
         *_check_blend("data.validation_blend", validation_blend, seq_length),
     ]
+    try:
+        tokenizer = corpus_tokenizer(config)
+    except ConfigError as error:
+        # Beside a corpus that is not there, there is no tokenizer either.
+        raise ConfigError(violations or error.violations) from None
     if tokenizer.vocab_size > vocab_size:
         violations.append(
             Violation(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,7 @@ from pangu.data import DataError
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-@app.command()
+@app.command(context_settings={"help_option_names": ["-h", "--help"]})
 def main(
     inputs: Annotated[
         list[Path],
@@ -52,6 +53,8 @@ def main(
             raise DataError(f"--held-out {held_out} is not a fraction from 0 up to 1")
         if workers < 1:
             raise DataError(f"--workers {workers} is not a number of processes")
+        # The engine announces which optional packages it does without; none is needed here.
+        warnings.filterwarnings("ignore", module="megatron|torch")
         from pangu.data.corpus import Preparation, prepare
 
         info = prepare(
@@ -68,6 +71,13 @@ def main(
                 f"{output / part}: {documents:,} documents, {info.tokens[part]:,} tokens, "
                 f"{info.text_bytes[part] / info.tokens[part]:.2f} bytes per token"
             )
+    if held_out and not info.documents["validation"]:
+        print(
+            f"none of {info.documents['train']:,} documents fell into the {held_out:.2g} that is "
+            "held out: without a validation part, train with train.validate_every=0, or prepare "
+            "with a larger --held-out",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

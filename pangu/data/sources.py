@@ -92,13 +92,17 @@ class JsonLines:
                 raise DataError(f"{self.path}, line {number}, is not JSON: {error}") from None
             text = record.get(self.column) if isinstance(record, dict) else None
             if not isinstance(text, str):
-                keys = (
-                    f"its keys are {', '.join(record)}" if isinstance(record, dict) else "no keys"
-                )
-                raise DataError(
-                    f"{self.path}, line {number}, has no text under {self.column!r} ({keys})"
-                )
+                raise DataError(f"{self.path}, line {number}, {_without(self.column, record)}")
             yield text, text
+
+
+def _without(column: str, record: object) -> str:
+    """What a record has in the place of its text."""
+    if not isinstance(record, dict):
+        return f"is no object with a key {column!r}"
+    if column in record:
+        return f"holds {json.dumps(record[column])[:40]} under {column!r}, which is no text"
+    return f"has no text under {column!r} (its keys are {', '.join(record)})"
 
 
 @dataclass(frozen=True)

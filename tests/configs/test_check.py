@@ -88,6 +88,7 @@ BROKEN = [
     (["backend.precision=fp8"], "backend.precision", "the simulator plans it"),
     (["backend=npu", "backend.precision=fp64"], "backend.precision", "double-precision"),
     (["parallel.overlap_param_gather=true"], "parallel.overlap_param_gather", "zero_stage>=1"),
+    (["model.vocab_size=256"], "model.vocab_size", "257 tokens"),
     (["train.steps=0"], "train.steps", "at least 1"),
     ([f"{TP}=0"], TP, "at least 1"),
     (["checkpoint.resume=nowhere"], "checkpoint.resume", "no such folder"),

@@ -274,6 +274,11 @@ def test_every_damaged_file_is_named(corpus: Path, tmp_path: Path) -> None:
     assert f"there is no file {tmp_path / 'absent'}.bin" in text
     assert "model.vocab_size=100: the corpus' tokenizer has 300 tokens" in text
     assert len(caught.value.violations) == 5
+    config.data.blend = {str(tmp_path / "nowhere" / "absent"): 1.0}
+    with pytest.raises(ConfigError) as caught:
+        build(config)
+    (violation,) = caught.value.violations
+    assert violation.key == "data.blend", "the corpus, not the tokenizer that would be beside it"
 
 
 def test_corpora_of_different_tokenizers_are_not_blended(

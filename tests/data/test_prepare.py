@@ -143,10 +143,11 @@ def test_half_a_surrogate_pair_is_no_obstacle(corpus: Path, tmp_path: Path) -> N
     [
         ("a.jsonl", b'{"text": "x"}\n\n{"text": ', r"a.jsonl, line 3, is not JSON"),
         ("a.jsonl", b'{"body": "x"}', "line 1, has no text under 'text' (its keys are body)"),
-        ("a.jsonl", b"[1]", "a.jsonl, line 1, has no text under 'text'"),
+        ("a.jsonl", b"[1]", "a.jsonl, line 1, is no object with a key 'text'"),
+        ("a.jsonl", b'{"text": 3}', "line 1, holds 3 under 'text', which is no text"),
         ("a.jsonl.gz", gzip.compress(b"{}" * 9999)[:-9], "a.jsonl.gz cannot be read to its end"),
         ("a.parquet", b"PAR1", "a.parquet is not a complete Parquet file"),
-        ("a.txt", b"", "no document with text in"),
+        ("a.txt", b"", "no document with UTF-8 text in"),
     ],
 )
 def test_damaged_input_is_named(
@@ -180,6 +181,10 @@ def test_mistakes_on_the_command_line(corpus: Path, tmp_path: Path) -> None:
         code, text = run(*arguments, "--output", out)
         assert (code, message in text) == (2, True), text
         assert not out.exists()
+    pq.write_table(pa.table({"text": ["one document"]}), table)
+    code, text = run(table, "--tokenizer", corpus, "--output", out, "--held-out", 1e-9)
+    assert (code, "none of 1 documents fell into the 1e-09" in text) == (0, True), text
+    assert "Warning" not in text
     code, text = run(table, "--tokenizer", corpus, "--output", corpus)
     assert code == 2
     assert f"{corpus} exists already" in text

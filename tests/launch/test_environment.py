@@ -127,6 +127,17 @@ def test_mistakes_end_with_2_before_torch_and_without_files(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+def test_folders_that_cannot_be_made_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    folders = ["run_dir=file", "data.cache_dir=file/below"]
+    for processes in (1, 2):
+        result = train(*folders, f"launch.processes={processes}", cwd=tmp_path)
+        assert result.returncode == 2
+        assert "File exists" in said(result)
+        assert "Not a directory" in said(result)
+        assert "torch" not in imported(result)
+
+
 def test_only_rank_0_speaks(tmp_path: Path) -> None:
     result = train("moe.top_k=3", cwd=tmp_path, **TORCHRUN)
     assert (result.returncode, said(result)) == (2, "")

@@ -48,6 +48,13 @@ def test_every_mistake_of_every_job_before_the_first_starts() -> None:
         "in job moe.top_k=3",
         "in job moe.top_k=6",
     ]
+    with pytest.raises(ConfigError) as caught:
+        plan(["moe.top_k=3,4", "seed=1,2", "optimizer.lr=a"])
+    reasons = {v.key: v.reason.split(":")[0] for v in caught.value.violations}
+    assert reasons == {
+        "optimizer.lr": "in every job",
+        "moe.num_expert_groups": "in job moe.top_k=3,seed=1 and 1 more",
+    }
     for overrides, reason in (
         (["seed=1"], "without a list"),
         (["seed=interval(1,2)"], "interval"),
