@@ -197,8 +197,10 @@ def trainer_limits(config: Config) -> Iterator[Problem]:
         ("backend.precision", ["auto", "fp32", "fp64", "bf16"]),
     )
     for key, allowed in limits:
-        if get(config, key) not in allowed:
-            yield Problem(f"plan only {key}", key, get(config, key), plan_only, {key: allowed})
+        if (value := get(config, key)) not in allowed:
+            loss_scale = "its range needs a scaled loss, which the trainer does not have"
+            reason = loss_scale if value == "fp16" else plan_only
+            yield Problem(f"plan only {key}", key, value, reason, {key: allowed})
     if parallel.context_parallel_size > 1 and parallel.context_parallel_type == "ring":
         key = "parallel.context_parallel_type"
         yield Problem("ring", key, "ring", plan_only, {key: ["all_to_all"]})

@@ -44,7 +44,11 @@ class Part:
         return self.adam.state[self.main][name]
 
     def whole(self, name: str) -> torch.Tensor:
-        """The main copy or a moment in the parameter's shape. Collective over `group`."""
+        """The main copy or a moment in the parameter's shape. Collective over `group`.
+
+        What must be gathered comes to the host, so that saving takes one whole parameter's room on
+        the device and not three copies of the model.
+        """
         local = self.local(name)
         if self.group is None or self.group.size() == 1:
             assert local is not None
@@ -56,7 +60,7 @@ class Part:
             whole.view(-1)[self.start : self.end] = local.detach()
         # As integers: added to 0.0, -0.0 would lose its sign.
         dist.all_reduce(whole.view(bits), group=self.group)
-        return whole
+        return whole.cpu()
 
     def put(self, name: str, whole: torch.Tensor) -> None:
         """Take this rank's piece from a whole tensor."""

@@ -86,6 +86,7 @@ BROKEN = [
     (["parallel.zero_stage=3"], "parallel.zero_stage", "the simulator plans it"),
     ([f"{CP}=2", "devices=2", "parallel.context_parallel_type=ring"], "parallel.context_par", ""),
     (["backend.precision=fp8"], "backend.precision", "the simulator plans it"),
+    (["backend.precision=fp16"], "backend.precision", "a scaled loss"),
     (["backend=npu", "backend.precision=fp64"], "backend.precision", "double-precision"),
     (["parallel.overlap_param_gather=true"], "parallel.overlap_param_gather", "zero_stage>=1"),
     (["model.vocab_size=256"], "model.vocab_size", "257 tokens"),

@@ -7,28 +7,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from layouts import MODEL as TINY
 
 from configs.compose import load
 
 MODEL = [
-    "model.hidden_size=32",
-    "model.kv_channels=8",
-    "model.vocab_size=256",
-    "model.num_experts=8",
-    "model.moe_ffn_hidden_size=32",
-    "model.shared_expert_ffn_hidden_size=32",
-    "moe.top_k=2",
-    "moe.num_expert_groups=2",
+    *TINY,
     "moe.router_scale=true",
-    "data=synthetic",
     "train.seq_length=16",
-    "train.global_batch_size=8",
-    "train.micro_batch_size=1",
     "train.validate_every=0",
-    "optimizer.lr=1e-3",
     "optimizer.schedule=constant",
-    "optimizer.warmup_steps=0",
-    "backend=cpu",
     "backend.threads=1",
 ]
 Steps = dict[int, tuple[float, float]]
