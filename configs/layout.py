@@ -42,6 +42,15 @@ def layers_per_virtual_stage(config: Config) -> list[int]:
     return counts
 
 
+def mtp_stage(config: Config) -> int:
+    """The virtual stage that holds the multi-token-prediction modules: the last one, where the
+    loss is, or the one before it where that has no layers of its own (and is not on the first
+    rank, which has the embedding already)."""
+    counts = layers_per_virtual_stage(config)
+    last = len(counts) - 1
+    return last - 1 if config.parallel.pipeline_model_parallel_size > 2 and not counts[-2] else last
+
+
 def is_even(config: Config) -> bool:
     """Whether every virtual stage holds the same number of layers."""
     return len(set(layers_per_virtual_stage(config))) == 1

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from configs.compose import groups
+from configs.layout import layers_per_virtual_stage, mtp_stage
 from configs.schema import Config, ParallelConfig
 
 DECIDED = ("parallel", "memory")  # groups that a search decides on
@@ -52,6 +53,15 @@ def _put(tree: dict[str, Any], path: list[str], value: Any) -> None:
     tree[path[-1]] = value
 
 
+def _layout_flag(config: Config) -> str:
+    """Megatron-LM's letters: E embedding, t layer, m MTP, L loss, | between virtual stages."""
+    parts = ["t" * layers for layers in layers_per_virtual_stage(config)]
+    parts[0] = "E" + parts[0]
+    parts[mtp_stage(config)] += "m" * config.model.mtp_num_layers
+    parts[-1] += "L"
+    return "|".join(parts)
+
+
 def launch_flags(config: Config) -> str:
     """The layout as command-line flags, one a line: Megatron-LM's, then MindSpeed-LLM's own."""
     p, memory, train, model = config.parallel, config.memory, config.train, config.model
@@ -63,7 +73,9 @@ def launch_flags(config: Config) -> str:
         f"--seq-length {train.seq_length}",
     ]
     slots = model.num_layers + p.num_noop_layers
-    if p.virtual_pipeline_model_parallel_size > 1:
+    if p.pipeline_layout is not None:
+        flags.append(f"--pipeline-model-parallel-layout {_layout_flag(config)}")
+    elif p.virtual_pipeline_model_parallel_size > 1:
         stages = p.pipeline_model_parallel_size * p.virtual_pipeline_model_parallel_size
         flags.append(f"--num-layers-per-virtual-pipeline-stage {slots // stages}")
     if p.sequence_parallel and p.tensor_model_parallel_size > 1:

@@ -225,6 +225,7 @@ def rank_seconds(parts: Parts, contents: list[StageContent]) -> RankSeconds:
         (priced.dense, dense_layers),
         (priced.moe, moe_layers),
         (priced.embedding, total(content.embedding for content in contents)),
+        (priced.mtp, total(content.mtp for content in contents)),
         (priced.head, total(content.head for content in contents)),
     )
     repeated_dense: Array = 0.0

@@ -16,6 +16,10 @@ from configs.schema import Config, ModelConfig, RecomputeModule
 Array = Any
 MODULES: tuple[str, ...] = get_args(RecomputeModule)
 SCHEDULES = ("1f1b", "gpipe", "zero_bubble", "1f1b_overlap")
+# How layers are dealt to virtual stages: evenly, no-op layers at both ends; from the front, so that
+# the last stages hold fewer; or with MTP and the loss on stages of their own, the first of the
+# others one layer more where they do not divide.
+DEALS = ("even", "front", "apart")
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Layout:
     micro_batch: Array = 1
     num_microbatches: Array = 1
     noop_layers: Array = 0
+    deal: Array = 0  # index of `DEALS`
     schedule: Array = 0
     overlap_grad_reduce: Array = False
     overlap_param_gather: Array = False
@@ -155,38 +160,70 @@ class StageContent:
     dense: Array
     moe: Array
     embedding: Array
-    head: Array  # final norm, output projection and loss, with any MTP modules before them
+    mtp: Array  # the multi-token-prediction modules
+    head: Array  # final norm, output projection and loss, of MTP's predictions too
 
     @property
     def layers(self) -> Array:
         return self.dense + self.moe
 
 
-def stage_content(model: ModelConfig, layout: Layout, rank: Array, chunk: int) -> StageContent:
-    """Content of chunk `chunk` of pipeline rank `rank`; empty where the layout has no such one.
+def _bounds(model: ModelConfig, layout: Layout, index: Array) -> tuple[Array, Array]:
+    """First and one past the last layer of virtual stage `index`."""
+    depth = model.num_layers
+    if layout.stage_layers is not None:
+        start = sum(layout.stage_layers[: int(index)])
+        return start, start + layout.stage_layers[int(index)]
+    slots = np.ceil((depth + layout.noop_layers) / layout.virtual_stages)
+    front = np.where(layout.deal == 0, np.floor(layout.noop_layers / 2), 0)
+    others = np.maximum(layout.virtual_stages - alone(model), 1)
+    least = np.floor(depth / others)
+    more = depth - least * others
 
-    Layers fill the slots in order of depth; no-op layers take the slots at the two ends, the
-    last stage first (`configs.layout`).
-    """
+    def first(stage: Array) -> Array:
+        dealt = np.where(
+            layout.deal == DEALS.index("apart"),
+            stage * least + np.minimum(stage, more),
+            stage * slots - front,
+        )
+        return np.clip(dealt, 0, depth)
+
+    return first(index), first(index + 1)
+
+
+def stage_counts(model: ModelConfig, layout: Layout) -> list[int]:
+    """Layers of every virtual stage of a single layout, in order of depth."""
+    bounds = (_bounds(model, layout, stage) for stage in range(int(layout.virtual_stages)))
+    return [int(end - start) for start, end in bounds]
+
+
+def alone(model: ModelConfig) -> int:
+    """Virtual stages without layers where MTP and the loss stand apart."""
+    return 2 if model.mtp_num_layers else 1
+
+
+def _mtp_stage(model: ModelConfig, layout: Layout) -> Array:
+    """The virtual stage that holds the MTP modules (`configs.layout.mtp_stage`); -1: none."""
+    if not model.mtp_num_layers:
+        return -1
+    last = layout.virtual_stages - 1
+    start, end = _bounds(model, layout, np.maximum(last - 1, 0))
+    return np.where((layout.pp > 2) & (end == start), last - 1, last)
+
+
+def stage_content(model: ModelConfig, layout: Layout, rank: Array, chunk: int) -> StageContent:
+    """Content of chunk `chunk` of pipeline rank `rank`; empty where the layout has no such one."""
     index = chunk * layout.pp + rank
     exists = (rank < layout.pp) & (chunk < layout.vpp)
-    depth = model.num_layers
-    dense_depth = model.num_dense_layers if model.num_experts else depth
-    if layout.stage_layers is not None:
-        counts = layout.stage_layers
-        if not bool(exists):
-            return StageContent(0, 0, 0, 0)
-        start = sum(counts[: int(index)])
-        end = start + counts[int(index)]
-    else:
-        slots = np.ceil((depth + layout.noop_layers) / layout.virtual_stages)
-        front = np.floor(layout.noop_layers / 2)
-        start = np.clip(index * slots - front, 0, depth)
-        end = np.clip((index + 1) * slots - front, 0, depth)
+    dense_depth = model.num_dense_layers if model.num_experts else model.num_layers
+    if layout.stage_layers is not None and not bool(exists):
+        return StageContent(0, 0, 0, 0, 0)
+    start, end = _bounds(model, layout, index)
     dense = np.minimum(end, dense_depth) - np.minimum(start, dense_depth)
     return StageContent(
         dense=np.where(exists, dense, 0),
         moe=np.where(exists, end - start - dense, 0),
         embedding=np.where(exists & (index == 0), 1, 0),
+        mtp=np.where(exists & (index == _mtp_stage(model, layout)), 1, 0),
         head=np.where(exists & (index == layout.virtual_stages - 1), 1, 0),
     )

@@ -87,17 +87,19 @@ def stage_parameters(s: Shapes, contents: list[StageContent]) -> StageParameters
     moe = total(content.moe for content in contents)
     embedding = total(content.embedding for content in contents)
     head = total(content.head for content in contents)
+    mtp = total(content.mtp for content in contents)
     table = np.ceil(model.vocab_size / layout.tp) * model.hidden_size
     ends = embedding * table
     if model.position_embedding == "learned":
         ends = ends + embedding * model.max_position_embeddings * model.hidden_size
     # Away from the first stage, tied embeddings are a copy and MTP modules have one of their own.
-    tables = 1 - embedding if model.tie_embeddings else 1.0
-    if model.mtp_num_layers:
-        tables = tables + 1 - embedding
-    ends = ends + head * (tables * table + norm_parameters(model, model.hidden_size))
-    copies = bool(model.tie_embeddings or model.mtp_num_layers)
-    copied = np.where(layout.pp > 1, (embedding + head) * table, 0.0) * copies
+    elsewhere = 1 - embedding
+    own_head = head * (elsewhere if model.tie_embeddings else 1)
+    ends = ends + (own_head + mtp * elsewhere) * table
+    ends = ends + head * norm_parameters(model, model.hidden_size)
+    several = (layout.pp > 1) & bool(model.tie_embeddings or model.mtp_num_layers)
+    copies = embedding + mtp + head * bool(model.tie_embeddings)
+    copied = np.where(several, np.minimum(copies, 1), 0) * table
     shared = ends + dense * kinds["dense"].dense
     experts: Array = 0.0
     if model.num_experts:
@@ -105,7 +107,7 @@ def stage_parameters(s: Shapes, contents: list[StageContent]) -> StageParameters
         experts = moe * kinds["moe"].experts
     if model.mtp_num_layers:
         inside = kinds[mtp_kind(model)]
-        extra = model.mtp_num_layers * head
+        extra = model.mtp_num_layers * mtp
         shared = shared + extra * (inside.dense + mtp_extra(model, layout.tp))
         experts = experts + extra * inside.experts
     return StageParameters(shared, experts, copied)
@@ -145,6 +147,7 @@ class Activations:
     dense: Array
     moe: Array
     head: Array
+    mtp: Array
     embedding: Array
     checkpoint: Array  # input of a layer
     layer_peak: Array
@@ -169,6 +172,7 @@ def block_activations(s: Shapes, blocks: Blocks) -> Activations:
         dense,
         moe,
         kept_activations(s, blocks.head),
+        kept_activations(s, blocks.mtp) if blocks.mtp else 0.0,
         kept_activations(s, blocks.embedding),
         s.shard * s.model.hidden_size * s.element,
         layer_peak,
@@ -187,7 +191,8 @@ def chunk_activations(layout: Layout, kept: Activations, content: StageContent) 
     uniform = np.ceil(content.layers / count) * kept.checkpoint
     full = np.where(layout.block_recompute, block, uniform)
     layers = np.where(layout.full_recompute, full, everything)
-    return layers + content.head * kept.head + content.embedding * kept.embedding
+    ends = content.head * kept.head + content.mtp * kept.mtp
+    return layers + ends + content.embedding * kept.embedding
 
 
 def units_in_flight(layout: Layout, rank: Array) -> Array:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from configs.schema import ModelConfig
-from simulator.layout import SCHEDULES, Layout
+from simulator.layout import DEALS, SCHEDULES, Layout
 
 Array = Any
 
@@ -56,7 +56,9 @@ def distinct_ranks(model: ModelConfig, layout: Layout) -> list[Ranks]:
     most = int(np.max(layout.pp))
     slots = np.maximum(np.ceil((model.num_layers + layout.noop_layers) / layout.virtual_stages), 1)
     dense = model.num_dense_layers if model.num_experts else 0
-    near = int(np.max(np.ceil((dense + np.ceil(layout.noop_layers / 2)) / slots))) + 1
+    fewer = np.where(layout.deal == 0, np.ceil(layout.noop_layers / 2), layout.noop_layers)
+    near = int(np.max(np.ceil((dense + fewer) / slots))) + 1
+    near = max(near, dense + 1, 2) if np.any(layout.deal == DEALS.index("apart")) else near
     if layout.stage_layers is not None or 2 * near + 1 >= most:
         return [Ranks(rank, np.where(rank < layout.pp, 1, 0)) for rank in range(most)]
     front = [Ranks(rank, np.where(rank < layout.pp, 1, 0)) for rank in range(near)]

@@ -20,7 +20,7 @@ from configs.compose import ConfigError, Violation
 from configs.schema import Config
 from simulator.evaluate import evaluate
 from simulator.hardware import load_hardware
-from simulator.layout import MODULES, SCHEDULES, Layout, from_config
+from simulator.layout import DEALS, MODULES, SCHEDULES, Layout, alone, from_config, stage_counts
 from simulator.memory import fits
 from simulator.parameters import query_groups
 from simulator.predict import Prediction, predict
@@ -43,6 +43,7 @@ KEYS = {
     "ep": "parallel.expert_model_parallel_size",
     "etp": "parallel.expert_tensor_parallel_size",
     "micro_batch": "train.micro_batch_size",
+    "deal": "parallel.pipeline_layout",
     "ring": "parallel.context_parallel_type",
     "zero": "parallel.zero_stage",
     "schedule": "parallel.schedule",
@@ -105,6 +106,10 @@ def search(
     Raises:
         ConfigError: there are too many candidates.
     """
+    if config.parallel.pipeline_layout is not None and KEYS["deal"] in pinned:
+        reason = "a search deals the layers to the stages itself"
+        layout = config.parallel.pipeline_layout
+        raise ConfigError([Violation(KEYS["deal"], layout, reason, "leave it out")])
     start = time.perf_counter()
     structures, rejected = enumerate_layouts(config, pinned, everything)
     policies = recompute_policies(config, pinned, everything)
@@ -166,6 +171,7 @@ def enumerate_layouts(
         "ep": divisors(experts, min(devices, 1024)),
         "etp": divisors(devices, LARGEST_TP) if model.num_experts else [1],
         "micro_batch": list(MICRO_BATCHES),
+        "deal": list(range(len(DEALS))),
         "ring": [False, True] if everything else [now.ring],
         "zero": [0, 1, 2, 3] if everything else [now.zero],
         "schedule": list(range(len(SCHEDULES))) if everything else [now.schedule],
@@ -237,7 +243,14 @@ def _reasons(
     noop = -model.num_layers % stages
     yield "fewer layers than pipeline stages", stages > model.num_layers + 2
     allowed = np.maximum(model.num_layers // 8, 3)
-    yield "too many no-op layers to fill the stages", noop > allowed
+    front, apart = (axis["deal"] == DEALS.index(name) for name in ("front", "apart"))
+    yield "too many no-op layers to fill the stages", ~apart & (noop > allowed)
+    # Only the leading dense layers are cheap enough for one more on a stage.
+    others = np.maximum(stages - alone(model), 1)
+    uneven = (others > model.num_layers) | (
+        model.num_layers % others > max(model.num_dense_layers, 1)
+    )
+    yield "layers do not fill the stages beside MTP and loss", apart & uneven
     dp = np.maximum(devices // size, 1)
     batches = config.train.global_batch_size
     yield "the global batch does not divide into micro-batches", batches % (micro * dp) != 0
@@ -254,6 +267,9 @@ def _reasons(
         "a choice without effect",
         (
             (axis["ring"] & (cp == 1))
+            | (front & (noop < 2))
+            | (front & (noop == alone(model) * (model.num_layers + noop) // stages))
+            | (apart & (pp < 3))
             | ((axis["schedule"] > 0) & (pp == 1))
             | ((axis["zero"] != 1) & (dp * cp == 1) & (axis["zero"] != axis["zero"].min()))
         ),
@@ -392,6 +408,7 @@ def configure(config: Config, layout: Layout) -> Config:
     again = [] if layout.swap else modules
     granularity: Any = "full" if layout.full_recompute else "selective" if again else "none"
     schedule: Any = SCHEDULES[int(layout.schedule)]
+    even = int(layout.deal) == DEALS.index("even")
     parallel = replace(
         config.parallel,
         tensor_model_parallel_size=int(layout.tp),
@@ -401,8 +418,8 @@ def configure(config: Config, layout: Layout) -> Config:
         context_parallel_type="ring" if layout.ring else "all_to_all",
         expert_model_parallel_size=int(layout.ep),
         expert_tensor_parallel_size=int(layout.etp),
-        num_noop_layers=int(layout.noop_layers),
-        pipeline_layout=None,
+        num_noop_layers=int(layout.noop_layers) if even else 0,
+        pipeline_layout=None if even else stage_counts(config.model, layout),
         zero_stage=int(layout.zero),
         schedule=schedule,
     )

@@ -189,6 +189,7 @@ class StageBlocks:
     dense: BlockSeconds
     moe: BlockSeconds
     embedding: BlockSeconds
+    mtp: BlockSeconds
     head: BlockSeconds
 
 
@@ -198,5 +199,6 @@ def price_blocks(hw: Hardware, s: Shapes, blocks: Blocks) -> StageBlocks:
         block_seconds(hw, s, blocks.dense) if blocks.dense else nothing,
         block_seconds(hw, s, blocks.moe) if blocks.moe else nothing,
         block_seconds(hw, s, blocks.embedding),
+        block_seconds(hw, s, blocks.mtp) if blocks.mtp else nothing,
         block_seconds(hw, s, blocks.head),
     )

@@ -148,7 +148,7 @@ def _layer_ids(config: PanguTransformerConfig, vp_stage: int | None) -> list[int
 def mtp_spec(
     config: PanguTransformerConfig, vp_stage: int | None = None
 ) -> MultiTokenPredictionBlockSubmodules | None:
-    """megatron-core's multi-token prediction on the last stage, or None elsewhere."""
+    """megatron-core's multi-token prediction, or None for a model without."""
     if not config.mtp_num_layers:
         return None
     last = layer_spec(config, moe=bool(config.num_moe_experts))

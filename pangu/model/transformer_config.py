@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-from configs.layout import is_even, layers_per_virtual_stage
+from configs.layout import is_even, layers_per_virtual_stage, mtp_stage
 from configs.schema import Config, ModelConfig, MoEConfig
 from pangu import backends
 
@@ -142,7 +142,8 @@ def _pipeline_layout(config: Config) -> list[list[str]] | None:
         return None
     stages = [["decoder"] * count for count in layers_per_virtual_stage(config)]
     stages[0].insert(0, "embedding")
-    stages[-1] += ["mtp"] * config.model.mtp_num_layers + ["loss"]
+    stages[mtp_stage(config)] += ["mtp"] * config.model.mtp_num_layers
+    stages[-1].append("loss")
     return stages
 
 

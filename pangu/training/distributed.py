@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from tqdm import tqdm
 
+from configs.layout import mtp_stage
 from configs.schema import Config
 from pangu import backends
 
@@ -39,9 +40,22 @@ def initialize(config: Config) -> None:
         expert_tensor_parallel_size=p.expert_tensor_parallel_size,
         distributed_timeout_minutes=max(1, round(config.launch.timeout_minutes)),
         create_gloo_process_groups=False,
+        get_embedding_ranks=lambda ranks: _embedding_ranks(config, ranks),
     )
     torch.manual_seed(config.seed)
     tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
+
+
+def _embedding_ranks(config: Config, pipeline: list[int]) -> list[int]:
+    """Ranks of a pipeline over which megatron-core adds up the embedding's gradients: its own
+    choice, the two ends, unless multi-token prediction looks it up elsewhere."""
+    ends = {pipeline[0], pipeline[-1]}
+    mtp = pipeline[mtp_stage(config) % len(pipeline)]
+    if config.model.mtp_num_layers and mtp not in ends:
+        ends.add(mtp)
+        if not config.model.tie_embeddings:  # the last rank then has the head's weight alone
+            ends.remove(pipeline[-1])
+    return sorted(ends)
 
 
 def join_alone(config: Config) -> None:

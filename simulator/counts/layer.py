@@ -22,12 +22,13 @@ def layer(s: Shapes, kind: LayerKind, load: Array = 1.0) -> Counts:
 
 @dataclass(frozen=True)
 class Blocks:
-    """What stages are made of. `head` includes the MTP modules, each with its own use of the
-    output projection."""
+    """What stages are made of. `mtp` are all multi-token-prediction modules; `head` includes their
+    use of the output projection."""
 
     dense: Counts | None
     moe: Counts | None
     embedding: Counts
+    mtp: Counts | None
     head: Counts
 
 
@@ -39,8 +40,11 @@ def blocks(s: Shapes, load: Array = 1.0) -> Blocks:
     if model.num_experts:
         moe_layer = layer(s, "moe", load)
     end = head(s)
+    mtp = None
     for _ in range(model.mtp_num_layers):
         inside = moe_layer if mtp_kind(model) == "moe" else dense
         assert inside is not None
-        end = end + mtp_entrance(s) + inside + head(s)
-    return Blocks(dense, moe_layer, embedding(s), end)
+        module = mtp_entrance(s) + inside
+        mtp = module if mtp is None else mtp + module
+        end = end + head(s)
+    return Blocks(dense, moe_layer, embedding(s), mtp, end)

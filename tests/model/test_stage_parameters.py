@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch.distributed as dist
 from gloo import run
-from layouts import MODEL
+from layouts import MODEL, steps
 
 from configs.compose import load
 from simulator.counts.records import shapes
@@ -14,7 +15,6 @@ from simulator.memory import StageParameters, stage_contents, stage_parameters
 MTP = [*MODEL, "model=pangu_ultra_moe", "model.num_layers=4", "model.num_dense_layers=1"]
 MTP += ["model.attention=gqa", "model.qk_layernorm=false", "model.num_attention_heads=4"]
 MTP += ["model.num_query_groups=2", "model.ffn_hidden_size=48", "moe.num_expert_groups=1"]
-MTP += ["launch.processes=2"]
 LAYOUTS = {
     "tensor": ["parallel.tensor_model_parallel_size=2"],
     "pipeline": ["parallel.pipeline_model_parallel_size=2"],
@@ -30,7 +30,7 @@ def built(layouts: list[list[str]]) -> list[int]:
 
     counts = []
     for overrides in layouts:
-        config = load([*MTP, *overrides])
+        config = load([*MTP, f"launch.processes={dist.get_world_size()}", *overrides])
         distributed.initialize(config)
         chunks, _ = build_model(config)
         counts.append(sum(p.numel() for chunk in chunks for p in chunk.parameters()))
@@ -38,8 +38,8 @@ def built(layouts: list[list[str]]) -> list[int]:
     return counts
 
 
-def counted(overrides: list[str], rank: int) -> StageParameters:
-    config = load([*MTP, *overrides])
+def counted(overrides: list[str], rank: int, ranks: int = 2) -> StageParameters:
+    config = load([*MTP, f"launch.processes={ranks}", *overrides])
     s = shapes(config, from_config(config))
     return stage_parameters(s, stage_contents(s, rank, int(s.layout.vpp)))
 
@@ -56,3 +56,30 @@ def test_a_rank_holds_what_the_trainer_builds_on_it():
 @pytest.mark.parametrize(("name", "table"), [("tensor", 0), ("pipeline", 256 * 32)])
 def test_copies_of_the_embedding_are_known(name, table):
     assert counted(LAYOUTS[name], 0).copied == table
+
+
+APART = ["model.num_layers=6", "parallel.pipeline_model_parallel_size=4", "moe.dispatcher=alltoall"]
+LOSS_APART = [*APART, "parallel.pipeline_layout=[2,2,2,0]"]
+APART += ["parallel.virtual_pipeline_model_parallel_size=2"]
+APART += ["parallel.pipeline_layout=[1,1,1,1,1,1,0,0]"]
+
+
+def stepped() -> tuple[list[int], list[list[tuple[float, float]]]]:
+    layouts = [[*MTP[len(MODEL) :], *overrides] for overrides in (APART, LOSS_APART)]
+    results = [steps(overrides, 4, 2) for overrides in layouts]
+    return built([APART]), results
+
+
+def test_mtp_on_a_stage_of_its_own():
+    """Where the stage before the last has no layers it holds MTP: the same loss and gradient as
+    beside the loss, which stays on the last stage."""
+    ranks = run(4, stepped)
+    held = [int(counted(APART, rank, 4).total) for rank in range(4)]
+    parameters = [counts[0] for counts, _ in ranks]
+    assert sum(held) == sum(parameters)
+    # megatron-core has the last norm beside the last layer, the count beside the loss
+    assert held == pytest.approx(parameters, abs=32)
+    for _, (apart, together) in ranks:
+        for (loss, norm), (same_loss, same_norm) in zip(apart, together, strict=True):
+            assert loss == pytest.approx(same_loss, rel=1e-6)
+            assert norm == pytest.approx(same_norm, rel=1e-5)

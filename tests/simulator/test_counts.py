@@ -33,7 +33,13 @@ def test_flops_of_the_parts_are_the_models(model):
     s = shapes(config, from_config(config))
     counted = blocks(s)
     dense = config.model.num_dense_layers if config.model.num_experts else config.model.num_layers
-    layers = {"dense": dense, "moe": config.model.num_layers - dense, "head": 1, "embedding": 1}
+    layers = {
+        "dense": dense,
+        "moe": config.model.num_layers - dense,
+        "mtp": 1,
+        "head": 1,
+        "embedding": 1,
+    }
     total = 0.0
     for name, count in layers.items():
         block = getattr(counted, name)

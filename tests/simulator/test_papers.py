@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 
 from configs.compose import load
+from configs.schema import Config
 from simulator.counts.layer import blocks
 from simulator.counts.records import shapes
 from simulator.hardware import load_hardware
@@ -22,23 +23,25 @@ ULTRA += ["train.global_batch_size=6144", "train.seq_length=4096"]
 ULTRA += ["simulation.tp_comm_overlap=true", "simulation.dispatch=hierarchical"]
 
 
-def tokens_per_second(*overrides: str) -> float:
-    return predict(load([*ULTRA, *overrides])).tokens_per_second
+def best(config: Config, *pinned: str) -> float:
+    """Seconds of the fastest layout for a step of `config`, its schedule and memory policy kept."""
+    keys = frozenset(["parallel.schedule", "parallel.zero_stage", "memory", *pinned])
+    return search(config, pinned=keys, top=1).choices[0].prediction.step_seconds
 
 
-def test_61_layers_are_faster_than_66_in_the_same_stages():
-    """The paper: about 15 %. How 66 layers were spread is not published: no-op layers up to three
-    a stage cost more, layers added to the stages after the dense ones less."""
-    best = tokens_per_second()
-    padded = tokens_per_second("model.num_layers=66", "parallel.num_noop_layers=30")
-    stages = [2, 3, 3, 3, 3, *[2] * 26, 0]
-    assert sum(stages) == 66
+def test_61_layers_are_faster_than_66():
+    """The paper: about 15 %. Each depth with the best layout found for it, as the paper's
+    simulator searches, 9 %: 66 layers find stages that suit them (PP12, VPP3). In the published
+    stages, of which six would hold a third layer, 23 % (and more memory than there is)."""
+    deeper = load([*ULTRA, "parallel=single", "parallel.schedule=1f1b_overlap",
+                   "model.num_layers=66"])  # fmt: skip
+    assert best(deeper) / best(load(ULTRA)) == pytest.approx(1.09, abs=0.03)
+    stages = [*[3] * 6, *[2] * 24, 0, 0]
     layout = f"parallel.pipeline_layout=[{','.join(map(str, stages))}]"
-    uneven = ["model.num_layers=66", "parallel.num_noop_layers=0", layout]
-    # keeps the deeper model within memory
-    uneven += ["memory=selective", "memory.recompute_modules=[mla_up_proj]"]
-    assert best / tokens_per_second(*uneven) == pytest.approx(1.095, abs=0.04)
-    assert best / padded == pytest.approx(1.20, abs=0.05)
+    same_stages = predict(load([*ULTRA, "model.num_layers=66", layout]))
+    assert not same_stages.fits
+    published = predict(load(ULTRA)).step_seconds
+    assert same_stages.step_seconds / published == pytest.approx(1.23, abs=0.04)
 
 
 def test_mla_is_nearer_the_roofline_than_gqa():
@@ -84,40 +87,41 @@ def test_hierarchical_dispatch_halves_the_traffic_between_nodes():
     assert float(inside.bytes) == 8 * row
 
 
-def test_published_layout_of_pangu_ultra_against_the_best():
-    """The paper's layout is the best one found. The forecast agrees where tensor, expert and
-    pipeline sizes and the micro-batch are the paper's; single-sequence micro-batches would gain
-    4 %, and a shorter pipeline (PP8, VPP4) 13 %, which the paper does not choose."""
+def test_published_layout_of_pangu_ultra_is_within_3_percent_of_the_best():
+    """Everything else free on 6,144 devices: TP, PP, VPP, CP, EP, ETP, micro-batch and how layers
+    are dealt to stages. Ahead are the same stages over half as many ranks, and single-sequence
+    micro-batches."""
     config = load(ULTRA)
     published = predict(config).step_seconds
-    keys = [f"parallel.{name}" for name in ("schedule", "context_parallel_size", "zero_stage")]
-    sizes = ["tensor_model", "expert_model", "expert_tensor"]
-    keys += [f"parallel.{name}_parallel_size" for name in sizes] + ["memory"]
-    stages = "parallel.pipeline_model_parallel_size"
-
-    def gain(*more: str) -> float:
-        result = search(config, pinned=frozenset([*keys, *more]), top=1)
-        return published / result.choices[0].prediction.step_seconds
-
-    assert gain(stages, "train.micro_batch_size") == pytest.approx(1.0)
-    assert gain(stages) == pytest.approx(1.04, abs=0.03)
-    assert gain() == pytest.approx(1.13, abs=0.04)
+    sizes = ("tensor_model", "pipeline_model", "expert_model")
+    keys = [f"parallel.{name}_parallel_size" for name in sizes]
+    assert best(config, *keys, "train.micro_batch_size") == pytest.approx(published)
+    assert 1.0 <= published / best(config) <= 1.03
 
 
 def test_pangu_pros_change_of_layout():
-    """The paper: MFU +35 % from the layout, hierarchical communication, overlap and fused
-    operators together. The forecast has +24 % where attention and loss were not fused before and
-    whole experts lie on TP × EP ranks after; the layouts alone are level."""
+    """The paper: MFU +35 % from the better layout, hierarchical all-to-all, finer overlap and
+    fused operators together. So before there was a flat all-to-all, a plain schedule, and unfused
+    operators; which ones is not published. With norms, rotary embedding, SwiGLU and permutation
+    (the sibling's list) the forecast has +41 %, with none +20 %. Attention is taken as fused
+    before: else the 32K phases would fit only by recomputing whole layers."""
     pro = ["model=pangu_pro_moe", "hardware=ascend_910b_280t", "train.seq_length=4096"]
-    before = [*pro, "devices=3840", "train.global_batch_size=960"]
+    before = [*pro, "devices=3840", "train.global_batch_size=960", "moe.dispatcher=alltoall"]
     before += ["parallel.expert_model_parallel_size=8", "parallel.context_parallel_size=8"]
     before += ["parallel.pipeline_model_parallel_size=6", "parallel.context_parallel_type=ring"]
     before += ["parallel.virtual_pipeline_model_parallel_size=4"]
-    before += ["simulation.fused_attention=false", "simulation.fused_cross_entropy=false"]
     after = [*pro, "parallel=pangu_pro", "devices=4000", "train.global_batch_size=1000"]
-    whole = ["parallel.expert_model_parallel_size=16", "parallel.expert_tensor_parallel_size=1"]
-    finer = ["parallel.schedule=1f1b_overlap", "simulation.dispatch=hierarchical"]
-    finer += ["simulation.tp_comm_overlap=true"]
-    base = predict(load(before)).mfu
-    assert predict(load(after)).mfu / base == pytest.approx(0.99, abs=0.05)
-    assert predict(load([*after, *whole, *finer])).mfu / base == pytest.approx(1.24, abs=0.05)
+    after += ["parallel.schedule=1f1b_overlap", "simulation.dispatch=hierarchical"]
+    after += ["simulation.tp_comm_overlap=true"]
+    # whole experts over TP x EP = 16 ranks, as hierarchical dispatch has them
+    after += ["parallel.expert_model_parallel_size=16", "parallel.expert_tensor_parallel_size=1"]
+    new = predict(load(after)).mfu
+    unfused = predict(load([*before, "simulation.fused_kernels=false"])).mfu
+    assert new / unfused == pytest.approx(1.35, abs=0.10)
+    assert new / unfused == pytest.approx(1.41, abs=0.03)
+    assert new / predict(load(before)).mfu == pytest.approx(1.20, abs=0.03)
+    long = [*before, "train.seq_length=32768", "train.global_batch_size=480"]
+    for policy in ("none", "selective"):
+        scores = [*long, "simulation.fused_attention=false", f"memory={policy}"]
+        modules = "memory.recompute_modules=[layernorm,moe_act,shared_experts]"
+        assert not predict(load([*scores, modules])).fits
