@@ -1,7 +1,10 @@
 """The headline of arXiv 2505.04519: 6,144 NPUs, 1.46 M tokens/s, MFU 30.0 %.
 
 Batch, sequence length and part are not published. 4K sequences, 64 micro-batches and the 280T part
-are the reading under which throughput and MFU agree (attention counted in full).
+are the reading under which throughput and MFU agree (attention counted in full). How much of the
+expert exchange was hidden is not published either: half, as of any other collective on this part.
+With the 98 % of the follow-up report, the preset's figure, the forecast's MFU is 34 % (there: 41 %,
+at 8K).
 """
 
 import pytest
@@ -13,6 +16,7 @@ from simulator.predict import predict
 RUN = ["model=pangu_ultra_moe", "hardware=ascend_910b_280t", "devices=6144"]
 RUN += ["parallel=pangu_ultra", "parallel.schedule=1f1b_overlap", "train.micro_batch_size=2"]
 RUN += ["train.global_batch_size=6144", "train.seq_length=4096", "simulation.tp_comm_overlap=true"]
+RUN += ["hardware.overlap.exchange=0.5"]
 
 
 def test_published_throughput_and_mfu() -> None:
@@ -23,6 +27,10 @@ def test_published_throughput_and_mfu() -> None:
     mfu = result.tokens_per_second_per_device * counted_in_full / 245.8e12
     assert mfu == pytest.approx(0.300, rel=0.10)
     assert result.fits
+    later = predict(
+        load([*RUN, "simulation.dispatch=hierarchical", "hardware.overlap.exchange=0.98"])
+    )
+    assert mfu * result.step_seconds / later.step_seconds == pytest.approx(0.34, abs=0.01)
 
 
 def test_overlap_is_worth_its_trouble() -> None:
