@@ -51,8 +51,8 @@ def head(s: Shapes) -> Counts:
     forward, backward = (6.0, 2.0 * element) if s.traits.fused_cross_entropy else (38.0, 14.0)
     scalars = 3 * 4.0 * s.tokens
     peak = logits * (element if s.traits.fused_cross_entropy else element + 8.0)
-    if s.dtype == "fp32":  # torch's own: log-probabilities, their gradient, the logits' gradient
-        peak = 3 * logits * element
+    if s.dtype == "fp32":  # ours overwrites the logits; the engine's, over TP, keeps a copy
+        peak = logits * element * np.where(tp > 1, 2, 1)
     gathered = np.where((s.layout.tp > 1) & s.layout.sequence_parallel, 1, 0)
     states = s.tokens * hidden * element
     # The gathered input, its gradient, and the placeholder of the matrix's gradient.
