@@ -178,7 +178,18 @@ def matmul(
                 count,
             )
         )
-    return operators
+    return operators + _quantised(s, linear.name, rows, inputs, outputs, recompute, count)
+
+
+def _quantised(
+    s: Shapes, name: str, rows: Array, inputs: Array, outputs: Array, recompute: str, count: Array
+) -> list[Operator]:
+    """What a product's operands in fewer than 16 bits cost: its input forward and its output's
+    gradient backward, each read once and written twice, plain and transposed."""
+    if s.linear_element == s.element:
+        return []
+    moved = rows * (s.element + 2 * s.linear_element)
+    return vector(f"{name} quantised", inputs * moved, outputs * moved, recompute, count)
 
 
 def grouped_matmul(
@@ -211,7 +222,7 @@ def grouped_matmul(
                 recompute if phase == "forward" else "",
             )
         )
-    return operators
+    return operators + _quantised(s, linear.name, experts * rows, inputs, outputs, recompute, 1)
 
 
 def vector(

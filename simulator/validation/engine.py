@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
@@ -29,6 +29,7 @@ from simulator.evaluate import evaluate
 from simulator.hardware import PRESETS, load_hardware
 from simulator.layout import from_config
 from simulator.memory import fits
+from simulator.validation.recipes import recipe
 from simulator.validation.table import Row
 
 
@@ -217,12 +218,25 @@ def _parallel(row: Row, assumed: list[str]) -> ParallelConfig:
         expert_model_parallel_size=sizes["ep"],
         expert_tensor_parallel_size=sizes["etp"],
         zero_stage=_zero_stage(row, sharded),
-        schedule="1f1b_overlap"
-        if row.mentions("1F1B EP-A2A overlap", "1f1b A2A overlap", "moe-fb-overlap", "DualPipe")
-        else "1f1b",
+        schedule="1f1b_overlap" if _overlaps(row) else "1f1b",
         overlap_grad_reduce=modern or sharded or row.mentions("overlap-grad-reduce"),
         overlap_param_gather=modern or sharded or row.mentions("overlap-param-gather"),
     )
+
+
+def _overlaps(row: Row) -> bool:
+    """Whether expert communication runs beside another micro-batch's computing."""
+    published = recipe(row)
+    if published:
+        return published.overlap
+    return row.mentions("1F1B EP-A2A overlap", "1f1b A2A overlap", "moe-fb-overlap", "DualPipe")
+
+
+def _dispatch(row: Row) -> Literal["flat", "deduplicated"]:
+    published = recipe(row)
+    if published:
+        return "flat" if published.flat else "deduplicated"
+    return "deduplicated" if row.mentions("DeepEP", "HybridEP", "DualPipe") else "flat"
 
 
 def _virtual_stages(row: Row, layers: int) -> int:
@@ -250,8 +264,15 @@ def _recompute(row: Row) -> str:
     """What a run recomputes, in the words of the table's column; "" where nothing says."""
     if row.mentions("swap-attention"):  # MindSpeed: attention to the host, the rest again
         return "selective: layernorm mlp moe"
+    if row.mentions("Llama 3 Herd") and row.number("seq") <= 8192:
+        return "none"  # section 3.3.2: 8K tokens without activation checkpointing
     said = re.search(r"recompute of ([^;]+)", row["notes"])
-    return (row["recompute"] or (f"selective: {said.group(1)}" if said else "")).lower()
+    published = recipe(row)
+    if row["recompute"]:
+        return row["recompute"].lower()
+    if said:
+        return f"selective: {said.group(1)}".lower()
+    return published.recompute if published else ""
 
 
 def _memory(row: Row) -> MemoryConfig:
@@ -345,9 +366,7 @@ def _traits(row: Row) -> SimulationConfig:
         sharding="deepspeed_2021" if row.mentions("SC21 arXiv") else "fsdp",
         attention_span=0.3 if row.mentions("pack mode") else 1.0,
         balanced_context=not row.mentions("torchtitan"),
-        dispatch="deduplicated"
-        if row.mentions("DeepEP", "HybridEP", "Megatron-Bridge", "DualPipe;", "DualPipe,")
-        else "flat",
+        dispatch=_dispatch(row),
         tp_comm_overlap=fused or row.mentions("Megatron-Bridge", "NeMo"),
         swap_optimizer=row.mentions("swap-optimizer"),
     )

@@ -32,7 +32,11 @@ CALIBRATION = (
     Rule("Parallel Folding", ("Mixtral-8x22B", "Qwen2-57B"), "h100: expert products and exchange"),
     Rule("llama3_h100_202412", ("Llama-3.1-8B",), "h100_96g: matrix efficiency at 500 W, float8"),
     Rule("asyncTP_llama3", ("Llama-3.1-8B",), "h100_96g: fused overlap; row-wise float8"),
-    Rule("Megatron-Bridge", ("LLAMA3_70B",), "b300, gb200, gb300: fp8 and fp4 efficiency"),
+    Rule(
+        "Megatron-Bridge",
+        ("LLAMA3_70B",),
+        "h100, gb200, gb300: fp8; gb200, gb300: fp4, in_training",
+    ),
     Rule("MindSpeed-LLM tag", ("LLaMA", "CodeLlama"), "ascend_910b_376t: dense efficiencies"),
     Rule("MindSpeed-LLM master", ("Qwen3-30B",), "ascend_910b_376t: expert exchange"),
 )

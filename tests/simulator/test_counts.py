@@ -108,6 +108,49 @@ def test_deduplicated_dispatch_reaches_the_allowed_nodes_only():
     assert float(distinct_nodes(s, 8)) == pytest.approx(8 * (1 - 0.875**8))
 
 
+def test_a_rack_of_fast_links_is_one_domain():
+    """64 ranks of a rack of 72 exchange rows without a hop between nodes of 4."""
+    plan = ["model=deepseek_v3", "devices=64", "parallel.expert_model_parallel_size=64"]
+    plan += ["simulation.dispatch=deduplicated", "train.seq_length=4096"]
+    for machine, nodes in (("gb200", 1), ("h100", 8)):
+        messages = counted("moe", *plan, f"hardware={machine}").messages
+        between = next(m for m in messages if m.name == "moe.dispatch between nodes")
+        assert int(between.ranks) == nodes
+
+
+def test_quantised_products_write_their_operands_twice():
+    """Forward the input, backward the output's gradient: 2 bytes read, 1 + 1 written."""
+    plan = ("model=pangu_ultra_dense", "devices=1", "train.seq_length=4096")
+    assert not any("quantised" in op.name for op in counted("dense", *plan).operators)
+    quantised = counted("dense", *plan, "backend.precision=fp8").operators
+    forward, backward = (op for op in quantised if op.name == "mlp.fc2 quantised")
+    assert float(forward.bytes) == 4 * 4096 * 28672
+    assert float(backward.bytes) == 4 * 4096 * 12288
+
+
+def test_experts_one_by_one_are_as_many_products():
+    plan = ("model=mixtral_8x7b", "devices=1", "train.seq_length=4096")
+    grouped = counted("moe", *plan)
+    single = counted("moe", *plan, "simulation.grouped_experts=false")
+    products = [op for op in single.operators if op.name == "experts.fc1"]
+    assert [(op.kind, float(op.count)) for op in products] == [("matmul", 8)] * 3
+    assert sum(float(op.flops * op.count) for op in products) == sum(
+        float(op.flops) for op in grouped.operators if op.name == "experts.fc1"
+    )
+
+
+def test_padded_values_are_as_wide_as_keys():
+    plan = ("model=deepseek_v3", "devices=1", "train.seq_length=4096")
+    widths = [
+        next(op for op in counts.operators if op.name == "attention.core").shape["v_dim"]
+        for counts in (
+            counted("moe", *plan),
+            counted("moe", *plan, "simulation.padded_values=true"),
+        )
+    ]
+    assert widths == [128, 192]
+
+
 def test_context_parallelism_divides_the_scores():
     plan = ("model=pangu_ultra_dense", "devices=8", "train.seq_length=32768")
     alone = counted("dense", *plan)

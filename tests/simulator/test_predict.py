@@ -20,6 +20,8 @@ from simulator.predict import predict
 from simulator.trace import chrome_trace
 
 PLAN = ["model=pangu_pro_moe", "hardware=ascend_910b_376t", "train.seq_length=4096"]
+SHARDED = ["model=pangu_ultra_dense", "hardware=a100", "devices=64", "parallel.zero_stage=3"]
+SHARDED += ["train.seq_length=2048", "train.global_batch_size=64", "memory=full"]
 LAYOUTS = {
     "tp": ["devices=8", "parallel.tensor_model_parallel_size=8"],
     "pp": ["devices=8", "parallel.pipeline_model_parallel_size=4"],
@@ -207,3 +209,26 @@ def test_copies_of_the_embedding_are_added_up_between_the_end_stages():
     assert float(end.reduce) == pytest.approx(float(alone))
     # over RoCE at 70 % of 25 GB/s, each of the two sends and receives the tensor once
     assert float(end.reduce) == pytest.approx(4e8 / 17.5e9, rel=0.01)
+
+
+def test_rings_that_know_no_nodes_are_bound_by_one_port():
+    """DeepSpeed of 2021: 3 gathers and a reduction (float32 gradients) of every layer, each at
+    the rate between nodes (25 GB/s, of which 85 % is reached)."""
+    late = predict(load(SHARDED))
+    early = predict(load([*SHARDED, "simulation.sharding=deepspeed_2021"]))
+    layers = 94 * (3 * 2 + 4) * (early.stages[0].parameters - 2 * 153_600 * 12288) / 94
+    moved = layers * 63 / 64 / (25e9 * 0.85)
+    assert early.step_seconds > 2 * late.step_seconds
+    assert early.step_seconds == pytest.approx(moved, rel=0.1)
+
+
+def test_exchange_by_kernels_hides_less_than_by_copy_engines():
+    plan = ["model=pangu_ultra_moe", "devices=64", "hardware=h100", "train.seq_length=4096"]
+    plan += ["parallel.expert_model_parallel_size=64", "parallel.schedule=1f1b_overlap"]
+    plan += ["train.global_batch_size=4096"]
+    key = "expert dispatch and combine"
+    shown = [
+        predict(load([*plan, f"hardware.overlap.exchange={share}"])).breakdown[key]
+        for share in (0.0, 0.85)
+    ]
+    assert shown[1] / shown[0] == pytest.approx(1 - 0.85 * 63 / 64, rel=1e-3)

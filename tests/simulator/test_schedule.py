@@ -99,6 +99,12 @@ def test_every_pass_runs_once_and_in_order():
                 assert order.index(("F", *unit[1:])) < order.index(unit)
 
 
+def test_micro_batches_left_over_by_interleaving_cost_as_much():
+    """18 micro-batches through 4 ranks: two more than 4 groups of 4."""
+    part, _ = both(layout(4, 18, 2), even(4, 2))
+    assert part == pytest.approx(both(layout(4, 16, 2), even(4, 2))[0] + 2 * 3)
+
+
 def test_long_schedules_continue_the_steady_state():
     events, _ = both(layout(8, 20_000), even(8))
     assert events == pytest.approx(3 * (20_000 + 7))
