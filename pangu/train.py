@@ -28,6 +28,9 @@ USAGE = """usage: python -m pangu.train [-m] [group=option] [key=value] ...
   torchrun --nproc-per-node 8 -m pangu.train model=pangu_pro_moe parallel=pangu_pro
 
 python -m pangu.doctor [the same arguments] checks a configuration without running it.
+
+Keys, with their meaning and default, are in configs/schema.py (train.steps, optimizer.lr, ...);
+groups and their options are:
 """
 
 

@@ -68,6 +68,10 @@ def import_engine(*, jit: bool) -> list[types.ModuleType]:
     # Without apex or Transformer Engine its clipping multiplies into new tensors and copies back.
     if clip.multi_tensor_scale_impl is clip.local_multi_tensor_scale:
         clip.multi_tensor_scale_impl = _scale_in_place
+    recompute: Any = importlib.import_module("megatron.core.tensor_parallel.random")
+    # `fp8 is not None` takes its own default, False, for FP8, and then calls Transformer Engine.
+    if not recompute.HAVE_TE:
+        recompute.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
     prefix = "megatron.core"
     return [module for name, module in sys.modules.items() if name.startswith(prefix) and module]
 

@@ -96,7 +96,7 @@ def read_run(folder: Path) -> RunData:
         [row for row in rows if row.get("validation_loss") is not None],
         ExpertLoad.read(folder / EXPERT_LOAD),
         read_baselines(folder / BASELINES),
-        sample.read_text() if sample.is_file() else "",
+        sample.read_text(encoding="utf-8") if sample.is_file() else "",
     )
 
 

@@ -68,7 +68,7 @@ class ExpertLoad:
 def replace_text(path: Path, text: str) -> None:
     """Write a file so that a reader finds the old one or the new one."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 

@@ -18,10 +18,15 @@ def print_summary(run: RunData, files: list[Path]) -> None:
     out.print()
     out.print(loss_table(run))
     if run.sample:
-        sample = Text(run.sample.strip() or "(nothing: the model ended the document at once)")
-        out.print(Panel(sample, title="a sample", title_align="left"))
+        sample = _printable(run.sample).strip() or "(nothing: the model ended the document at once)"
+        out.print(Panel(Text(sample), title="a sample", title_align="left"))
     for path in files:
         out.print(Text(str(path)))
+
+
+def _printable(text: str) -> str:
+    """Without control characters: an untrained model's bytes must not steer the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def loss_table(run: RunData) -> Table:

@@ -13,6 +13,7 @@ import torch
 from configs.schema import ParallelConfig
 from pangu.generate import main, read_run_config
 from pangu.report.run_files import read_metrics
+from pangu.training import manifest
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +92,18 @@ def greedy_by_whole_forward(folder, tokens, count):
 
 @pytest.mark.distributed
 @pytest.mark.end_to_end
-def test_one_process_generates_from_the_checkpoint_of_two(ended):
+def test_one_process_generates_from_the_checkpoint_of_two(ended, monkeypatch):
     run, _ = ended
+    looked_through = []
+    damage = manifest.damage
+    monkeypatch.setattr(
+        manifest, "damage", lambda path, *rest: looked_through.append(path) or damage(path, *rest)
+    )
     done = generated(f"checkpoint={run}", "prompt=7 33 12 ", "max_new_tokens=5", "temperature=0")
     assert done.returncode == 0, done.stderr
     expected = greedy_by_whole_forward(run, [7, 33, 12], 5)
     assert 0 not in expected, "the document ended: choose another prompt"
+    assert len(looked_through) == 1, "checksums of a large checkpoint take their time: once"
     assert done.stdout.split() == ["7", "33", "12", *map(str, expected)]
 
 

@@ -14,6 +14,7 @@ from pangu.report.page import write_page
 from pangu.report.plots import load_figure, loss_figure, smooth, write_plots
 from pangu.report.run_data import read_run
 from pangu.report.run_files import ExpertLoad, perplexity
+from pangu.report.summary import print_summary
 
 COUNTS = {
     1: [10] * 16,
@@ -50,6 +51,16 @@ def page_data(folder):
     assert "src=" not in page
     assert "@import" not in page
     return json.loads(page.split("const run = ")[1].split(";\n")[0])
+
+
+def test_summary_prints_no_control_characters(folder, capsys):
+    """An untrained model makes all kinds of bytes; they must not clear or colour the terminal."""
+    (folder / "sample.txt").write_text("\x1b[2Jdef f():\n\treturn \x07'ü'\x9b", encoding="utf-8")
+    print_summary(read_run(folder), [folder / "loss.png"])
+    shown = capsys.readouterr().out
+    assert "\ufffd[2Jdef f():" in shown
+    assert "return \ufffd'ü'\ufffd" in shown
+    assert "loss.png" in shown
 
 
 def test_losses_are_recent_training_and_last_held_out(folder):

@@ -1,0 +1,44 @@
+"""Whatever is computed again for the backward pass, losses and gradients stay as they were."""
+
+from typing import get_args
+
+import pytest
+from gloo import run
+from layouts import all_layouts
+
+from configs.schema import RecomputeModule
+
+# Every module there is: latent attention, a dense layer, experts and a shared one.
+MODEL = [
+    "model.num_layers=2",
+    "model.num_dense_layers=1",
+    "model.ffn_hidden_size=64",
+    "model.attention=mla",
+    "model.q_lora_rank=16",
+    "model.kv_lora_rank=16",
+    "model.qk_head_dim=8",
+    "model.qk_pos_emb_head_dim=4",
+    "model.v_head_dim=8",
+    "model.sandwich_norm=true",
+]
+ALL = [name for name in get_args(RecomputeModule) if name != "moe"]  # which holds two of them
+POLICIES = {
+    "none": [],
+    **{
+        ", ".join(names): ["memory=selective", f"memory.recompute_modules=[{','.join(names)}]"]
+        for names in (ALL, *([name] for name in get_args(RecomputeModule)))
+    },
+    "full": ["memory=full"],
+    "full, by blocks": ["memory=full", "memory.recompute_method=block"],
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("size", ["tensor_model_parallel_size", "expert_model_parallel_size"])
+def test_recomputed_steps_equal_those_that_kept_everything(size):
+    layouts = {name: [*MODEL, f"parallel.{size}=2", *policy] for name, policy in POLICIES.items()}
+    found = run(2, all_layouts, layouts, 2, 2)[0]
+    expected = found.pop("none")
+    assert len(found) == len(POLICIES) - 1
+    for name, steps in found.items():
+        assert steps == [pytest.approx(step, rel=1e-6) for step in expected], name
