@@ -168,33 +168,49 @@ class StageContent:
         return self.dense + self.moe
 
 
-def _bounds(model: ModelConfig, layout: Layout, index: Array) -> tuple[Array, Array]:
-    """First and one past the last layer of virtual stage `index`."""
+@dataclass(frozen=True)
+class Dealt:
+    """How many layers each virtual stage holds: stage s starts at s · `each` + min(s, `more`) -
+    `front`, unless `stages` names them. `mtp` is the stage of the MTP modules (-1: none)."""
+
+    depth: int
+    each: Array
+    more: Array
+    front: Array
+    stages: tuple[int, ...] | None = None
+    mtp: Array = -1
+
+    def bounds(self, stage: Array) -> tuple[Array, Array]:
+        """First and one past the last layer of a virtual stage."""
+        if self.stages is not None:
+            start = sum(self.stages[: int(stage)])
+            return start, start + self.stages[int(stage)]
+        return self._first(stage), self._first(stage + 1)
+
+    def _first(self, stage: Array) -> Array:
+        start = stage * self.each + np.minimum(stage, self.more) - self.front
+        return np.minimum(np.maximum(start, 0), self.depth)
+
+
+def deal_layers(model: ModelConfig, layout: Layout) -> Dealt:
+    """The layers of `model` on the virtual stages of every layout."""
     depth = model.num_layers
-    if layout.stage_layers is not None:
-        start = sum(layout.stage_layers[: int(index)])
-        return start, start + layout.stage_layers[int(index)]
+    apart = layout.deal == DEALS.index("apart")
     slots = np.ceil((depth + layout.noop_layers) / layout.virtual_stages)
-    front = np.where(layout.deal == 0, np.floor(layout.noop_layers / 2), 0)
     others = np.maximum(layout.virtual_stages - alone(model), 1)
     least = np.floor(depth / others)
-    more = depth - least * others
-
-    def first(stage: Array) -> Array:
-        dealt = np.where(
-            layout.deal == DEALS.index("apart"),
-            stage * least + np.minimum(stage, more),
-            stage * slots - front,
-        )
-        return np.clip(dealt, 0, depth)
-
-    return first(index), first(index + 1)
-
-
-def stage_counts(model: ModelConfig, layout: Layout) -> list[int]:
-    """Layers of every virtual stage of a single layout, in order of depth."""
-    bounds = (_bounds(model, layout, stage) for stage in range(int(layout.virtual_stages)))
-    return [int(end - start) for start, end in bounds]
+    dealt = Dealt(
+        depth,
+        each=np.where(apart, least, slots),
+        more=np.where(apart, depth - least * others, 0),
+        front=np.where(layout.deal == DEALS.index("even"), np.floor(layout.noop_layers / 2), 0),
+        stages=layout.stage_layers,
+    )
+    if not model.mtp_num_layers:
+        return dealt
+    last = layout.virtual_stages - 1  # `configs.layout.mtp_stage`
+    start, end = dealt.bounds(np.maximum(last - 1, 0))
+    return replace(dealt, mtp=np.where((layout.pp > 2) & (end == start), last - 1, last))
 
 
 def alone(model: ModelConfig) -> int:
@@ -202,28 +218,28 @@ def alone(model: ModelConfig) -> int:
     return 2 if model.mtp_num_layers else 1
 
 
-def _mtp_stage(model: ModelConfig, layout: Layout) -> Array:
-    """The virtual stage that holds the MTP modules (`configs.layout.mtp_stage`); -1: none."""
-    if not model.mtp_num_layers:
-        return -1
-    last = layout.virtual_stages - 1
-    start, end = _bounds(model, layout, np.maximum(last - 1, 0))
-    return np.where((layout.pp > 2) & (end == start), last - 1, last)
+def stage_counts(model: ModelConfig, layout: Layout) -> list[int]:
+    """Layers of every virtual stage of a single layout, in order of depth."""
+    dealt = deal_layers(model, layout)
+    bounds = (dealt.bounds(stage) for stage in range(int(layout.virtual_stages)))
+    return [int(end - start) for start, end in bounds]
 
 
-def stage_content(model: ModelConfig, layout: Layout, rank: Array, chunk: int) -> StageContent:
+def stage_content(
+    model: ModelConfig, layout: Layout, dealt: Dealt, rank: Array, chunk: int
+) -> StageContent:
     """Content of chunk `chunk` of pipeline rank `rank`; empty where the layout has no such one."""
     index = chunk * layout.pp + rank
     exists = (rank < layout.pp) & (chunk < layout.vpp)
     dense_depth = model.num_dense_layers if model.num_experts else model.num_layers
-    if layout.stage_layers is not None and not bool(exists):
+    if dealt.stages is not None and not bool(exists):
         return StageContent(0, 0, 0, 0, 0)
-    start, end = _bounds(model, layout, index)
+    start, end = dealt.bounds(index)
     dense = np.minimum(end, dense_depth) - np.minimum(start, dense_depth)
     return StageContent(
         dense=np.where(exists, dense, 0),
         moe=np.where(exists, end - start - dense, 0),
         embedding=np.where(exists & (index == 0), 1, 0),
-        mtp=np.where(exists & (index == _mtp_stage(model, layout)), 1, 0),
+        mtp=np.where(exists & (index == dealt.mtp), 1, 0) if model.mtp_num_layers else 0,
         head=np.where(exists & (index == layout.virtual_stages - 1), 1, 0),
     )

@@ -17,7 +17,7 @@ from simulator.counts.layer import Blocks
 from simulator.counts.records import Counts, Shapes, total
 from simulator.counts.vocabulary import embedding_gradient
 from simulator.hardware import ELEMENT_BYTES, Hardware
-from simulator.layout import SCHEDULES, Layout, StageContent, stage_content
+from simulator.layout import SCHEDULES, Layout, StageContent, deal_layers, stage_content
 from simulator.parameters import (
     LayerParameters,
     layer_parameters,
@@ -72,7 +72,9 @@ class StageParameters:
 
 
 def stage_contents(s: Shapes, rank: Array, max_chunks: int) -> list[StageContent]:
-    return [stage_content(s.model, s.layout, rank, chunk) for chunk in range(max_chunks)]
+    """Content of every chunk of a pipeline rank."""
+    dealt = deal_layers(s.model, s.layout)
+    return [stage_content(s.model, s.layout, dealt, rank, chunk) for chunk in range(max_chunks)]
 
 
 def stage_parameters(s: Shapes, contents: list[StageContent]) -> StageParameters:

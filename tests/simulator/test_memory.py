@@ -18,7 +18,7 @@ from configs.schema import (
 )
 from simulator.counts.layer import blocks
 from simulator.counts.records import shapes
-from simulator.layout import from_config, stage_content
+from simulator.layout import deal_layers, from_config, stage_content
 from simulator.memory import (
     block_activations,
     rank_memory,
@@ -133,7 +133,9 @@ def test_activations_follow_the_schedule():
 def test_stages_hold_every_layer_once():
     config = base("parallel=pangu_pro")
     layout = from_config(config)
-    contents = [stage_content(config.model, layout, r, c) for c in range(5) for r in range(5)]
+    dealt = deal_layers(config.model, layout)
+    places = [(rank, chunk) for chunk in range(5) for rank in range(5)]
+    contents = [stage_content(config.model, layout, dealt, *place) for place in places]
     assert sum(int(x.moe) for x in contents) == 48
     assert [int(x.moe) for x in contents] == [1] + [2] * 23 + [1]
     assert [int(x.embedding) for x in contents] == [1] + [0] * 24
