@@ -1,5 +1,9 @@
 """Goodput against simulated failures and the classical formulas."""
 
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -50,9 +54,26 @@ def test_larger_clusters_lose_more() -> None:
     assert (np.diff(result.goodput) < 0).all()
     assert (np.diff(result.interval) < 0).all()
     assert result.goodput[0] > 0.97
-    # 16,384 devices failing 419 times in 54 days is a mean of 50,700 hours per device.
-    day = goodput(16_384, 50_700.0, 30.0, 600.0).failures_per_day
-    assert day == pytest.approx(419 / 54, rel=0.03)
+
+
+def test_failures_per_day_follow_from_the_rate() -> None:
+    """A device that fails every 24,000 hours: a thousand of them fail once a day."""
+    result = goodput(np.array([1000.0, 4000.0]), 24_000.0, 30.0, 600.0)
+    assert result.failures_per_day == pytest.approx([1.0, 4.0])
+
+
+def test_command_line_shows_a_range_unless_a_rate_is_given() -> None:
+    command = [sys.executable, "-m", "simulator", "goodput", "--devices", "1000", "--json"]
+    shown = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["rows"]
+    assert [row["device_mtbf_hours"] for row in shown] == [10_000, 30_000, 100_000]
+    assert shown[0]["goodput"] < shown[1]["goodput"] < shown[2]["goodput"]
+    one = [*command, "--mtbf-hours", "24000"]
+    rows = json.loads(subprocess.run(one, capture_output=True, check=True).stdout)["rows"]
+    assert [row["failures_per_day"] for row in rows] == pytest.approx([1.0])
+    wrong = subprocess.run([*command, "--mtbf-hours", "often"], capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert "--mtbf-hours=often" in wrong.stderr
+    assert "numbers with commas" in wrong.stderr
 
 
 def test_impossible_inputs_are_named_together() -> None:
