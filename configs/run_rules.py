@@ -201,13 +201,23 @@ def trainer_limits(config: Config) -> Iterator[Problem]:
             loss_scale = "its range needs a scaled loss, which the trainer does not have"
             reason = loss_scale if value == "fp16" else plan_only
             yield Problem(f"plan only {key}", key, value, reason, {key: allowed})
+    # Experts would go on without, and differ from the dense layers beside them.
+    ungated: tuple[tuple[str, list[Any]], ...] = (
+        ("model.activation", ["swiglu"]),
+        ("model.add_mlp_bias", [False]),
+    )
+    for key, allowed in ungated if config.model.num_experts else ():
+        if (value := get(config, key)) not in allowed:
+            reason = "the trainer's experts are SwiGLU without biases"
+            options: dict[str, list[Any]] = {key: allowed}
+            yield Problem(f"experts {key}", key, value, reason, options)
     if parallel.context_parallel_size > 1 and parallel.context_parallel_type == "ring":
         key = "parallel.context_parallel_type"
         yield Problem("ring", key, "ring", plan_only, {key: ["all_to_all"]})
     if config.data.name == "stdlib" and config.model.vocab_size < 257:
         key = "model.vocab_size"
         reason = "data=stdlib has 257 tokens at least: 256 bytes and the end of a document"
-        options: dict[str, list[Any]] = {key: [257, 1024]}
+        options = {key: [257, 1024]}
         yield Problem("small vocabulary", key, config.model.vocab_size, reason, options)
     if backend.name == "npu" and backend.precision == "fp64":
         key = "backend.precision"

@@ -89,6 +89,8 @@ BROKEN = [
     (["backend.precision=fp16"], "backend.precision", "a scaled loss"),
     (["backend=npu", "backend.precision=fp64"], "backend.precision", "double-precision"),
     (["parallel.overlap_param_gather=true"], "parallel.overlap_param_gather", "zero_stage>=1"),
+    (["model.activation=gelu"], "model.activation", "SwiGLU"),
+    (["model.add_mlp_bias=true"], "model.add_mlp_bias", "without biases"),
     (["model.vocab_size=256"], "model.vocab_size", "257 tokens"),
     (["train.steps=0"], "train.steps", "at least 1"),
     ([f"{TP}=0"], TP, "at least 1"),
