@@ -51,7 +51,8 @@ def page(training: list[Outcome], serving: list[Outcome]) -> str:
         "A row rarely gives everything. Missing sizes are filled in by the rules of"
         " `simulator/validation/engine.py`: micro-batch 1, the least recomputation that fits, the"
         " engine's usual interleaving; what Megatron-Bridge's published recipes say is in"
-        " `simulator/validation/recipes.py`. The last column below says what a row's forecast assumes.",
+        " `simulator/validation/recipes.py`. The last column below says what a row's forecast"
+        " assumes.",
         "## Every row",
         _rows(training + serving),
         "## Evidence behind the machines",
