@@ -114,7 +114,7 @@ def evaluate(config: Config, layout: Layout, load: Array | None = None) -> Evalu
     reduce: Array = 0.0
     optimizer: Array = 0.0
     gather: Array = 0.0
-    buffers = communication_buffers(layout)
+    buffers = communication_buffers(parts.shapes)
     ranks: list[tuple[Ranks, RankSeconds]] = []
     for group in distinct_ranks(config.model, layout):
         contents = stage_contents(parts.shapes, group.first, chunk_count)

@@ -150,8 +150,10 @@ class Hardware:
     `evidence` gives each figure's grade (`GRADES`) and where it comes from.
     `sequential_collectives`: the library finishes one level of links before the next
     (hierarchical HCCL) instead of running all levels at once (NCCL's rings).
-    `process_base_bytes` is what a process holds before there is a model: nothing on a device with
-    memory of its own, interpreter and libraries where the process shares the host's.
+    `communicator_buffer_mb` is what the collective library keeps for every group (NCCL: the
+    channels of a large one). `process_base_bytes` is what a process holds before there is a model:
+    nothing on a device with memory of its own, interpreter and libraries where the process shares
+    the host's.
     """
 
     name: str
@@ -170,6 +172,7 @@ class Hardware:
     devices_per_node: int = 8
     host_link_gbps: float = 0.0  # GB/s to host memory, one way per device; 0 = unknown
     sequential_collectives: bool = False
+    communicator_buffer_mb: float = 200.0
     process_base_bytes: float = 0.0
     power_w: float | None = None
     price_per_hour: float | None = None  # of one device, in whatever currency

@@ -270,7 +270,7 @@ def rank_memory(
     temporary = np.maximum(kept.layer_peak, np.where(head > 0, kept.head_peak, 0.0))
     temporary = np.maximum(temporary, at_embedding)
     return Memory(
-        weights, gradients, optimizer, live, temporary + gathered, communication_buffers(layout)
+        weights, gradients, optimizer, live, temporary + gathered, communication_buffers(s)
     )
 
 
@@ -287,10 +287,9 @@ def _matrices(blocks: Blocks) -> dict[str, Array]:
     return {name: size for block in present for name, size in block.matrices.items()}
 
 
-def communication_buffers(layout: Layout) -> Array:
-    """Collective library's buffers: 200 MB per group, HCCL's default, and as much as NCCL takes
-    for the channels of a large one."""
+def communication_buffers(s: Shapes) -> Array:
+    """The collective library's buffers, for every group of more than one rank."""
     groups: Array = 0
     for name in ("tp", "cp", "dp", "ep", "etp", "pp", "expert_dp"):
-        groups = groups + np.where(layout.size(name) > 1, 1, 0)
-    return groups * 200e6
+        groups = groups + np.where(s.layout.size(name) > 1, 1, 0)
+    return groups * s.communicator_bytes

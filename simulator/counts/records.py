@@ -108,6 +108,7 @@ class Shapes:
     seq_length: Array
     dtype: str  # of matrix products
     domain: int  # devices that reach each other over the fast links: a node, or a rack
+    communicator_bytes: float  # that the collective library keeps for every group
 
     @property
     def element(self) -> float:
@@ -147,6 +148,7 @@ def shapes(config: Config, layout: Layout) -> Shapes:
         config.train.seq_length,
         precision,
         max(machine.get("devices_per_node", 8), links[0]["devices"] if links else 0),
+        machine.get("communicator_buffer_mb", 200.0) * 1e6,
     )
 
 
