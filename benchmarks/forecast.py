@@ -1,7 +1,7 @@
 """Is a forecast right? Calibrate this machine, then compare runs of `pangu.train` that the
 calibration has not seen with what the simulator expects of them: one process, expert parallelism
-over two, a pipeline of two; the quick-start model on random tokens. `--preset FILE` leaves the
-calibration out.
+over two, a pipeline of two; the quick-start model on random tokens. It calibrates with as many
+processes as the run has: two that are busy at once slow each other down.
 
 Only meaningful with two idle cores: prints the machine's load beside the table.
 """
@@ -64,16 +64,16 @@ def line(name: str, expected: Prediction, seconds: float, memory: float) -> str:
 
 def main() -> None:
     """Print measured and forecast of the three runs."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", type=Path)
-    preset = parser.parse_args().preset
+    argparse.ArgumentParser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        if preset is None:
-            preset = Path(folder) / "here.yaml"
+        for processes in (1, 2):
+            preset = Path(folder) / f"{processes}.yaml"
             command = [sys.executable, "-m", "pangu.calibrate", "--out", str(preset)]
-            subprocess.run([*command, "backend=cpu", "backend.threads=1"], check=True)
+            command += ["--processes", str(processes), "backend=cpu", "backend.threads=1"]
+            subprocess.run(command, check=True)
         print(f"{'':20}{'step s':>9}{'forecast':>10}{'':9}{'GiB':>11}{'forecast':>10}")
         for name, layout in RUNS.items():
+            preset = Path(folder) / f"{layout[0].removeprefix('launch.processes=')}.yaml"
             expected = predict(load([*COMMON, *layout, f"hardware={preset}"]))
             with tempfile.TemporaryDirectory() as place:
                 seconds, memory = measure([*COMMON, *layout], place)

@@ -77,7 +77,7 @@ def _measure(
 
     backend = [f"backend={config.backend.name}", f"backend.precision={config.backend.precision}"]
     backend.append(f"backend.threads={threads}")
-    total = len(framework.DEPTHS) + steps(processes, quick)
+    total = framework.runs(processes) + steps(processes, quick)
     with tqdm(total=total, desc="starting", file=sys.stderr) as bar:
 
         def say(text: str) -> None:
@@ -85,7 +85,7 @@ def _measure(
             bar.update()
 
         try:
-            cost = framework.measure(backend, quick, say)
+            cost = framework.measure(backend, processes, quick, say)
         except RuntimeError as error:
             raise ConfigError([Violation("backend", config.backend.name, str(error))]) from None
         device = _workers(config, processes, threads, quick, say)
@@ -160,6 +160,7 @@ def _evidence(device: Device, processes: int) -> dict[str, str]:
     result["overlap"] = "D: a CPU process computes and sends with one core" if on_cpu else "U"
     if on_cpu:
         result["process_base_bytes"] = f"{where}: of a model without width"
+        result["memory_overhead"] = f"{where}: of a model of two wide layers"
     return result
 
 

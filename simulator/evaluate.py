@@ -24,6 +24,7 @@ from simulator.memory import (
     StageParameters,
     block_activations,
     communication_buffers,
+    measured_peak,
     rank_memory,
     stage_contents,
     stage_parameters,
@@ -122,7 +123,7 @@ def evaluate(config: Config, layout: Layout, load: Array | None = None) -> Evalu
         seconds = rank_seconds(parts, contents)
         end = data_parallel(parts, stage_parameters(parts.shapes, contents), seconds)
         held = group.count > 0
-        most = memory.peak + parts.hardware.process_base_bytes
+        most = measured_peak(parts.hardware, memory.peak)
         peak = np.maximum(peak, np.where(held, most, 0.0))
         reduce = np.maximum(reduce, np.where(held, end.reduce, 0.0))
         optimizer = np.maximum(optimizer, np.where(held, end.optimizer, 0.0))

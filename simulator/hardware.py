@@ -154,6 +154,8 @@ class Hardware:
     channels of a large one). `process_base_bytes` is what a process holds before there is a model:
     nothing on a device with memory of its own, interpreter and libraries where the process shares
     the host's.
+    `memory_overhead` is what the process then holds beyond what is in use, as a part of that:
+    nothing where the peak is the allocator's, fragmentation where it is the process's.
     """
 
     name: str
@@ -174,6 +176,7 @@ class Hardware:
     sequential_collectives: bool = False
     communicator_buffer_mb: float = 200.0
     process_base_bytes: float = 0.0
+    memory_overhead: float = 0.0
     power_w: float | None = None
     price_per_hour: float | None = None  # of one device, in whatever currency
     backend: Literal["cpu", "cuda", "npu"] = "cuda"
@@ -281,7 +284,8 @@ _MAY_BE_ZERO = {
     "latency_us",
 }
 _MAY_BE_ZERO |= {"host_link_gbps", "matmul", "vector", "collective", "host", "step"}
-_MAY_BE_ZERO |= {"process_base_bytes", "independent", "fused", "exchange"}
+_MAY_BE_ZERO |= {"process_base_bytes", "memory_overhead", "communicator_buffer_mb"}
+_MAY_BE_ZERO |= {"independent", "fused", "exchange"}
 
 
 def _impossible(key: str, value: Any) -> list[Violation]:

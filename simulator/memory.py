@@ -37,6 +37,12 @@ def fits(hw: Hardware, peak: Array, outside: Array) -> Array:
     return peak * (1 + RESERVED_FRACTION) + outside <= hw.memory_bytes
 
 
+def measured_peak(hw: Hardware, peak: Array) -> Array:
+    """The peak that a run reports, in bytes: of the allocator on a device with memory of its own,
+    of the whole process elsewhere."""
+    return peak * (1 + hw.memory_overhead) + hw.process_base_bytes
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one pipeline rank."""

@@ -22,7 +22,14 @@ from simulator.evaluate import (
     tokens_per_step,
 )
 from simulator.layout import StageContent, from_config
-from simulator.memory import Memory, fits, rank_memory, stage_contents, stage_parameters
+from simulator.memory import (
+    Memory,
+    fits,
+    measured_peak,
+    rank_memory,
+    stage_contents,
+    stage_parameters,
+)
 from simulator.parameters import LayerKind, model_flops_per_token
 from simulator.pipeline import RankSeconds, hidden_seconds
 from simulator.seconds import BlockSeconds, Line
@@ -138,8 +145,7 @@ def predict(config: Config, load: float | None = None) -> Prediction:
     step = max(reduced) + optimizer + gather
     slowest = max(ranks, key=lambda rank: float(held[rank].seconds.both))
     stages = [_stage(parts, rank, held[rank], timeline) for rank in ranks]
-    peak = max(float(stage.memory.peak) for stage in stages)
-    peak += parts.hardware.process_base_bytes
+    peak = float(measured_peak(parts.hardware, max(float(stage.memory.peak) for stage in stages)))
     outside = max(float(stage.memory.buffers) for stage in stages)
     tokens = float(tokens_per_step(config, layout))
     devices = int(layout.devices)

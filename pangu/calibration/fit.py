@@ -39,6 +39,8 @@ def fit(name: str, device: Device, processes: int, framework: Framework) -> Hard
         step=framework.step_seconds * MICRO,
     )
     links, collective = _links(device.samples)
+    if on_cpu:  # elsewhere waking up and waiting is not the host's work
+        collective = max(collective, framework.message_seconds * MICRO - links[-1].latency_us)
     shared = processes if on_cpu else 1
     start = Hardware(
         name=name,
@@ -61,8 +63,11 @@ def fit(name: str, device: Device, processes: int, framework: Framework) -> Hard
         evidence={},
         devices_per_node=processes,
         process_base_bytes=framework.base_bytes if on_cpu else 0.0,
+        memory_overhead=framework.memory_overhead if on_cpu else 0.0,
         backend=device.backend,  # type: ignore[arg-type]
     )
+    if on_cpu:  # gloo keeps no buffers of its own
+        start = replace(start, communicator_buffer_mb=0.0)
     bare = replace(start, launch_us=Launch(0.0, 0.0, 0.0, 0.0))
     matmul = _matmul(bare, device)
     bare = replace(bare, matmul=matmul)

@@ -1,8 +1,10 @@
-"""What the framework costs beside the operators: two short runs of `pangu.train` of a model so
-narrow that nothing else is left, one deeper than the other."""
+"""What the framework costs beside the operators: short runs of `pangu.train` of a model so narrow
+that nothing else is left, at two depths, alone and over several processes; and one of a wider
+model, for what the allocator holds beyond what is in use."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from configs.compose import load
 from pangu.report.run_files import METRICS, read_metrics
 from simulator.evaluate import prepare
 from simulator.layout import from_config
+from simulator.predict import predict
 
 NARROW = [
     "model=moge_tiny",
@@ -30,48 +33,128 @@ NARROW = [
     "data=synthetic",
     "optimizer.warmup_steps=0",
     "train.micro_batch_size=1",
-    "train.global_batch_size=1",
     "train.seq_length=16",
     "train.validate_every=0",
     "checkpoint.save_at_end=false",
     "checkpoint.resume=never",
 ]
 DEPTHS = (2, 8)
+WIDE = [
+    "model=moge_tiny",
+    "model.num_layers=2",
+    "model.hidden_size=256",
+    "model.num_attention_heads=8",
+    "model.moe_ffn_hidden_size=128",
+    "train.micro_batch_size=4",
+    "train.seq_length=192",
+    *NARROW[NARROW.index("data=synthetic") : NARROW.index("optimizer.warmup_steps=0") + 1],
+    *NARROW[NARROW.index("train.validate_every=0") :],
+]
 WARM_UP = 3
 
 
 @dataclass(frozen=True)
 class Framework:
     """Seconds that the framework adds to each operator that the simulator counts, and to each
-    step; bytes that a process holds without a model."""
+    step, and that a message costs in a step beside moving its bytes (calling it, waking up,
+    waiting for the others); bytes that a process holds without a model; what the allocator holds
+    beyond what is in use, as a part of that."""
 
     operator_seconds: float
     step_seconds: float
+    message_seconds: float
     base_bytes: float
+    memory_overhead: float
 
 
-def measure(backend: list[str], quick: bool, say: Callable[[str], None]) -> Framework:
-    """Run the narrow model twice.
+def runs(processes: int) -> int:
+    """How many runs `measure` makes."""
+    return (len(DEPTHS) + 1) * (2 if processes > 1 else 1)
+
+
+def measure(
+    backend: list[str], processes: int, quick: bool, say: Callable[[str], None]
+) -> Framework:
+    """Run the narrow model at two depths, alone and over `processes`, then the wide one.
 
     `backend` are overrides such as `backend=cpu`.
 
     Raises:
         RuntimeError: a run failed; the message is the last line that it said.
     """
-    length = 8 if quick else 40
-    seconds, memory = [], []
-    for depth in DEPTHS:
-        say(f"framework, {depth} layers")
-        rows = _run([*NARROW, f"model.num_layers={depth}", f"train.steps={length}", *backend])
-        steps = [row["step_seconds"] for row in rows[WARM_UP:]]
-        # The lower quartile: a step of some milliseconds is easily interrupted.
-        seconds.append(statistics.quantiles(steps, n=4)[0])
-        memory.append(rows[-1]["memory_gib"])
-    per_layer = max((seconds[1] - seconds[0]) / (DEPTHS[1] - DEPTHS[0]), 0.0)
+    steps = f"train.steps={8 if quick else 40}"
+    alone, base = _depths([*backend, steps], 1, say)
+    per_layer = _per_layer(alone)
+    message, overhead = 0.0, _overhead(backend, 1, base, quick, say)
+    if processes > 1:
+        together, base = _depths([*backend, steps], processes, say)
+        messages = _messages(_expert_parallel(processes))
+        message = max(_per_layer(together) - per_layer, 0.0) / messages
+        # Processes that talk all the time leave more holes than such as talk little.
+        overhead = (overhead + _overhead(backend, processes, base, quick, say)) / 2
     in_layer, outside = _operators()
     operator = per_layer / in_layer
-    step = max(seconds[0] - DEPTHS[0] * per_layer - outside * operator, 0.0)
-    return Framework(operator, step, min(memory) * 2**30)
+    step = max(alone[0] - DEPTHS[0] * per_layer - outside * operator, 0.0)
+    return Framework(operator, step, message, base, overhead)
+
+
+def _overhead(
+    backend: list[str], processes: int, base: float, quick: bool, say: Callable[[str], None]
+) -> float:
+    """What the wide model's process holds beyond what is counted, as a part of that."""
+    say(f"framework, wide, {processes} processes")
+    overrides = [
+        *WIDE,
+        *backend,
+        f"launch.processes={processes}",
+        f"train.global_batch_size={4 * processes}",
+        f"parallel.expert_model_parallel_size={_expert_parallel(processes)}",
+    ]
+    rows = _run([*overrides, f"train.steps={6 if quick else 20}"])
+    counted = predict(load([*overrides, "hardware=a100"])).peak_memory_gib
+    return max((rows[-1]["memory_gib"] - base / 2**30) / counted - 1, 0.0)
+
+
+def _depths(
+    overrides: list[str], processes: int, say: Callable[[str], None]
+) -> tuple[list[float], float]:
+    """Seconds of a step of the narrow model at each depth, and the bytes of a process.
+
+    The lower quartile of the steps: one of some milliseconds is easily interrupted.
+    """
+    layout = [
+        f"launch.processes={processes}",
+        f"train.global_batch_size={processes}",
+        f"parallel.expert_model_parallel_size={_expert_parallel(processes)}",
+    ]
+    seconds, memory = [], []
+    for depth in DEPTHS:
+        say(f"framework, {depth} layers, {processes} processes")
+        rows = _run([*NARROW, *layout, f"model.num_layers={depth}", *overrides])
+        steps = [row["step_seconds"] for row in rows[WARM_UP:]]
+        seconds.append(statistics.quantiles(steps, n=4)[0])
+        memory.append(rows[-1]["memory_gib"])
+    return seconds, min(memory) * 2**30
+
+
+def _expert_parallel(processes: int) -> int:
+    """The most that divides both the processes and the narrow model's experts."""
+    return math.gcd(processes, load(NARROW).model.num_experts)
+
+
+def _per_layer(seconds: list[float]) -> float:
+    return max((seconds[1] - seconds[0]) / (DEPTHS[1] - DEPTHS[0]), 0.0)
+
+
+def _messages(expert_parallel: int) -> float:
+    """Messages that the simulator counts in one layer of the narrow model."""
+    size = f"parallel.expert_model_parallel_size={expert_parallel}"
+    config = load([*NARROW, "hardware=a100", size, f"devices={expert_parallel}"])
+    block = prepare(config, from_config(config)).blocks.moe
+    assert block is not None
+    return float(
+        sum(m.count for m in block.messages if m.group in ("ep", "expert") and np.any(m.bytes))
+    )
 
 
 def _operators() -> tuple[int, int]:

@@ -16,6 +16,7 @@ from pangu.calibration.framework import Framework
 from pangu.calibration.samples import Device, Sample
 from simulator.collectives import collective_seconds
 from simulator.hardware import Hardware, Kind, load_hardware, read_hardware
+from simulator.memory import measured_peak
 from simulator.operators import (
     attention_seconds,
     grouped_matmul_seconds,
@@ -25,7 +26,7 @@ from simulator.operators import (
 from simulator.predict import predict
 
 ROOT = Path(__file__).parents[2]
-COST = Framework(operator_seconds=30e-6, step_seconds=2e-3, base_bytes=4e8)
+COST = Framework(30e-6, 2e-3, message_seconds=0.0, base_bytes=4e8, memory_overhead=0.5)
 KINDS: tuple[Kind, ...] = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 KINDS += ("send_recv", "broadcast")
 
@@ -166,6 +167,12 @@ def test_the_fit_finds_a_known_machine_again() -> None:
     for kind in KINDS:
         expected = collective_seconds(known, kind, 2**20, 2)
         assert collective_seconds(found, kind, 2**20, 2) == pytest.approx(expected, rel=0.01)
+
+
+def test_a_message_of_a_step_costs_at_least_what_it_was_seen_to_cost() -> None:
+    slow = fit("slow", sampled(machine()), 2, replace(COST, message_seconds=5e-3))
+    assert collective_seconds(slow, "all_gather", 4, 2) == pytest.approx(5e-3, rel=0.01)
+    assert measured_peak(slow, np.float64(2e8)) == pytest.approx(1.5 * 2e8 + 4e8)
 
 
 def test_one_process_has_no_links_and_still_makes_a_preset() -> None:
