@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from simulator.layout import SCHEDULES, Layout
@@ -44,14 +44,21 @@ class UnitSeconds:
         return self.input_gradient + self.weight_gradient
 
 
+Pass = tuple[int, str, int, int, float, float]  # the fields of `Event`
+
+
 @dataclass(frozen=True)
 class Timeline:
-    """Events of a step and when each rank has finished; `seconds` covers all micro-batches even
-    where `events` stops after the steady state."""
+    """Passes of a step and when each rank has finished; `seconds` covers all micro-batches even
+    where `passes` stops after the steady state. Plain tuples: hundreds of thousands of them."""
 
-    events: list[Event]
+    passes: list[Pass]
     finished: list[float]
     seconds: float
+
+    @cached_property
+    def events(self) -> list[Event]:
+        return [Event(*each) for each in self.passes]
 
 
 Unit = tuple[str, int, int]  # kind, micro-batch, chunk
@@ -76,7 +83,7 @@ def build(layout: Layout, units: list[list[UnitSeconds]], send: float) -> Timeli
     per_micro_batch = (timeline.seconds - shorter.seconds) / p
     extra = per_micro_batch * (m - simulated)
     finished = [end + extra for end in timeline.finished]
-    return Timeline(timeline.events, finished, timeline.seconds + extra)
+    return Timeline(timeline.passes, finished, timeline.seconds + extra)
 
 
 def _run(
@@ -158,7 +165,7 @@ def _follow(
     ahead[0] = {batch: 0.0 for _, batch, _ in orders[0]}
     free = [0.0] * p
     position = [0] * p
-    events: list[Event] = []
+    passes: list[Pass] = []
     waiting = list(range(p))
 
     def passed_on(stage: int, batch: int, end: float) -> None:
@@ -168,7 +175,7 @@ def _follow(
             back[stage][batch] = end
 
     while waiting:
-        before = len(events)
+        before = len(passes)
         for rank in waiting:
             order = orders[rank]
             chunks = units[rank]
@@ -201,13 +208,13 @@ def _follow(
                     passed_on(stage, batch, end)
                     back[other_stage - 1][other] = end + delay
                     position[rank] += 1
-                events.append(Event(rank, kind, batch, chunk, start, end))
+                passes.append((rank, kind, batch, chunk, start, end))
                 free[rank] = end
                 position[rank] += 1
         waiting = [rank for rank in waiting if position[rank] < len(orders[rank])]
-        if len(events) == before:
+        if len(passes) == before:
             raise RuntimeError("the schedule waits for itself")
-    return Timeline(events, free, max(free))
+    return Timeline(passes, free, max(free))
 
 
 def _zero_bubble(units: list[list[UnitSeconds]], send: float, p: int, m: int) -> Timeline:
@@ -217,7 +224,7 @@ def _zero_bubble(units: list[list[UnitSeconds]], send: float, p: int, m: int) ->
     forward_at: list[list[float]] = [[0.0] * m if rank == 0 else [] for rank in range(p)]
     backward_at: list[list[float]] = [[] for _ in range(p)]
     forwards, backwards, weights = [0] * p, [0] * p, [0] * p
-    events: list[Event] = []
+    passes: list[Pass] = []
     free = [0.0] * p
     queue = [(0.0, rank) for rank in range(p)]
     while queue:
@@ -251,7 +258,7 @@ def _zero_bubble(units: list[list[UnitSeconds]], send: float, p: int, m: int) ->
             weights[rank] += 1
         else:
             continue  # woken by the next arrival
-        events.append(Event(rank, kind, index, 0, now, end))
+        passes.append((rank, kind, index, 0, now, end))
         free[rank] = end
         heapq.heappush(queue, (end, rank))
-    return Timeline(events, free, max(free))
+    return Timeline(passes, free, max(free))
