@@ -105,7 +105,8 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int = 1  # model chunks per pipeline rank
     # Layers of each virtual stage in order of depth (chunk-major), or null for an even split.
-    # 0 is allowed: stages that hold only the embedding or the head.
+    # 0 is allowed: stages that hold only the embedding or the head. Where the last stage but one
+    # holds none, multi-token prediction stands there, and the loss alone on the last.
     pipeline_layout: list[int] | None = None
     # Identity layers that fill an uneven depth up to the next multiple of the stages.
     num_noop_layers: int = 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from configs.schema import Config, MemoryConfig
+from itertools import groupby
+
+from configs.schema import Config, MemoryConfig, ParallelConfig
 
 
 def recompute_words(memory: MemoryConfig) -> str:
@@ -12,6 +14,14 @@ def recompute_words(memory: MemoryConfig) -> str:
     if memory.recompute_granularity == "full" and memory.recompute_method == "block":
         return f"full, {memory.recompute_num_layers} a stage"
     return memory.recompute_granularity
+
+
+def stages_words(parallel: ParallelConfig) -> str:
+    """Layers by virtual stage where they are not dealt evenly, runs of equal ones together."""
+    if parallel.pipeline_layout is None:
+        return "even"
+    runs = ((layers, len(list(run))) for layers, run in groupby(parallel.pipeline_layout))
+    return " ".join(f"{layers}×{count}" if count > 1 else str(layers) for layers, count in runs)
 
 
 def layout_words(config: Config, *, recompute: bool = True) -> str:

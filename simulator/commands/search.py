@@ -146,11 +146,11 @@ def _show(result: SearchResult) -> None:
 def _table(title: str, choices: list[Choice]) -> Table:
     from rich.table import Table
 
-    from simulator.words import recompute_words
+    from simulator.words import recompute_words, stages_words
 
     sizes = ["TP", "PP", "VPP", "CP", "EP", "ETP", "DP", "MBS"]
     figures = ["step s", "tokens/s/device", "MFU", "bubble", "peak GiB"]
-    table = Table(*sizes, "recompute", "schedule", *figures, title=title)
+    table = Table(*sizes, "layers", "recompute", "schedule", *figures, title=title)
     for choice in choices:
         config, p = choice.config, choice.prediction
         parallel, swapped = config.parallel, "+".join(config.simulation.swap_modules)
@@ -163,6 +163,7 @@ def _table(title: str, choices: list[Choice]) -> Table:
             str(parallel.expert_tensor_parallel_size),
             str(config.data_parallel_size),
             str(config.train.micro_batch_size),
+            stages_words(parallel),
             f"swap {swapped}" if swapped else recompute_words(config.memory),
             parallel.schedule,
             f"{p.step_seconds:.3f}",

@@ -14,11 +14,13 @@ import pytest
 
 from configs.check import load_checked, violations
 from configs.compose import ConfigError, load
+from configs.schema import ParallelConfig
 from simulator.emit import experiment, launch_flags
 from simulator.evaluate import evaluate
-from simulator.layout import from_config
+from simulator.layout import DEALS, from_config
 from simulator.predict import predict
 from simulator.search import configure, enumerate_layouts, recompute_policies, search
+from simulator.words import stages_words
 
 TINY = [
     "model=pangu_pro_moe",
@@ -162,3 +164,31 @@ def test_command_line(tmp_path):
     assert done.returncode == 2
     assert "abacus" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_unevenly_dealt_layers_in_words():
+    dealt = ParallelConfig(pipeline_layout=[3, *[2] * 29, 0, 0])
+    assert stages_words(dealt) == "3 2×29 0×2"
+    assert stages_words(ParallelConfig()) == "even"
+
+
+def test_layers_are_dealt_beside_mtp_and_the_loss():
+    """61 layers, 3 of them dense, on 32 virtual stages; the flags name them as megatron-core's
+    parser has it."""
+    plan = ["model=deepseek_v3", "hardware=h800", "devices=2048", "train.global_batch_size=2048"]
+    sizes = {"tensor": 1, "pipeline": 16, "virtual_pipeline": 2}
+    plan += [f"parallel.{name}_model_parallel_size={size}" for name, size in sizes.items()]
+    plan += ["parallel.expert_model_parallel_size=64", "train.seq_length=4096", "memory=full"]
+    pinned = frozenset(line.partition("=")[0] for line in plan)
+    result = search(load(plan), pinned=pinned, top=10)
+    apart = [3, *[2] * 29, 0, 0]
+    found = next(c.config for c in result.choices if c.config.parallel.pipeline_layout == apart)
+    assert found.parallel.num_noop_layers == 0
+    flag = "Ettt|" + "tt|" * 29 + "m|L"
+    assert f"--pipeline-model-parallel-layout {flag}\n" in launch_flags(found)
+    evaluated = evaluate(load(plan), from_config(found))
+    assert float(evaluated.step_seconds) == pytest.approx(predict(found).step_seconds, rel=0.05)
+    by_rule = replace(from_config(found), stage_layers=None, deal=DEALS.index("apart"))
+    dealt = evaluate(load(plan), replace(by_rule, noop_layers=3))
+    assert float(dealt.step_seconds) == pytest.approx(float(evaluated.step_seconds))
+    assert float(dealt.peak_memory_bytes) == pytest.approx(float(evaluated.peak_memory_bytes))
