@@ -64,7 +64,6 @@ def transformer_config(config: Config) -> PanguTransformerConfig:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        fp16=dtype is torch.float16,
         rotary_base=model.rotary_base,
         rope_type="rope",
         mtp_num_layers=model.mtp_num_layers or None,

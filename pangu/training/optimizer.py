@@ -68,7 +68,6 @@ def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Ch
             adam_eps=o.adam_eps,
             clip_grad=o.clip_grad,
             bf16=dtype is torch.bfloat16,
-            fp16=dtype is torch.float16,
             params_dtype=dtype,
             use_distributed_optimizer=shards_optimizer(config),
         ),

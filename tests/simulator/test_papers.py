@@ -21,9 +21,6 @@ ULTRA = ["model=pangu_ultra_moe", "hardware=ascend_910b_280t", "devices=6144"]
 ULTRA += ["parallel=pangu_ultra", "parallel.schedule=1f1b_overlap", "train.micro_batch_size=2"]
 ULTRA += ["train.global_batch_size=6144", "train.seq_length=4096"]
 ULTRA += ["simulation.tp_comm_overlap=true", "simulation.dispatch=hierarchical"]
-# The preset's share of expert exchange that is hidden, 98 %, is the follow-up report's (MFU 41 %).
-# The first report's, at 30 %, is not published: taken as of any other collective on this part.
-ULTRA += ["hardware.overlap.exchange=0.5"]
 
 
 def best(config: Config, *pinned: str) -> float:
@@ -105,8 +102,8 @@ def test_published_layout_of_pangu_ultra_is_within_3_percent_of_the_best():
 def test_pangu_pros_change_of_layout():
     """The paper: MFU +35 % from the better layout, hierarchical all-to-all, finer overlap and
     fused operators together. So before there was a flat all-to-all, a plain schedule, and unfused
-    operators; which ones is not published. The forecast has +26 % if none was fused anew, +33 % if
-    attention and the loss were, +48 % if norms, rotary embedding, SwiGLU and permutation were."""
+    operators; which ones is not published. The forecast has +20 % if none was fused anew, +26 % if
+    attention and the loss were, +40 % if norms, rotary embedding, SwiGLU and permutation were."""
     pro = ["model=pangu_pro_moe", "hardware=ascend_910b_280t", "train.seq_length=4096"]
     before = [*pro, "devices=3840", "train.global_batch_size=960", "moe.dispatcher=alltoall"]
     before += ["parallel.expert_model_parallel_size=8", "parallel.context_parallel_size=8"]
@@ -123,6 +120,6 @@ def test_pangu_pros_change_of_layout():
         traits = [f"simulation.fused_{name}=false" for name in unfused]
         return new / predict(load([*before, *traits])).mfu - 1
 
-    assert gain() == pytest.approx(0.26, abs=0.03)
-    assert gain("attention", "cross_entropy") == pytest.approx(0.33, abs=0.03)
-    assert gain("kernels") == pytest.approx(0.48, abs=0.04)
+    assert gain() == pytest.approx(0.20, abs=0.03)
+    assert gain("attention", "cross_entropy") == pytest.approx(0.26, abs=0.03)
+    assert gain("kernels") == pytest.approx(0.40, abs=0.04)
