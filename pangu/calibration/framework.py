@@ -21,8 +21,16 @@ from simulator.evaluate import prepare
 from simulator.layout import from_config
 from simulator.predict import predict
 
-NARROW = [
+SHORT_RUN = [
     "model=moge_tiny",
+    "data=synthetic",
+    "optimizer.warmup_steps=0",
+    "train.validate_every=0",
+    "checkpoint.save_at_end=false",
+    "checkpoint.resume=never",
+]
+NARROW = [
+    *SHORT_RUN,
     "model.hidden_size=16",
     "model.num_attention_heads=2",
     "model.num_query_groups=1",
@@ -30,25 +38,18 @@ NARROW = [
     "model.vocab_size=128",
     "model.moe_ffn_hidden_size=8",
     "model.shared_expert_ffn_hidden_size=8",
-    "data=synthetic",
-    "optimizer.warmup_steps=0",
     "train.micro_batch_size=1",
     "train.seq_length=16",
-    "train.validate_every=0",
-    "checkpoint.save_at_end=false",
-    "checkpoint.resume=never",
 ]
 DEPTHS = (2, 8)
 WIDE = [
-    "model=moge_tiny",
+    *SHORT_RUN,
     "model.num_layers=2",
     "model.hidden_size=256",
     "model.num_attention_heads=8",
     "model.moe_ffn_hidden_size=128",
     "train.micro_batch_size=4",
     "train.seq_length=192",
-    *NARROW[NARROW.index("data=synthetic") : NARROW.index("optimizer.warmup_steps=0") + 1],
-    *NARROW[NARROW.index("train.validate_every=0") :],
 ]
 WARM_UP = 3
 

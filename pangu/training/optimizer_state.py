@@ -72,7 +72,7 @@ class Part:
 
 def parts(optimizer: ChainedOptimizer) -> list[Part]:
     """One part per parameter, in the same order on all ranks that share the parameters."""
-    chained: list[Any] = getattr(optimizer, "chained_optimizers", [optimizer])
+    chained: list[Any] = optimizer.chained_optimizers
     return [part for one in chained if one.optimizer is not None for part in _parts(one)]
 
 
