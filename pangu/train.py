@@ -80,8 +80,9 @@ def _train(process: ProcessEnvironment, overrides: list[str]) -> int:
     try:
         config = resolve(process, overrides)
     except ConfigError as error:
-        # The same on every rank.
-        if process.rank == 0:
+        # The same on every rank; files, on every rank of a node.
+        only_files = all(violation.key.startswith("data.") for violation in error.violations)
+        if process.rank == 0 or (only_files and process.local_rank == 0):
             print_violations(error.violations)
         return 2
     if process.rank == 0 and (unusable := unusable_folders(config)):
@@ -113,13 +114,14 @@ def _train(process: ProcessEnvironment, overrides: list[str]) -> int:
 
 
 def resolve(process: ProcessEnvironment, overrides: list[str]) -> Config:
-    """The checked configuration of this run, for as many ranks as there are.
+    """The checked configuration of this run, for as many ranks as there are, whose files are here.
 
     Raises:
         ConfigError: with every violation.
     """
     from configs.check import examine
     from configs.compose import ConfigError, Violation
+    from pangu.data import files
     from pangu.machine_check import impossible
 
     started = process.world_size if process.launched else None
@@ -127,6 +129,7 @@ def resolve(process: ProcessEnvironment, overrides: list[str]) -> Config:
     if config is not None:
         name = config.backend.name
         found += [Violation("backend", name, sentence) for sentence in impossible(name)]
+        found += files.missing(config)
     if config is None or found:
         raise ConfigError(found)
     return config

@@ -127,6 +127,23 @@ def test_mistakes_end_with_2_before_torch_and_without_files(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+def test_missing_data_are_refused_before_any_process_starts(tmp_path: Path) -> None:
+    arguments = ["data=indexed", "data.blend={nowhere/code: 1.0}", "run_dir=out"]
+    result = train(*arguments, "launch.processes=2", "moe.top_k=3", cwd=tmp_path)
+    assert result.returncode == 2
+    rows = "".join(said(result).split())
+    assert "thereisnofilenowhere/code.bin" in rows
+    assert "thereisnofilenowhere/code.idx" in rows
+    assert "moe.num_expert_groups" in said(result), "together with all else there is to mend"
+    assert "torch" not in imported(result)
+    assert list(tmp_path.iterdir()) == []
+    # Another node may have them: the first process of each node speaks for it.
+    for local_rank, count in ((0, 2), (3, 0)):
+        node = {**TORCHRUN, "LOCAL_RANK": str(local_rank)}
+        result = train(*arguments, "train.global_batch_size=16", cwd=tmp_path, **node)
+        assert (result.returncode, said(result).count("data.blend")) == (2, count)
+
+
 def test_folders_that_cannot_be_made_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     folders = ["run_dir=file", "data.cache_dir=file/below"]
