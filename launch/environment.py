@@ -44,6 +44,19 @@ class ProcessEnvironment:
         """Whether a launcher started this process and its peers."""
         return self.launcher != "none"
 
+    def count_is_set_by(self) -> tuple[str, str]:
+        """The variable that says how many processes there are, and what the user sets it with."""
+        match self.launcher:
+            case "torchrun":
+                nodes = "--nnodes x " if self.local_world_size < self.world_size else ""
+                return "WORLD_SIZE", f"torchrun {nodes}--nproc_per_node"
+            case "msrun":
+                return "MS_WORKER_NUM", "msrun --worker_num"
+            case "slurm":
+                return "SLURM_STEP_NUM_TASKS", "srun --ntasks"
+            case _:
+                return "WORLD_SIZE", "launch.processes"
+
     def export(self, environ: MutableMapping[str, str]) -> None:
         """Write the variables that torch's `env://` rendezvous reads."""
         environ.update(

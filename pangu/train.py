@@ -119,13 +119,13 @@ def resolve(process: ProcessEnvironment, overrides: list[str]) -> Config:
     Raises:
         ConfigError: with every violation.
     """
-    from configs.check import examine
+    from configs.check import Started, examine
     from configs.compose import ConfigError, Violation
     from pangu.data import files
     from pangu.machine_check import impossible
 
-    started = process.world_size if process.launched else None
-    config, found = examine(overrides, processes=started, alone=not process.launched)
+    started = Started(process.world_size, *process.count_is_set_by()) if process.launched else None
+    config, found = examine(overrides, started=started, alone=not process.launched)
     if config is not None:
         name = config.backend.name
         found += [Violation("backend", name, sentence) for sentence in impossible(name)]
