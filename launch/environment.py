@@ -12,9 +12,12 @@ No torch here: a launcher's mistake is reported before anything heavy is importe
 
 from __future__ import annotations
 
+import json
 import re
+import time
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 Launcher = Literal["torchrun", "msrun", "slurm", "local", "none"]
@@ -67,6 +70,14 @@ class ProcessEnvironment:
             MASTER_ADDR=self.master_addr,
             MASTER_PORT=str(self.master_port),
         )
+
+
+def report_refusal(environ: Mapping[str, str], reason: str) -> None:
+    """Leave the reason where torchrun looks for it, to end its account of a failed job with."""
+    if path := environ.get("TORCHELASTIC_ERROR_FILE"):
+        time_of_it = {"timestamp": str(int(time.time()))}
+        record = {"message": {"message": reason, "extraInfo": time_of_it}}
+        Path(path).write_text(json.dumps(record))
 
 
 def is_msrun_scheduler(environ: Mapping[str, str]) -> bool:
