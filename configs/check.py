@@ -7,8 +7,8 @@ are in `configs.shape_rules`, `configs.layout_rules` and `configs.run_rules`. A 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 from configs.compose import ConfigError, Violation, compose_dict, from_dict
@@ -21,39 +21,23 @@ from configs.shape_rules import attention, experts
 
 Purpose = Literal["train", "plan"]
 
-
-@dataclass(frozen=True)
-class Started:
-    """What a launcher has started: `processes` in all. It says so in the environment `variable`;
-    `option` of its command line sets it."""
-
-    processes: int
-    variable: str
-    option: str
-
-
 RULES = (attention, experts, ranks, widths, pipeline, sequence, batch, memory, optimizer, data)
 
 
-def violations(
-    config: Config, *, purpose: Purpose = "train", started: Started | None = None
-) -> list[Violation]:
+def violations(config: Config, *, purpose: Purpose = "train") -> list[Violation]:
     """Everything that keeps this configuration from running, each with values that would work.
 
     Args:
         purpose: `train` also refuses what only the simulator can plan.
-        started: whose words stand in the place of `devices`.
     """
     problems = _problems(config, purpose)
     rules = {problem.rule for problem in problems}
-    is_named = {"devices": started.variable} if started else {}
-    is_set = {"devices": started.option} if started else {}
     return [
         Violation(
-            is_named.get(problem.key, problem.key),
+            problem.key,
             problem.value,
             problem.reason,
-            _suggestion(config, purpose, problem, rules, is_set),
+            _suggestion(config, purpose, problem, rules),
         )
         for problem in problems
     ]
@@ -68,6 +52,7 @@ def load_checked(
     overrides: list[str],
     *,
     purpose: Purpose = "train",
+    processes: int | None = None,
     alone: bool = False,
 ) -> Config:
     """Compose, type and check a configuration.
@@ -75,7 +60,7 @@ def load_checked(
     Raises:
         ConfigError: with everything wrong with it; see `examine`.
     """
-    config, found = examine(overrides, purpose=purpose, alone=alone)
+    config, found = examine(overrides, purpose=purpose, processes=processes, alone=alone)
     if config is None or found:
         raise ConfigError(found)
     return config
@@ -85,7 +70,7 @@ def examine(
     overrides: list[str],
     *,
     purpose: Purpose = "train",
-    started: Started | None = None,
+    processes: int | None = None,
     alone: bool = False,
 ) -> tuple[Config | None, list[Violation]]:
     """The configuration, where one can be made, and everything wrong with it.
@@ -93,7 +78,7 @@ def examine(
     Overrides that cannot be read are left out when the rest is checked.
 
     Args:
-        started: by a launcher; becomes `devices`.
+        processes: what a launcher has started; becomes `devices`.
         alone: no launcher, so that this machine's processes are all there is.
     """
     found: list[Violation] = []
@@ -115,17 +100,15 @@ def examine(
             config = from_dict(tree)
         except ConfigError:
             return None, found
-    if started and config.devices not in (None, started.processes):
-        reason = f"{started.variable}={started.processes}: so many processes were started"
-        hint = f"devices={started.processes} or null; or {started.option}={config.devices}"
-        found.append(Violation("devices", config.devices, reason, hint))
-    if started:
-        config = replace(config, devices=started.processes)
+    if processes and config.devices not in (None, processes):
+        reason = f"the launcher started {processes} processes"
+        found.append(Violation("devices", config.devices, reason, f"devices={processes} or null"))
+    if processes:
+        config = replace(config, devices=processes)
     if alone:
         found += _alone(config)
     named = {violation.key for violation in found}
-    left = violations(config, purpose=purpose, started=started)
-    found += [violation for violation in left if violation.key not in named]
+    found += [v for v in violations(config, purpose=purpose) if v.key not in named]
     return config, found
 
 
@@ -172,9 +155,7 @@ def _problems(config: Config, purpose: Purpose) -> list[Problem]:
     return found
 
 
-def _suggestion(
-    config: Config, purpose: Purpose, problem: Problem, rules: set[str], is_set: Mapping[str, str]
-) -> str:
+def _suggestion(config: Config, purpose: Purpose, problem: Problem, rules: set[str]) -> str:
     """The candidates that mend this problem and leave the fewest, rather none that is new."""
     mending: list[tuple[int, bool, str, Any]] = []
     for key, values in problem.candidates.items():
@@ -187,8 +168,7 @@ def _suggestion(
     for key in problem.candidates:
         working = [value for *score, name, value in mending if name == key and (*score,) == best]
         if working:
-            values = _listed(_nearest(working, problem.value))
-            parts.append(f"{is_set.get(key, key)}={values}")
+            parts.append(f"{key}={_listed(_nearest(working, problem.value))}")
     return "; or ".join([*parts, problem.hint] if problem.hint else parts)
 
 

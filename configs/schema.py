@@ -264,6 +264,9 @@ class SimulationConfig:
     # Norms, rotary embedding and activations in one kernel each; eager code runs them in several.
     fused_kernels: bool = True
     grouped_experts: bool = True  # all experts of a rank in one product; else one by one
+    # Experts' products, activation, biases and quantisation in a pair of kernels, forward and back.
+    fused_experts: bool = False
+    clamped_experts: bool = False  # gate and value clamped, in passes of their own (GPT-OSS)
     fp32_gradients: bool = True  # main gradients accumulated and reduced in float32
     tp_comm_overlap: bool = False  # tensor-parallel collectives fused with their matrix products
     # How tokens reach experts in other nodes: flat all-to-all; Pangu's hierarchy (all-gather
@@ -278,6 +281,7 @@ class SimulationConfig:
     # Mean part of its causal past that a token attends to: less than 1 where packed documents are
     # masked from each other.
     attention_span: float = 1.0
+    fp8_attention: bool = False  # scores and weighted values in float8, as the matrix products
     # ZeRO-3 as FSDP and Megatron run it, or as DeepSpeed did in 2021: rings that know nothing of
     # nodes, and weights gathered a third time for recomputation (arXiv 2104.07857, section 4.1).
     sharding: Literal["fsdp", "deepspeed_2021"] = "fsdp"

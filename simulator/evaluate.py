@@ -309,12 +309,13 @@ def sharded_weights(parts: Parts, block: BlockSeconds, kind: LayerKind) -> tuple
         reduce = reduce + np.where(layout.zero >= 2, grads, 0.0)
     work = block.backward(layout) + np.where(layout.full_recompute, block.forward, 0.0)
     again = np.where(layout.full_recompute & early, 2.0, 1.0) * gather
-    return _outlasting(hw, gather, block.forward), _outlasting(hw, again + reduce, work)
+    return outlasting(hw, gather, block.forward), outlasting(hw, again + reduce, work)
 
 
-def _outlasting(hw: Hardware, messages: Array, work: Array) -> Array:
+def outlasting(hw: Hardware, messages: Array, work: Array) -> Array:
     """What of `messages` shows beside `work`."""
-    return messages - np.minimum(messages * hw.overlap.independent, work)
+    hidden = np.minimum(messages * hw.overlap.independent, work * hw.overlap.beside)
+    return messages - hidden
 
 
 def send_seconds(parts: Parts) -> Array:
@@ -345,12 +346,12 @@ def data_parallel(parts: Parts, parameters: StageParameters, seconds: RankSecond
     last = np.minimum(BUCKET_ELEMENTS / np.maximum(parameters.total, 1.0), 1.0)
     reduce = np.where(
         layout.overlap_grad_reduce,
-        np.maximum(_outlasting(hw, reduce, seconds.backward), reduce * last),
+        np.maximum(outlasting(hw, reduce, seconds.backward), reduce * last),
         reduce,
     )
     gather = np.where(
         layout.overlap_param_gather,
-        np.maximum(_outlasting(hw, gather, seconds.forward), gather * last),
+        np.maximum(outlasting(hw, gather, seconds.forward), gather * last),
         gather,
     )
     # The first and the last stage's copies of the embedding, when all gradients are there.

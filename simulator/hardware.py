@@ -133,12 +133,15 @@ class Overlap:
     shows, as both then compete for memory, copy engines or cores.
 
     `independent`: a collective issued on another stream (a gradient's reduction beside a weight
-    gradient, sharded weights beside the layer before). `fused`: one cut into pieces inside its
-    own matrix product. `exchange`: expert dispatch and combine beside another micro-batch's
-    computing; where they are kernels they take cores away, where they are copy engines they do not.
+    gradient, sharded weights beside the layer before); where it outlasts what runs beside it, it
+    is slowed down too, and only the part `beside` of that work disappears in it. `fused`: one cut
+    into pieces inside its own matrix product. `exchange`: expert dispatch and combine beside
+    another micro-batch's computing; where they are kernels they take cores away, where they are
+    copy engines they do not.
     """
 
     independent: float = 1.0
+    beside: float = 1.0
     fused: float = 1.0
     exchange: float = 1.0
 
@@ -285,7 +288,7 @@ _MAY_BE_ZERO = {
 }
 _MAY_BE_ZERO |= {"host_link_gbps", "matmul", "vector", "collective", "host", "step"}
 _MAY_BE_ZERO |= {"process_base_bytes", "memory_overhead", "communicator_buffer_mb"}
-_MAY_BE_ZERO |= {"independent", "fused", "exchange"}
+_MAY_BE_ZERO |= {"independent", "beside", "fused", "exchange"}
 
 
 def _impossible(key: str, value: Any) -> list[Violation]:

@@ -15,6 +15,9 @@ import numpy as np
 from simulator.hardware import ELEMENT_BYTES, Hardware
 
 Array = Any  # number or numpy array; everything broadcasts
+# Part of the doubled peak that attention keeps in float8: 1.2 PFLOPS where 16 bits reach 740
+# TFLOPS (arXiv 2407.08608, abstract). Softmax does not become faster.
+FLOAT8_ATTENTION = 0.81
 
 
 def matmul_seconds(
@@ -120,6 +123,8 @@ def attention_seconds(
     best = curve.in_training * (curve.backward if backward else curve.forward)
     reached = best * np.minimum(head_factor, 1.05)
     reached = reached * seq_kv / (seq_kv + curve.half_length)
+    if dtype == "fp8":
+        reached = reached * FLOAT8_ATTENTION
     kv_heads = heads if kv_heads is None else np.asarray(kv_heads, dtype=float)
     kv = batch * kv_heads * seq_kv * (qk_dim + v_dim) * (element if kv_bytes is None else kv_bytes)
     queries = batch * heads * seq_q * (qk_dim + v_dim) * element

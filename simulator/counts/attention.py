@@ -120,7 +120,7 @@ def _core(s: Shapes) -> Counts:
         "kv_heads": np.maximum(kv_heads / layout.cp, 1),
         "fused": s.traits.fused_attention,
         "passes": s.vector_passes,
-        "dtype": "bf16" if s.dtype in ("fp8", "int8") else s.dtype,
+        "dtype": "bf16" if s.dtype in ("fp8", "int8") and not s.traits.fp8_attention else s.dtype,
     }
     pairs = layout.micro_batch * heads / layout.cp * s.seq_length**2
     masked = 0.5 if s.traits.fused_attention else 1.0
@@ -148,6 +148,10 @@ def _core(s: Shapes) -> Counts:
             shape | {"backward": True},
         ),
     ]
+    if shape["dtype"] == "fp8":  # operands, and the output's gradient, cast for both directions
+        cast = element + 2 * s.linear_element
+        inputs = s.tokens * (heads * qk + kv_heads * (qk + v))
+        operators += vector("attention.core quantised", inputs * cast, values / element * cast)
     ring = np.where(layout.ring, 1, 0)
     keys_values = s.tokens * kv_heads * (qk + v) * element * (layout.cp - 1)
     to_heads = s.tokens * (heads * qk + kv_heads * (qk + v)) * element

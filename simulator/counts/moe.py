@@ -93,13 +93,9 @@ def _experts(s: Shapes, load: Array) -> Counts:
         *vector("moe.permute", stream + sent, stream + sent, module),
         *vector("moe.sort", regroup, regroup, module),
         *grouped_matmul(s, fc1, experts, rows / experts, layout.etp, module),
-        *vector(
-            "experts.activation",
-            inner + outer * element,
-            2 * inner + outer * element,
-            "moe_act|moe",
-        ),
+        *_between_products(s, inner, outer * element),
         *grouped_matmul(s, fc2, experts, rows / experts, layout.etp, module),
+        *_bias(s, rows * hidden),
         *vector("moe.unsort", regroup, regroup, module),
         *vector("moe.unpermute", stream + sent, stream + sent, module),
     ]
@@ -117,6 +113,33 @@ def _experts(s: Shapes, load: Array) -> Counts:
         backward_peak=peak,
         matrices={fc1.name: fc1.matrix(layout.etp), fc2.name: fc2.matrix(layout.etp)},
     )
+
+
+def _between_products(s: Shapes, inner: Array, outer: Array) -> list[Operator]:
+    """The activation function, from `inner` bytes to `outer`. Clamping reads and writes both
+    halves and joins them again; its gradient reads the clamped tensor too."""
+    if s.traits.fused_experts:
+        return []
+    again = "moe_act|moe"
+    operators = vector("experts.activation", inner + outer, 2 * inner + outer, again)
+    if s.traits.clamped_experts:
+        operators += vector("experts.clamp", 4 * inner, 5 * inner, again)
+    return operators
+
+
+def _bias(s: Shapes, elements: Array) -> list[Operator]:
+    """Adding the second product's bias, weighted by the router's probabilities (`elements` in
+    all), expert by expert: megatron-core's `_apply_bias` in its own passes. What deduplicates
+    tokens has probabilities in float32, to which everything is promoted, and cast back."""
+    if s.traits.fused_experts or not (s.model.add_mlp_bias and s.traits.grouped_experts):
+        return []
+    element = s.element
+    wide = element if s.traits.dispatch == "flat" else 4.0
+    cast = element + wide if wide > element else 0.0
+    # product, sum and concatenation; backward two products, each summed, and a concatenation
+    forward = wide + (element + 2 * wide) + 2 * wide + cast
+    backward = 2 * cast + 6 * wide + 2 * element
+    return vector("experts.bias", forward * elements, backward * elements, "moe")
 
 
 def _exchange(s: Shapes, sent: Array, load: Array) -> list[Message]:

@@ -224,6 +224,8 @@ def grouped_matmul(
                 recompute if phase == "forward" else "",
             )
         )
+    if s.traits.fused_experts:  # between the two products, casts are theirs
+        inputs, outputs = (inputs, 0.0) if linear.split == "column" else (0.0, outputs)
     return operators + _quantised(s, linear.name, experts * rows, inputs, outputs, recompute, 1)
 
 

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
-from functools import cache
-from typing import Any, Literal
-
-from omegaconf import OmegaConf
+from typing import Literal
 
 from configs.compose import ConfigError
 from configs.schema import (
@@ -26,15 +23,12 @@ from configs.schema import (
     TrainConfig,
 )
 from simulator.evaluate import evaluate
-from simulator.hardware import PRESETS, load_hardware
+from simulator.hardware import load_hardware
 from simulator.layout import from_config
 from simulator.memory import fits
+from simulator.validation.machines import NotPredictable, machine, precision
 from simulator.validation.recipes import recipe
 from simulator.validation.table import Row
-
-
-class NotPredictable(ValueError):
-    """A row that says too little; the message says what is missing."""
 
 
 @dataclass
@@ -46,32 +40,6 @@ class Case:
     assumptions: list[str] = field(default_factory=list)
 
 
-DEVICES: tuple[tuple[str, str, dict[str, float]], ...] = (
-    (r"A100-40GB", "a100", {"memory_gib": 40.0, "memory_bandwidth_gbps": 1555.0}),
-    (r"A100.*PCIe", "a100_pcie", {}),
-    (r"A100|Ampere", "a100", {}),
-    (r"H100-96GB", "h100_96g", {}),
-    (r"GB300", "gb300", {}),
-    (r"GB200", "gb200", {}),
-    (r"B300", "b300", {}),
-    (r"B200", "b200", {}),
-    (r"H200", "h200", {}),
-    (r"H800", "h800", {}),
-    (r"H100", "h100", {}),
-    (r"CloudMatrix", "cloudmatrix384", {}),
-    (r"910C|A3", "ascend_910c_die", {}),
-    (r"910B4", "ascend_910b_280t", {}),
-    (r"910B3", "ascend_910b_313t", {}),
-    (r"910B|Ascend", "ascend_910b_376t", {}),
-)
-PRECISIONS = (
-    (r"fp4", "fp4"),
-    (r"fp8|float8", "fp8"),
-    (r"fp16", "fp16"),
-    (r"bf16|^$", "bf16"),
-    (r"fp32", "fp32"),
-)
-ROWWISE = 0.5  # calibrated, see simulator.validation.split
 HEAD_SIZES = {"Gemma2-9B": 256, "Gemma2-27B": 128}  # public model configurations
 # Groups of experts, and how many of them a token may use.
 GROUPS = {"DeepSeek-V3": (8, 4), "DeepSeekV3": (8, 4), "DeepSeek-V2": (8, 3)}
@@ -99,10 +67,10 @@ def case(row: Row) -> Case:
         moe=_moe(row),
         parallel=parallel,
         memory=_memory(row),
-        backend=BackendConfig(precision=_precision(row)),  # type: ignore[arg-type]
+        backend=BackendConfig(precision=precision(row)),  # type: ignore[arg-type]
         train=_train(row, assumed),
         simulation=_traits(row),
-        hardware=_hardware(row, assumed),
+        hardware=machine(row),
         devices=devices,
     )
     if not config.num_microbatches:
@@ -127,6 +95,7 @@ def _model(row: Row, assumed: list[str]) -> ModelConfig:
     dims = re.match(r"(\d+)\+(\d+)rope/v(\d+)", row["head_dim"])
     width = row.number("moe_ffn") or row.number("ffn")
     megatron_gpt = gelu and not mpt
+    biases = megatron_gpt or _gpt_oss(row)
     model = ModelConfig(
         name=row["model"],
         num_layers=row.number("layers"),
@@ -140,9 +109,9 @@ def _model(row: Row, assumed: list[str]) -> ModelConfig:
         activation="gelu" if gelu else "swiglu",
         normalization="LayerNorm" if gelu else "RMSNorm",
         position_embedding="learned" if gelu else "rope",
-        add_mlp_bias=megatron_gpt,
-        add_qkv_bias=megatron_gpt,
-        add_attention_output_bias=megatron_gpt,
+        add_mlp_bias=biases,
+        add_qkv_bias=biases,
+        add_attention_output_bias=biases,
         tie_embeddings=gelu,
         num_experts=experts,
         moe_ffn_hidden_size=width if experts else 0,
@@ -165,6 +134,18 @@ def _model(row: Row, assumed: list[str]) -> ModelConfig:
         kv_channels=0,
         qk_layernorm=True,
     )
+
+
+def _gpt_oss(row: Row) -> bool:
+    """Biases everywhere, clamped experts, and every second layer attends to 128 tokens (public
+    model configuration)."""
+    return re.match(r"gpt.oss", row["model"], re.IGNORECASE) is not None
+
+
+def _attention_span(row: Row) -> float:
+    if _gpt_oss(row):
+        return (1.0 + min(2.0 * 128 / row.number("seq"), 1.0)) / 2
+    return 0.3 if row.mentions("pack mode") else 1.0
 
 
 def _shared_width(row: Row, width: int) -> int:
@@ -340,6 +321,7 @@ def _micro_batch(row: Row) -> int:
 
 
 def _traits(row: Row) -> SimulationConfig:
+    published = recipe(row)
     early = row.mentions("SC21 arXiv", "Korthikanti")
     # MindSpeed's scripts from before megatron-core: no fused kernels, no flash attention.
     legacy = row.mentions("script examples/") and not row.mentions("script examples/mcore")
@@ -361,45 +343,18 @@ def _traits(row: Row) -> SimulationConfig:
         ),
         # MindSpeed's scripts name the flag.
         grouped_experts=not row.mentions("script examples/") or row.mentions("moe-grouped-gemm"),
+        fused_experts=published is not None and published.fused,
+        clamped_experts=_gpt_oss(row),
         fp32_gradients=not (early or row.mentions("mixed precision PURE", "Bridge", "FSDP on")),
         scatter_gather_sends=early,
         sharding="deepspeed_2021" if row.mentions("SC21 arXiv") else "fsdp",
-        attention_span=0.3 if row.mentions("pack mode") else 1.0,
+        attention_span=_attention_span(row),
+        fp8_attention=published is not None and published.fp8_attention,
         balanced_context=not row.mentions("torchtitan"),
         dispatch=_dispatch(row),
         tp_comm_overlap=fused or row.mentions("Megatron-Bridge", "NeMo"),
         swap_optimizer=row.mentions("swap-optimizer"),
     )
-
-
-def _precision(row: Row) -> str:
-    text = row["precision"].lower()
-    return next((dtype for pattern, dtype in PRECISIONS if re.search(pattern, text)), "bf16")
-
-
-def _hardware(row: Row, assumed: list[str]) -> dict[str, Any]:
-    if "not stated" in row["device"]:
-        raise NotPredictable(f"the device is '{row['device']}'")
-    for pattern, preset, changes in DEVICES:
-        if re.search(pattern, row["device"]):
-            machine = _preset(preset) | changes
-            return _rowwise(machine) if "rowwise" in row["precision"] else machine
-    raise NotPredictable(f"no preset for the device '{row['device']}'")
-
-
-def _rowwise(machine: dict[str, Any]) -> dict[str, Any]:
-    """Float8 with one scale per row: its kernels and casts leave ROWWISE of the rate that one
-    scale per tensor reaches."""
-    matmul = machine["matmul"]
-    fp8 = {"fp8": ROWWISE * matmul.get("dtype", {}).get("fp8", 1.0)}
-    return machine | {"matmul": matmul | {"dtype": matmul.get("dtype", {}) | fp8}}
-
-
-@cache
-def _preset(name: str) -> dict[str, Any]:
-    tree = OmegaConf.to_container(OmegaConf.load(PRESETS / f"{name}.yaml"))
-    assert isinstance(tree, dict)
-    return {str(key): value for key, value in tree.items()}
 
 
 def _model_ranks(parallel: ParallelConfig) -> int:
@@ -430,7 +385,8 @@ def _assume_recomputation(found: Case) -> Case:
             result = evaluate(chosen.config, from_config(chosen.config))
         except ConfigError:
             continue
-        machine = load_hardware(chosen.config.hardware)
-        if fits(machine, result.peak_memory_bytes, result.buffer_bytes):
+        if fits(
+            load_hardware(chosen.config.hardware), result.peak_memory_bytes, result.buffer_bytes
+        ):
             break
     return chosen

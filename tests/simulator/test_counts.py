@@ -186,3 +186,50 @@ def test_fused_communication_hides_behind_its_product():
     shown = predict(load(plan)).breakdown["tensor-parallel communication"]
     fused = predict(load([*plan, "simulation.tp_comm_overlap=true"]))
     assert fused.breakdown["tensor-parallel communication"] < 0.9 * shown
+
+
+EXPERTS = ("model=mixtral_8x7b", "devices=8", "train.seq_length=4096")
+EXPERTS += ("parallel.expert_model_parallel_size=8", "backend.precision=fp8")
+
+
+def bytes_of(counts: Counts, name: str) -> list[float]:
+    return [float(op.bytes) for op in counts.operators if op.name == name]
+
+
+def test_bias_and_clamp_of_experts_take_passes_of_their_own():
+    """Per element of the output, as megatron-core's `_apply_bias` reads and writes it: 12 bytes
+    forward and 16 backward in 16 bits, 28 and 40 where the probabilities are float32."""
+    plain = counted("moe", *EXPERTS)
+    assert bytes_of(plain, "experts.bias") == bytes_of(plain, "experts.clamp") == []
+    wanted = ("model.add_mlp_bias=true", "simulation.clamped_experts=true")
+    elements = 4096 * 2 * 4096  # tokens x choices x hidden
+    flat = counted("moe", *EXPERTS, *wanted)
+    assert bytes_of(flat, "experts.bias") == [12 * elements, 16 * elements]
+    once = counted("moe", *EXPERTS, *wanted, "simulation.dispatch=deduplicated")
+    assert bytes_of(once, "experts.bias") == [28 * elements, 40 * elements]
+    inner = 4096 * 2 * 2 * 14336 * 2  # gate and value, 2 bytes each
+    assert bytes_of(flat, "experts.clamp") == [4 * inner, 5 * inner]
+
+
+def test_fused_experts_leave_nothing_between_their_products():
+    fused = counted("moe", *EXPERTS, "simulation.fused_experts=true")
+    assert bytes_of(fused, "experts.activation") == []
+    rows = 4096 * 2
+    # only the input and, backward, the output's gradient are cast: 2 bytes read, 2 x 1 written
+    assert bytes_of(fused, "experts.fc1 quantised") == [rows * 4096 * 4, 0]
+    assert bytes_of(fused, "experts.fc2 quantised") == [0, rows * 4096 * 4]
+
+
+def test_float8_attention_is_less_than_twice_as_fast():
+    wide = ("model=mixtral_8x7b", "devices=1", "train.seq_length=32768", "hardware=h100")
+    wide += ("backend.precision=fp8",)
+    bill = [
+        {
+            line.line.phase: float(line.line.seconds)
+            for line in predict(load([*wide, f"simulation.fp8_attention={on}"])).bill
+            if line.line.name == "attention.core"
+        }
+        for on in ("false", "true")
+    ]
+    for phase in ("forward", "input_gradient"):
+        assert bill[0][phase] / bill[1][phase] == pytest.approx(1.62, abs=0.02)

@@ -7,6 +7,7 @@ import pytest
 
 from configs.compose import ConfigError, load
 from simulator.collectives import collective_seconds
+from simulator.evaluate import outlasting
 from simulator.hardware import Hardware, load_hardware, presets, read_hardware
 from simulator.operators import (
     attention_seconds,
@@ -170,3 +171,11 @@ def test_attention_forward_backward_follow_the_published_rates() -> None:
             assert flops / seconds / 1e12 == pytest.approx(published, rel=0.10)
     fused = attention_seconds(hw, seq_q=4096, seq_kv=4096, **shape)
     assert attention_seconds(hw, seq_q=4096, seq_kv=4096, fused=False, **shape) > 3 * fused
+
+
+def test_what_outlasts_its_work_slows_it_down() -> None:
+    """Of 10 s of messages beside 4 s of work 0.5 x 4 s disappear, beside 40 s 0.7 x 10 s."""
+    h100 = read_hardware("h100")
+    hw = replace(h100, overlap=replace(h100.overlap, independent=0.7, beside=0.5))
+    assert outlasting(hw, 10.0, 4.0) == pytest.approx(8.0)
+    assert outlasting(hw, 10.0, 40.0) == pytest.approx(3.0)

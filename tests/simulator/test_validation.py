@@ -124,6 +124,32 @@ def test_what_published_scripts_say_and_tables_leave_out() -> None:
     assert case(ROWS["sc21_t2_9"]).config.simulation.sharding == "deepspeed_2021"
 
 
+def test_what_published_recipes_say_and_tables_leave_out() -> None:
+    fused = case(ROWS["mbridge_26.06_34"]).config.simulation
+    assert fused.fused_experts
+    assert fused.fp8_attention
+    sinks = case(ROWS["mbridge_26.06_27"]).config
+    assert sinks.simulation.fused_experts
+    assert not sinks.simulation.fp8_attention
+    assert sinks.model.add_mlp_bias
+    assert sinks.simulation.clamped_experts
+    # every second layer attends to 128 tokens, of 2,048 in the mean
+    assert sinks.simulation.attention_span == pytest.approx((1 + 128 / 2048) / 2)
+    early = case(ROWS["mbridge_25.11_230"]).config.simulation
+    assert not early.fused_experts
+    assert not early.fp8_attention
+
+
+def test_adapters_between_nodes_are_those_of_the_system() -> None:
+    for row, gigabytes in (("25.11_237", 50), ("26.06_34", 50), ("26.06_25", 100)):
+        machine = case(ROWS[f"mbridge_{row}"]).config.hardware
+        assert machine is not None
+        assert machine["links"][-1]["bandwidth_gbps"] == gigabytes
+    single = case(ROWS["simumax_deepseekv2_tp1_ep8_pp1_dp8_l4_mbc4_cef"]).config.hardware
+    assert single is not None
+    assert single["links"][-1]["bandwidth_gbps"] == 100
+
+
 def test_units() -> None:
     slow = Outcome("a", "s", "step_time_s", 2.0, 2.2, "judged")
     rate = Outcome("b", "s", "tokens_per_s_per_GPU", 100.0, 80.0, "calibrated")
