@@ -10,6 +10,7 @@ import yaml
 from configs.compose import groups
 from configs.layout import layers_per_virtual_stage, mtp_stage
 from configs.schema import Config, ParallelConfig
+from simulator.counts.moe import gathers
 
 DECIDED = ("parallel", "memory")  # groups that a search decides on
 
@@ -62,6 +63,14 @@ def _layout_flag(config: Config) -> str:
     return "|".join(parts)
 
 
+def _dispatcher(config: Config) -> str:
+    """Megatron's nearest to what was counted; its overlapped schedule knows all-to-all alone."""
+    ranks = config.parallel.expert_model_parallel_size
+    gather = gathers(config.moe, config.simulation.dispatch, ranks)
+    overlapped = config.parallel.schedule == "1f1b_overlap"
+    return "allgather" if gather and ranks > 1 and not overlapped else "alltoall"
+
+
 def launch_flags(config: Config) -> str:
     """The layout as command-line flags, one a line: Megatron-LM's, then MindSpeed-LLM's own."""
     p, memory, train, model = config.parallel, config.memory, config.train, config.model
@@ -88,7 +97,7 @@ def launch_flags(config: Config) -> str:
         flags += [
             f"--expert-model-parallel-size {p.expert_model_parallel_size}",
             f"--expert-tensor-parallel-size {p.expert_tensor_parallel_size}",
-            "--moe-token-dispatcher-type alltoall",
+            f"--moe-token-dispatcher-type {_dispatcher(config)}",
             "--moe-grouped-gemm",
         ]
     if p.zero_stage:

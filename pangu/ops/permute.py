@@ -1,6 +1,7 @@
 """Rows of tokens, copied and sorted by expert, and the way back.
 
-Shapes: T tokens, H hidden, K choices per token, E experts, N = T·K rows.
+Shapes: T tokens, H hidden, K choices per token, E experts, N rows: T·K where every token has as
+many choices.
 """
 
 from __future__ import annotations
@@ -16,47 +17,67 @@ from pangu import backends
 class Permutation(NamedTuple):
     """Where each choice of each token went.
 
-    `order_N`: for each sorted row its choice, as token·K + k. `slots_N`: for each choice its
-    sorted row. `counts_E`: rows per expert. All int64 on the tokens' device; their shapes do not
-    depend on their values, so nothing here waits for the device.
+    `order_N`: for each sorted row its choice, counted through the table that was planned from.
+    `tokens_N`: its token. `slots_N`: the sorted rows in the order of tokens; token t's begin at
+    `starts_T[t]`. `counts_E`: rows per expert. All int64 on the tokens' device.
     """
 
     order_N: torch.Tensor
+    tokens_N: torch.Tensor
     slots_N: torch.Tensor
+    starts_T: torch.Tensor
     counts_E: torch.Tensor
-    num_choices: int  # K
+    num_choices: int | None  # K; None where tokens differ in it
 
 
 def plan(experts_TK: torch.Tensor, num_experts: int) -> Permutation:
-    """Sort the choices by expert, then by token (stable). `experts_TK` holds integers."""
+    """Sort the choices by expert, then by token (stable). `experts_TK` holds integers; a choice is
+    token·K + k. No shape depends on values, so nothing here waits for the device."""
+    num_choices = experts_TK.size(1)
     experts_N, order_N = experts_TK.flatten().sort(stable=True)
-    slots_N = torch.empty_like(order_N).scatter_(
-        0, order_N, torch.arange(order_N.numel(), device=order_N.device)
-    )
+    slots_N = _inverse(order_N)
+    starts_T = torch.arange(0, order_N.numel(), num_choices, device=order_N.device)
     bounds = torch.arange(num_experts + 1, device=order_N.device, dtype=experts_N.dtype)
     counts_E = torch.searchsorted(experts_N, bounds).diff()
-    return Permutation(order_N, slots_N, counts_E, experts_TK.size(1))
+    tokens_N = order_N // num_choices
+    return Permutation(order_N, tokens_N, slots_N, starts_T, counts_E, num_choices)
+
+
+def plan_map(chosen_TE: torch.Tensor) -> Permutation:
+    """The same from a bool map, of any number of choices per token; a choice is token·E + expert.
+    The host waits for the device to learn how many there are."""
+    experts_N, tokens_N = chosen_TE.t().nonzero(as_tuple=True)
+    order_N = tokens_N * chosen_TE.size(1) + experts_N
+    counts_T = chosen_TE.sum(dim=1)
+    starts_T = counts_T.cumsum(0) - counts_T
+    slots_N = order_N.argsort()
+    return Permutation(order_N, tokens_N, slots_N, starts_T, chosen_TE.sum(dim=0), None)
+
+
+def _inverse(order_N: torch.Tensor) -> torch.Tensor:
+    places_N = torch.arange(order_N.numel(), device=order_N.device)
+    return torch.empty_like(order_N).scatter_(0, order_N, places_N)
 
 
 def permute_reference(tokens_TH: torch.Tensor, permutation: Permutation) -> torch.Tensor:
     """`permute` by indexing."""
-    return tokens_TH[permutation.order_N // permutation.num_choices]
+    return tokens_TH[permutation.tokens_N]
 
 
 def unpermute_reference(rows_NH: torch.Tensor, permutation: Permutation) -> torch.Tensor:
     """`unpermute` by indexing."""
-    return rows_NH[permutation.slots_N].unflatten(0, (-1, permutation.num_choices)).sum(1)
+    sums_TH = rows_NH.new_zeros(permutation.starts_T.numel(), rows_NH.size(1))
+    return sums_TH.index_add(0, permutation.tokens_N, rows_NH)
 
 
 def _copy(tokens_TH: torch.Tensor, permutation: Permutation) -> torch.Tensor:
-    return tokens_TH.index_select(0, permutation.order_N // permutation.num_choices)
+    return tokens_TH.index_select(0, permutation.tokens_N)
 
 
 def _gather_sum(rows_NH: torch.Tensor, permutation: Permutation) -> torch.Tensor:
-    """Each token's K rows, read and summed in one pass; unlike an indexed addition it writes
-    every token once and in a fixed order."""
-    slots_N, choices = permutation.slots_N, permutation.num_choices
-    starts_T = torch.arange(0, slots_N.numel(), choices, device=slots_N.device)
+    """Each token's rows, read and summed in one pass; unlike an indexed addition it writes every
+    token once and in a fixed order."""
+    slots_N, starts_T = permutation.slots_N, permutation.starts_T
     return torch.embedding_bag(rows_NH, slots_N, starts_T, False, 0, False)[0]
 
 
@@ -86,6 +107,7 @@ def permute_npu(tokens_TH: torch.Tensor, permutation: Permutation) -> torch.Tens
     """torch-npu's operator sorts by itself: given each choice's row as its key, it puts choice i
     where `plan` did. Written against its schema; not run on an NPU."""
     torch_npu = importlib.import_module("torch_npu")
+    assert permutation.num_choices is not None
     keys_TK = permutation.slots_N.unflatten(0, (-1, permutation.num_choices))
     return torch_npu.npu_moe_token_permute(tokens_TH, keys_TK.to(torch.int32))[0]
 
@@ -94,22 +116,21 @@ def unpermute_npu(rows_NH: torch.Tensor, permutation: Permutation) -> torch.Tens
     """Sums of the K rows of each token. Without probabilities the operator copies one row per
     token, hence the ones. Not run on an NPU."""
     torch_npu = importlib.import_module("torch_npu")
-    ones_TK = rows_NH.new_ones(
-        permutation.slots_N.numel() // permutation.num_choices, permutation.num_choices
-    )
+    assert permutation.num_choices is not None
+    ones_TK = rows_NH.new_ones(permutation.starts_T.numel(), permutation.num_choices)
     slots_N = permutation.slots_N.to(torch.int32)
     return torch_npu.npu_moe_token_unpermute(rows_NH, slots_N, ones_TK)
 
 
 def permute(tokens_TH: torch.Tensor, permutation: Permutation) -> torch.Tensor:
     """`[N, H]`: a copy of its token for every choice, sorted by expert."""
-    if backends.current().name == "npu":
+    if backends.current().name == "npu" and permutation.num_choices is not None:
         return permute_npu(tokens_TH, permutation)
     return _Permute.apply(tokens_TH, permutation)
 
 
 def unpermute(rows_NH: torch.Tensor, permutation: Permutation) -> torch.Tensor:
-    """`[T, H]`: the sum of each token's K rows."""
-    if backends.current().name == "npu":
+    """`[T, H]`: the sum of each token's rows, 0 where it has none."""
+    if backends.current().name == "npu" and permutation.num_choices is not None:
         return unpermute_npu(rows_NH, permutation)
     return _Unpermute.apply(rows_NH, permutation)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from configs.schema import MoEConfig
 from simulator.counts.mlp import two_matrices
 from simulator.counts.records import (
     Counts,
@@ -142,18 +143,24 @@ def _bias(s: Shapes, elements: Array) -> list[Operator]:
     return vector("experts.bias", forward * elements, backward * elements, "moe")
 
 
+def gathers(moe: MoEConfig, dispatch: str, ep: Array) -> Array:
+    """Whether every token goes to every rank, as `pangu.moe.dispatch.resolve` decides it: MoGE
+    with whole groups per rank, and any fixed number of choices that is no less than the ranks
+    (unless a way between nodes is asked for by name)."""
+    whole = (moe.router == "moge") & (moe.num_expert_groups % np.asarray(ep) == 0)
+    few = (moe.router != "expert_choice") & (dispatch == "flat") & (np.asarray(ep) <= moe.top_k)
+    return {"auto": whole | few, "moge": whole, "allgather": True}.get(moe.dispatcher, False)
+
+
 def _exchange(s: Shapes, sent: Array, load: Array) -> list[Message]:
     """Dispatch and combine, forward and backward.
 
-    MoGE with whole groups on every rank gathers all tokens of the EP × ETP ranks and reduces
-    their sums (`pangu.moe.dispatch.moge`). Otherwise rows are exchanged over the EP ranks; expert
-    tensor parallelism gathers them in its group and reduces them before the way back.
+    Either all tokens of the EP × ETP ranks are gathered and their sums reduced, or rows are
+    exchanged over the EP ranks; expert tensor parallelism then gathers them in its group and
+    reduces them before the way back.
     """
-    layout, moe_config = s.layout, s.moe
-    whole = (moe_config.router == "moge") & (moe_config.num_expert_groups % layout.ep == 0)
-    everyone = moe_config.dispatcher == "allgather"
-    equal = moe_config.dispatcher in ("auto", "moge") and whole
-    gather = np.where(everyone | equal, 1, 0)
+    layout = s.layout
+    gather = np.where(gathers(s.moe, s.traits.dispatch, layout.ep), 1, 0)
     exchange = 1 - gather
     gathered = s.shard * s.model.hidden_size * s.element * layout.ep * layout.etp
     sharded = np.where(np.asarray(layout.etp) > 1, exchange, 0)

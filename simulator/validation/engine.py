@@ -170,10 +170,10 @@ def _moe(row: Row) -> MoEConfig:
         top_k=row.number("topk", 2),
         num_expert_groups=groups,
         topk_group=chosen,
-        # As MindSpeed's scripts for this family have it.
+        # As MindSpeed's scripts for this family have it; the others exchange rows.
         dispatcher="allgather"
         if "DeepSeek-V2" in row["model"] and row.mentions("script examples/")
-        else "auto",
+        else "alltoall",
     )
 
 

@@ -24,8 +24,12 @@ EXPERT_CHOICE = replace(layers.TOP_K, router="expert_choice")
         (layers.MOGE, (8, 1), "alltoall"),
         (layers.MOGE, (1, 2), "moge"),
         (layers.TOP_K, (1, 1), "local"),
-        (layers.TOP_K, (2, 1), "alltoall"),
+        (layers.TOP_K, (2, 1), "allgather"),  # 3 choices: an exchange moves as many rows or more
+        (layers.TOP_K, (3, 2), "allgather"),
+        (layers.TOP_K, (4, 1), "alltoall"),
+        (replace(layers.MOGE, num_expert_groups=2), (4, 1), "allgather"),
         (EXPERT_CHOICE, (1, 1), "alltoall"),
+        (EXPERT_CHOICE, (2, 1), "alltoall"),
         (replace(layers.MOGE, dispatcher="allgather"), (2, 1), "allgather"),
     ],
 )

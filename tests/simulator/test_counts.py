@@ -81,6 +81,30 @@ def test_moge_gathers_each_token_once():
     assert all(float(m.bytes) == 8 * 4096 * 5120 * 2 for m in active)
 
 
+def test_up_to_top_k_ranks_gather_each_token_once():
+    """What `pangu.moe.dispatch.resolve` takes: at EP 8 = K as many bytes as an exchange of rows,
+    at EP 2 a quarter; past K rows travel."""
+    plan = ("model=qwen3_30b_a3b", "devices=16", "train.seq_length=4096")
+    row = 4096 * 2048 * 2
+
+    def moved(ep: int, *more: str) -> tuple[set, float]:
+        sizes = f"parallel.expert_model_parallel_size={ep}"
+        messages = counted("moe", *plan, sizes, *more).messages
+        active = [m for m in messages if m.count and m.group in ("expert", "ep")]
+        received = {float(m.bytes) * (ep - 1) / ep for m in active}
+        assert len(active) == 4
+        assert len(received) == 1
+        return {m.kind for m in active}, received.pop()
+
+    gather = {"all_gather", "reduce_scatter"}
+    assert moved(2) == (gather, row)
+    assert moved(8) == (gather, 7 * row)
+    assert moved(16) == ({"all_to_all"}, 8 * row * 15 / 16)
+    assert moved(2, "moe.dispatcher=alltoall") == ({"all_to_all"}, 4 * row)
+    assert moved(8, "moe.dispatcher=alltoall") == ({"all_to_all"}, 7 * row)
+    assert moved(2, "moe=expert_choice") == ({"all_to_all"}, 4 * row)
+
+
 def test_hierarchical_dispatch_halves_traffic_between_nodes():
     """k/E = 8/4: flat k·T·(E-1)/E against (E-1)·T rows between nodes (arXiv 2505.04519)."""
     plan = ["model=pangu_ultra_moe", "devices=32", "train.seq_length=4096"]

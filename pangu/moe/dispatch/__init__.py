@@ -6,16 +6,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher
-
 from configs.schema import DispatcherType, MoEConfig
+from pangu.moe.dispatch.allgather import AllGatherDispatcher
 from pangu.moe.dispatch.alltoall import AllToAllDispatcher
 from pangu.moe.dispatch.local import LocalDispatcher
 from pangu.moe.dispatch.moge import MogeDispatcher
 
 DISPATCHERS: dict[DispatcherType, Any] = {
     "local": LocalDispatcher,
-    "allgather": MoEAllGatherTokenDispatcher,
+    "allgather": AllGatherDispatcher,
     "alltoall": AllToAllDispatcher,
     "moge": MogeDispatcher,
 }
@@ -34,7 +33,10 @@ def resolve(moe: MoEConfig, expert_parallel: int, expert_tensor_parallel: int) -
     if moe.dispatcher == "auto":
         if alone and fixed:
             return "local"
-        return "moge" if whole_groups else "alltoall"
+        if whole_groups:
+            return "moge"
+        # A gather moves a token to EP ranks, an exchange of rows to its K experts.
+        return "allgather" if fixed and expert_parallel <= moe.top_k else "alltoall"
     if moe.dispatcher == "local" and not (alone and fixed):
         raise ValueError(
             "moe.dispatcher=local needs expert_model_parallel_size and "
@@ -48,4 +50,11 @@ def resolve(moe: MoEConfig, expert_parallel: int, expert_tensor_parallel: int) -
     return moe.dispatcher
 
 
-__all__ = ["DISPATCHERS", "AllToAllDispatcher", "LocalDispatcher", "MogeDispatcher", "resolve"]
+__all__ = [
+    "DISPATCHERS",
+    "AllGatherDispatcher",
+    "AllToAllDispatcher",
+    "LocalDispatcher",
+    "MogeDispatcher",
+    "resolve",
+]
