@@ -7,8 +7,8 @@ are in `configs.shape_rules`, `configs.layout_rules` and `configs.run_rules`. A 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from configs.compose import ConfigError, Violation, compose_dict, from_dict
@@ -21,23 +21,39 @@ from configs.shape_rules import attention, experts
 
 Purpose = Literal["train", "plan"]
 
+
+@dataclass(frozen=True)
+class Started:
+    """What a launcher has started: `processes` in all. It says so in the environment `variable`;
+    `option` of its command line sets it."""
+
+    processes: int
+    variable: str
+    option: str
+
+
 RULES = (attention, experts, ranks, widths, pipeline, sequence, batch, memory, optimizer, data)
 
 
-def violations(config: Config, *, purpose: Purpose = "train") -> list[Violation]:
+def violations(
+    config: Config, *, purpose: Purpose = "train", started: Started | None = None
+) -> list[Violation]:
     """Everything that keeps this configuration from running, each with values that would work.
 
     Args:
         purpose: `train` also refuses what only the simulator can plan.
+        started: whose words stand in the place of `devices`.
     """
     problems = _problems(config, purpose)
     rules = {problem.rule for problem in problems}
+    is_named = {"devices": started.variable} if started else {}
+    is_set = {"devices": started.option} if started else {}
     return [
         Violation(
-            problem.key,
+            is_named.get(problem.key, problem.key),
             problem.value,
             problem.reason,
-            _suggestion(config, purpose, problem, rules),
+            _suggestion(config, purpose, problem, rules, is_set),
         )
         for problem in problems
     ]
@@ -52,7 +68,6 @@ def load_checked(
     overrides: list[str],
     *,
     purpose: Purpose = "train",
-    processes: int | None = None,
     alone: bool = False,
 ) -> Config:
     """Compose, type and check a configuration.
@@ -60,7 +75,7 @@ def load_checked(
     Raises:
         ConfigError: with everything wrong with it; see `examine`.
     """
-    config, found = examine(overrides, purpose=purpose, processes=processes, alone=alone)
+    config, found = examine(overrides, purpose=purpose, alone=alone)
     if config is None or found:
         raise ConfigError(found)
     return config
@@ -70,7 +85,7 @@ def examine(
     overrides: list[str],
     *,
     purpose: Purpose = "train",
-    processes: int | None = None,
+    started: Started | None = None,
     alone: bool = False,
 ) -> tuple[Config | None, list[Violation]]:
     """The configuration, where one can be made, and everything wrong with it.
@@ -78,7 +93,7 @@ def examine(
     Overrides that cannot be read are left out when the rest is checked.
 
     Args:
-        processes: what a launcher has started; becomes `devices`.
+        started: by a launcher; becomes `devices`.
         alone: no launcher, so that this machine's processes are all there is.
     """
     found: list[Violation] = []
@@ -100,15 +115,17 @@ def examine(
             config = from_dict(tree)
         except ConfigError:
             return None, found
-    if processes and config.devices not in (None, processes):
-        reason = f"the launcher started {processes} processes"
-        found.append(Violation("devices", config.devices, reason, f"devices={processes} or null"))
-    if processes:
-        config = replace(config, devices=processes)
+    if started and config.devices not in (None, started.processes):
+        reason = f"{started.variable}={started.processes}: so many processes were started"
+        hint = f"devices={started.processes} or null; or {started.option}={config.devices}"
+        found.append(Violation("devices", config.devices, reason, hint))
+    if started:
+        config = replace(config, devices=started.processes)
     if alone:
         found += _alone(config)
     named = {violation.key for violation in found}
-    found += [v for v in violations(config, purpose=purpose) if v.key not in named]
+    left = violations(config, purpose=purpose, started=started)
+    found += [violation for violation in left if violation.key not in named]
     return config, found
 
 
@@ -155,7 +172,9 @@ def _problems(config: Config, purpose: Purpose) -> list[Problem]:
     return found
 
 
-def _suggestion(config: Config, purpose: Purpose, problem: Problem, rules: set[str]) -> str:
+def _suggestion(
+    config: Config, purpose: Purpose, problem: Problem, rules: set[str], is_set: Mapping[str, str]
+) -> str:
     """The candidates that mend this problem and leave the fewest, rather none that is new."""
     mending: list[tuple[int, bool, str, Any]] = []
     for key, values in problem.candidates.items():
@@ -168,7 +187,8 @@ def _suggestion(config: Config, purpose: Purpose, problem: Problem, rules: set[s
     for key in problem.candidates:
         working = [value for *score, name, value in mending if name == key and (*score,) == best]
         if working:
-            parts.append(f"{key}={_listed(_nearest(working, problem.value))}")
+            values = _listed(_nearest(working, problem.value))
+            parts.append(f"{is_set.get(key, key)}={values}")
     return "; or ".join([*parts, problem.hint] if problem.hint else parts)
 
 

@@ -12,9 +12,12 @@ No torch here: a launcher's mistake is reported before anything heavy is importe
 
 from __future__ import annotations
 
+import json
 import re
+import time
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 Launcher = Literal["torchrun", "msrun", "slurm", "local", "none"]
@@ -44,6 +47,19 @@ class ProcessEnvironment:
         """Whether a launcher started this process and its peers."""
         return self.launcher != "none"
 
+    def count_is_set_by(self) -> tuple[str, str]:
+        """The variable that says how many processes there are, and what the user sets it with."""
+        match self.launcher:
+            case "torchrun":
+                nodes = "--nnodes x " if self.local_world_size < self.world_size else ""
+                return "WORLD_SIZE", f"torchrun {nodes}--nproc_per_node"
+            case "msrun":
+                return "MS_WORKER_NUM", "msrun --worker_num"
+            case "slurm":
+                return "SLURM_STEP_NUM_TASKS", "srun --ntasks"
+            case _:
+                return "WORLD_SIZE", "launch.processes"
+
     def export(self, environ: MutableMapping[str, str]) -> None:
         """Write the variables that torch's `env://` rendezvous reads."""
         environ.update(
@@ -54,6 +70,14 @@ class ProcessEnvironment:
             MASTER_ADDR=self.master_addr,
             MASTER_PORT=str(self.master_port),
         )
+
+
+def report_refusal(environ: Mapping[str, str], reason: str) -> None:
+    """Leave the reason where torchrun looks for it, to end its account of a failed job with."""
+    if path := environ.get("TORCHELASTIC_ERROR_FILE"):
+        time_of_it = {"timestamp": str(int(time.time()))}
+        record = {"message": {"message": reason, "extraInfo": time_of_it}}
+        Path(path).write_text(json.dumps(record))
 
 
 def is_msrun_scheduler(environ: Mapping[str, str]) -> bool:

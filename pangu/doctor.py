@@ -20,6 +20,7 @@ from configs.layout import layers_per_virtual_stage
 from configs.process_groups import process_groups
 from configs.schema import Config
 from pangu import machine_check
+from pangu.data import files
 from pangu.violation_table import console, print_violations, print_warnings
 from simulator.counts.layer import blocks
 from simulator.counts.records import shapes
@@ -54,7 +55,11 @@ def main(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
-    config, found = examine(list(arguments))
+    config, wrong = examine(list(arguments))
+    absent = files.missing(config) if config is not None else []
+    # Files need not be on the machine where a cluster is planned.
+    planned = config is not None and config.devices is not None
+    found = wrong if planned else [*wrong, *absent]
     if found:
         print_violations(found)
     broken = {violation.key.split(".")[0] for violation in found}
@@ -63,10 +68,10 @@ def main(arguments: Sequence[str]) -> int:
         groups = process_groups(config)
         members = sum(len(kind[0]) > 1 for kind in groups.values())
         show_groups(config, groups)
-        if not found:
+        if not wrong:
             show_parameters(config)
-    if config is not None and not found:
-        print_warnings(warnings(config))
+    if config is not None and not wrong:
+        print_warnings([*warnings(config), *(absent if planned else [])])
     show_machine(config.backend.name if config else "auto")
     show_variables(config.launch.timeout_minutes if config else 10.0, members)
     return 2 if found else 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -28,6 +29,7 @@ from configs.check import load_checked
 from configs.compose import ConfigError, Violation, groups, load
 from configs.schema import Config
 from launch.environment import STARTED_BY
+from pangu.data import files
 from pangu.violation_table import console, print_violations
 
 MARKER = "sweep_job.json"
@@ -98,11 +100,15 @@ def plan(overrides: list[str]) -> list[Job]:
         run_dir = str(Path(base) / name)
         arguments = [*fixed, *values, f"run_dir={_quoted(run_dir)}"]
         try:
-            jobs.append(Job(name, arguments, load_checked(arguments, alone=True)))
+            config = load_checked(arguments, alone=True)
         except ConfigError as error:
-            found += [(name, violation) for violation in error.violations]
+            wrong = error.violations
+        else:
+            wrong = files.missing(config)
+            jobs.append(Job(name, arguments, config))
+        found += [(name, violation) for violation in wrong]
     if found:
-        raise ConfigError(_merged(found, len(jobs) + len({job for job, _ in found})))
+        raise ConfigError(_merged(found, math.prod(map(len, swept))))
     return jobs
 
 

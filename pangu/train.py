@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,8 @@ Keys, with their meaning and default, are in configs/schema.py (train.steps, opt
 groups and their options are:
 """
 
+_HEAD_START = 3.0  # seconds
+
 
 def main(arguments: Sequence[str]) -> int:
     """The exit code: 0 done, 2 a mistake of the user's, 3 the run diverged, else a failure."""
@@ -54,7 +57,8 @@ def main(arguments: Sequence[str]) -> int:
         print(USAGE + _groups())
         return 0
     if set(options) - {"-m", "--multirun"}:
-        return _refuse(process, f"unknown option {options[0]}: settings are written key=value")
+        sentence = f"unknown option {options[0]}: settings are written key=value"
+        return _refuse(process, process.rank == 0, sentence)
     if options:
         return _sweep(process, overrides)
     return _train(process, overrides)
@@ -64,6 +68,7 @@ def _sweep(process: ProcessEnvironment, overrides: list[str]) -> int:
     if process.launched:
         return _refuse(
             process,
+            process.rank == 0,
             f"-m inside a job that {process.launcher} started would repeat the sweep on every "
             "rank: start the sweep itself with python -m pangu.train -m",
         )
@@ -75,18 +80,17 @@ def _sweep(process: ProcessEnvironment, overrides: list[str]) -> int:
 def _train(process: ProcessEnvironment, overrides: list[str]) -> int:
     from configs.check import warnings
     from configs.compose import ConfigError
-    from pangu.violation_table import print_violations, print_warnings
+    from pangu.violation_table import print_warnings
 
     try:
         config = resolve(process, overrides)
     except ConfigError as error:
-        # The same on every rank.
-        if process.rank == 0:
-            print_violations(error.violations)
-        return 2
+        # The same on every rank; files, on every rank of a node.
+        only_files = all(violation.key.startswith("data.") for violation in error.violations)
+        speaks = process.rank == 0 or (only_files and process.local_rank == 0)
+        return _refuse(process, speaks, error.violations)
     if process.rank == 0 and (unusable := unusable_folders(config)):
-        print_violations(unusable)
-        return 2
+        return _refuse(process, True, unusable)
     if not process.launched and config.launch.processes > 1:
         from pangu.local_launch import start_local
 
@@ -104,29 +108,30 @@ def _train(process: ProcessEnvironment, overrides: list[str]) -> int:
     try:
         return run(config, process)
     except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _refuse(process, True, f"error: {error}")
     except ConfigError as error:
-        # What only the run can find, such as a missing device, may differ from rank to rank.
-        print_violations(error.violations)
-        return 2
+        # What only the run can find is the same on every rank of a node, but for a missing device.
+        device = any(violation.key == "backend" for violation in error.violations)
+        return _refuse(process, device or process.local_rank == 0, error.violations)
 
 
 def resolve(process: ProcessEnvironment, overrides: list[str]) -> Config:
-    """The checked configuration of this run, for as many ranks as there are.
+    """The checked configuration of this run, for as many ranks as there are, whose files are here.
 
     Raises:
         ConfigError: with every violation.
     """
-    from configs.check import examine
+    from configs.check import Started, examine
     from configs.compose import ConfigError, Violation
+    from pangu.data import files
     from pangu.machine_check import impossible
 
-    started = process.world_size if process.launched else None
-    config, found = examine(overrides, processes=started, alone=not process.launched)
+    started = Started(process.world_size, *process.count_is_set_by()) if process.launched else None
+    config, found = examine(overrides, started=started, alone=not process.launched)
     if config is not None:
         name = config.backend.name
         found += [Violation("backend", name, sentence) for sentence in impossible(name)]
+        found += files.missing(config)
     if config is None or found:
         raise ConfigError(found)
     return config
@@ -183,9 +188,19 @@ def prepare_environment(config: Config, process: ProcessEnvironment) -> ProcessE
     return process
 
 
-def _refuse(process: ProcessEnvironment, sentence: str) -> int:
-    if process.rank == 0:
-        print(sentence, file=sys.stderr)
+def _refuse(process: ProcessEnvironment, speaks: bool, why: Sequence[Violation] | str) -> int:
+    """Exit code 2, with the reason where this process `speaks` for those that refuse alike."""
+    if not speaks:
+        # A launcher ends the others once one has left: the one that speaks comes first.
+        time.sleep(_HEAD_START if process.launcher not in ("none", "local") else 0)
+    elif isinstance(why, str):
+        print(why, file=sys.stderr)
+        environment.report_refusal(os.environ, why)
+    else:
+        from pangu.violation_table import print_violations
+
+        print_violations(why)
+        environment.report_refusal(os.environ, "\n".join(map(str, why)))
     return 2
 
 

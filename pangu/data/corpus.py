@@ -3,7 +3,8 @@
     DIR/train.bin, train.idx             Megatron indexed dataset, one document per input document
     DIR/validation.bin, validation.idx   its held-out part, absent when nothing was held out
     DIR/tokenizer.json … , tokenizer_info.json
-    DIR/corpus.json                      documents, tokens and text bytes of each part
+    DIR/corpus.json                      documents, tokens and text bytes of each part, and the
+                                         files that are no text
 
 Everything is written into `.DIR.partial` beside it and renamed at the end.
 """
@@ -25,16 +26,18 @@ from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
+from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from pangu.data import DataError
-from pangu.data.sources import Piece, SourceFile, cut, find_files, is_held_out
+from pangu.data.sources import NoText, Piece, SourceFile, cut, find_files, is_held_out
 from pangu.data.tokenizer import Tokenizer, load_tokenizer, train_byte_level_bpe
 
 INFO_FILE = "corpus.json"
 PARTS = ("train", "validation")
 # Text that a tokenizer is trained on, taken evenly from a larger input.
 TOKENIZER_TRAINING_BYTES = 1 << 28
+_NAMED = 3  # files that are no text, of each kind
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,27 @@ class Preparation:
 
 
 @dataclass
+class LeftOut:
+    """Files that are no text: how many, and the first of them."""
+
+    files: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, name: str) -> None:
+        self.files += 1
+        if len(self.first) < _NAMED:
+            self.first.append(name)
+
+
+@dataclass
 class CorpusInfo:
-    """Size of a corpus, by part."""
+    """Size of a corpus, by part, and what was left out, by `NoText`."""
 
     vocab_size: int
     documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PARTS, 0))
     tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PARTS, 0))
     text_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PARTS, 0))
+    left_out: dict[str, LeftOut] = field(default_factory=dict)
 
 
 def is_complete(folder: Path) -> bool:
@@ -69,7 +86,7 @@ def is_complete(folder: Path) -> bool:
 
 def read_info(folder: Path) -> CorpusInfo:
     """The size of the corpus in `folder`."""
-    return CorpusInfo(**json.loads((folder / INFO_FILE).read_text()))
+    return TypeAdapter(CorpusInfo).validate_json((folder / INFO_FILE).read_bytes())
 
 
 def prepare(job: Preparation) -> CorpusInfo:
@@ -112,14 +129,18 @@ def _write_corpus(job: Preparation, files: list[SourceFile], folder: Path) -> Co
         for piece, encoded in _encode_in_order(
             cut(files, job.column), folder, job.held_out, job.workers
         ):
-            for part, (tokens, lengths, text_bytes) in encoded.items():
+            for part, (tokens, lengths, text_bytes) in encoded.parts.items():
                 writers[part].add(tokens, lengths)
                 info.documents[part] += len(lengths)
                 info.tokens[part] += len(tokens)
                 info.text_bytes[part] += text_bytes
+            for name, reason in encoded.left_out:
+                info.left_out.setdefault(reason.value, LeftOut()).add(name)
             bar.update(piece.size)
     if not info.documents["train"]:
-        raise DataError(f"no document with UTF-8 text in {', '.join(map(str, job.inputs))}")
+        skipped = sum(some.files for some in info.left_out.values())
+        aside = f" ({skipped:,} files are binary or not UTF-8)" if skipped else ""
+        raise DataError(f"no document with UTF-8 text in {', '.join(map(str, job.inputs))}{aside}")
     for part, writer in writers.items():
         writer.finish(keep=info.documents[part] > 0)
     return info
@@ -132,7 +153,7 @@ def _training_texts(
         for number, piece in enumerate(pieces):
             if number % stride == 0:
                 for key, text in piece.read():
-                    if not is_held_out(key, held_out):
+                    if isinstance(text, str) and not is_held_out(key, held_out):
                         yield _printable(text)
             bar.update(piece.size)
 
@@ -161,8 +182,13 @@ class _PartWriter:
             Path(f"{self._prefix}.idx").unlink()
 
 
-# part -> tokens, length of each document, bytes of text
-Encoded = dict[str, tuple[np.ndarray, np.ndarray, int]]
+@dataclass(frozen=True)
+class Encoded:
+    """A piece: by part, its tokens, the length of each document and the bytes of text; and the
+    files that are none."""
+
+    parts: dict[str, tuple[np.ndarray, np.ndarray, int]]
+    left_out: list[tuple[str, NoText]]
 
 
 def _encode_in_order(
@@ -216,18 +242,23 @@ def _start_worker(tokenizer: Path, held_out: float) -> None:
 def _encode(piece: Piece) -> Encoded:
     ids: dict[str, list[np.ndarray]] = {part: [] for part in PARTS}
     text_bytes = dict.fromkeys(PARTS, 0)
+    left_out = []
     for key, text in piece.read():
+        if isinstance(text, NoText):
+            left_out.append((key, text))
+            continue
         if not text:
             continue
         part = "validation" if is_held_out(key, _held_out) else "train"
         text = _printable(text)
         ids[part].append(np.array([*_tokenizer.encode(text), _tokenizer.eod], dtype=np.int32))
         text_bytes[part] += len(text.encode())
-    return {
+    parts = {
         part: (np.concatenate(some), np.array([len(one) for one in some]), text_bytes[part])
         for part, some in ids.items()
         if some
     }
+    return Encoded(parts, left_out)
 
 
 def _printable(text: str) -> str:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from configs.compose import ConfigError, Violation
 from configs.schema import Config
 from pangu.data import DataError
+from pangu.data.files import Blend, blends
 from pangu.data.stdlib import prepare_standard_library
 from pangu.data.synthetic import SyntheticDataset
 from pangu.data.tokenizer import INFO_FILE, NumberTokenizer, Tokenizer, load_tokenizer
@@ -97,29 +98,17 @@ def build_datasets(
     return Datasets(train, validation, tokenizer)
 
 
-def _resolve_blends(config: Config) -> tuple[dict[str, float], dict[str, float]]:
-    """Weights of the training and validation files, by prefix.
-
-    A corpus folder stands for the files in it; without a `validation_blend`, the held-out parts
-    beside the training parts are blended alike. Prepares the default corpus on first use.
-    """
+def _resolve_blends(config: Config) -> tuple[Blend, Blend]:
+    """Weights of the training and validation files, by prefix. Prepares the default corpus on
+    first use."""
     data = config.data
-    if data.name == "stdlib":
-        try:
-            folder = prepare_standard_library(data.cache_dir, config.model.vocab_size)
-        except DataError as error:
-            raise ConfigError([Violation("data.name", data.name, str(error))]) from None
-        return {str(folder / "train"): 1.0}, {str(folder / "validation"): 1.0}
-    blend = {_part(prefix, "train"): weight for prefix, weight in data.blend.items()}
-    if data.validation_blend:
-        return blend, {_part(p, "validation"): w for p, w in data.validation_blend.items()}
-    beside = {str(Path(p).with_name("validation")): w for p, w in blend.items()}
-    found = {p: w for p, w in beside.items() if Path(f"{p}.idx").is_file()}
-    return blend, found
-
-
-def _part(prefix: str, part: str) -> str:
-    return str(Path(prefix) / part) if Path(prefix).is_dir() else prefix
+    if data.name != "stdlib":
+        return blends(data)
+    try:
+        folder = prepare_standard_library(data.cache_dir, config.model.vocab_size)
+    except DataError as error:
+        raise ConfigError([Violation("data.name", data.name, str(error))]) from None
+    return {str(folder / "train"): 1.0}, {str(folder / "validation"): 1.0}
 
 
 def corpus_tokenizer(config: Config) -> Tokenizer:

@@ -71,6 +71,9 @@ def main(
                 f"{output / part}: {documents:,} documents, {info.tokens[part]:,} tokens, "
                 f"{info.text_bytes[part] / info.tokens[part]:.2f} bytes per token"
             )
+    for reason, some in info.left_out.items():
+        more = ", …" if some.files > len(some.first) else ""
+        print(f"left out as {reason}: {some.files:,} ({', '.join(some.first)}{more})")
     if held_out and not info.documents["validation"]:
         print(
             f"none of {info.documents['train']:,} documents fell into the {held_out:.2g} that is "

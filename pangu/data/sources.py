@@ -6,10 +6,13 @@ does the reading, parsing and tokenising.
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from hashlib import blake2b
 from pathlib import Path
 from typing import Protocol
@@ -20,13 +23,20 @@ PIECE_BYTES = 1 << 20
 _SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "node_modules"}
 
 
+class NoText(Enum):
+    """Why a file is no document."""
+
+    BINARY = "binary"  # it holds a null byte
+    ENCODING = "not UTF-8"
+
+
 class Piece(Protocol):
     """Some documents, and how many bytes of the input they make up."""
 
     @property
     def size(self) -> int: ...
 
-    def read(self) -> Iterator[tuple[str, str]]:
+    def read(self) -> Iterator[tuple[str, str | NoText]]:
         """Documents as (key, text). The key decides which side of the split a document is on."""
         ...
 
@@ -51,7 +61,7 @@ class SourceFile:
 @dataclass(frozen=True)
 class TextFiles:
     """Files that are one document each; keyed by their path, so that an edited file stays on its
-    side of the split. Files that are not UTF-8 text are passed over."""
+    side of the split."""
 
     files: tuple[SourceFile, ...]
 
@@ -59,17 +69,29 @@ class TextFiles:
     def size(self) -> int:
         return sum(file.size for file in self.files)
 
-    def read(self) -> Iterator[tuple[str, str]]:
+    def read(self) -> Iterator[tuple[str, str | NoText]]:
         for file in self.files:
-            content = file.path.read_bytes()
-            if file.path.suffix == ".gz":
-                content = gzip.decompress(content)
-            try:
-                text = content.decode()
-            except UnicodeDecodeError:
-                continue
-            if "\0" not in text:
-                yield file.name, text
+            yield file.name, _text(_content(file.path))
+
+
+def _content(path: Path) -> bytes:
+    content = path.read_bytes()
+    if path.suffix != ".gz":
+        return content
+    try:
+        return gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read to its end: {error}") from error
+
+
+def _text(content: bytes) -> str | NoText:
+    if b"\0" in content:
+        utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return NoText.ENCODING if utf_16 else NoText.BINARY
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return NoText.ENCODING
 
 
 @dataclass(frozen=True)

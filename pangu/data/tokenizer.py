@@ -198,6 +198,31 @@ _KINDS: dict[str, Callable[[Path, str | int | None], Tokenizer]] = {
 _KIND_OF_SUFFIX = {".json": "huggingface", ".model": "sentencepiece", ".tiktoken": "tiktoken"}
 
 
+def locate_tokenizer(path: str | Path) -> tuple[Path, str, int | None]:
+    """The tokenizer's own file, its kind and, where it was saved in a folder, the end-of-document
+    token. `path` as in `load_tokenizer`.
+
+    Raises:
+        DataError: when there is none.
+    """
+    file, kind, eod = Path(path), "", None
+    if file.is_dir():
+        if not (file / INFO_FILE).is_file():
+            raise DataError(f"{file} holds no tokenizer ({INFO_FILE} is missing)")
+        try:
+            info = json.loads((file / INFO_FILE).read_text())
+            file, kind, eod = file / info["file"], info["kind"], info["eod"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{file / INFO_FILE} is damaged: {error!r}") from error
+    else:
+        kind = _KIND_OF_SUFFIX.get(file.suffix, "")
+    if not file.is_file():
+        raise DataError(f"there is no tokenizer file {file}")
+    if kind not in _KINDS:
+        raise DataError(f"{file} is neither a tokenizer.json, a .model nor a .tiktoken file")
+    return file, kind, eod
+
+
 def load_tokenizer(path: str | Path, eod: str | None = None) -> Tokenizer:
     """The tokenizer in a file, or the one saved in a corpus folder.
 
@@ -209,22 +234,9 @@ def load_tokenizer(path: str | Path, eod: str | None = None) -> Tokenizer:
     Raises:
         DataError: when nothing there can be read as a tokenizer.
     """
-    file = Path(path)
-    wanted: str | int | None = eod
-    if file.is_dir():
-        if not (file / INFO_FILE).is_file():
-            raise DataError(f"{file} holds no tokenizer ({INFO_FILE} is missing)")
-        info = json.loads((file / INFO_FILE).read_text())
-        file, kind = file / info["file"], info["kind"]
-        wanted = wanted if wanted is not None else info["eod"]
-    else:
-        kind = _KIND_OF_SUFFIX.get(file.suffix, "")
-    if not file.is_file():
-        raise DataError(f"there is no tokenizer file {file}")
-    if kind not in _KINDS:
-        raise DataError(f"{file} is neither a tokenizer.json, a .model nor a .tiktoken file")
+    file, kind, saved = locate_tokenizer(path)
     try:
-        return _KINDS[kind](file, wanted)
+        return _KINDS[kind](file, saved if eod is None else eod)
     except DataError:
         raise
     except Exception as error:  # each library has its own exceptions, tokenizers a bare Exception

@@ -131,6 +131,32 @@ def test_folders_are_searched_sensibly(corpus: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "validation.bin").exists()
 
 
+def test_files_that_are_no_text_are_counted_and_named(corpus: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a.txt").write_text("größe")
+    (source / "b.jsonl").write_text('{"text": "a record"}\n')
+    for name in ("1.so", "2.so", "3.so", "4.so"):
+        (source / name).write_bytes(b"\x7fELF\0\xff")
+    (source / "latin.txt").write_bytes("größe".encode("latin-1"))
+    (source / "windows.txt").write_bytes("größe".encode("utf-16"))
+    out = tmp_path / "out"
+    code, text = run(source, "--output", out, "--tokenizer", corpus, "--held-out", 0)
+    assert code == 0, text
+    assert "left out as binary: 4 (1.so, 2.so, 3.so, …)\n" in text
+    assert "left out as not UTF-8: 2 (latin.txt, windows.txt)\n" in text
+    info = read_info(out)
+    assert {reason: some.files for reason, some in info.left_out.items()} == {
+        "binary": 4,
+        "not UTF-8": 2,
+    }
+    assert info.documents["train"] == 2
+    everything = [source, "--pattern", "*.so", "--output", tmp_path / "none"]
+    code, text = run(*everything, "--tokenizer", corpus)
+    assert code == 2
+    assert f"no document with UTF-8 text in {source} (4 files are binary or not UTF-8)" in text
+
+
 def test_half_a_surrogate_pair_is_no_obstacle(corpus: Path, tmp_path: Path) -> None:
     path = tmp_path / "odd.jsonl"
     path.write_text('{"text": "a \\ud83d b"}\n{"text": "\\ud83d\\ude80"}\n')
@@ -151,6 +177,7 @@ def test_half_a_surrogate_pair_is_no_obstacle(corpus: Path, tmp_path: Path) -> N
             gzip.compress(b"{}" * 9999, mtime=0)[:-9],
             "a.jsonl.gz cannot be read to its end",
         ),
+        ("a.txt.gz", gzip.compress(b"text", mtime=0)[:-9], "a.txt.gz cannot be read to its end"),
         ("a.parquet", b"PAR1", "a.parquet is not a complete Parquet file"),
         ("a.txt", b"", "no document with UTF-8 text in"),
     ],

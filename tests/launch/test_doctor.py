@@ -14,6 +14,7 @@ from rich.console import Console
 
 from configs.compose import Violation, load
 from pangu import machine_check
+from pangu.data import files
 from pangu.doctor import stages
 from pangu.violation_table import table
 from simulator.parameters import count_parameters
@@ -60,6 +61,28 @@ def test_violations_end_with_2_and_show_the_rest() -> None:
     broken = doctor("parallel.pipeline_model_parallel_size=0")
     assert broken.returncode == 2
     assert "at least 1" in broken.stderr
+
+
+def test_files_that_are_not_here(tmp_path: Path) -> None:
+    """They keep a run on this machine from starting, and a planned one is told of them."""
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "train.idx").touch()
+    blend = f"data.blend={{{tmp_path}/half: 0.5, {tmp_path}/none: 0.5}}"
+    result = doctor("data=indexed", blend, f"data.tokenizer={tmp_path}/t.json")
+    assert result.returncode == 2
+    absent = [f"{tmp_path}/half/train.bin", f"{tmp_path}/none.bin", f"{tmp_path}/none.idx"]
+    assert result.stderr.count("│ data.blend ") == 3
+    assert result.stderr.count("│ data.tokenizer ") == 1
+    assert "moge_tiny: 2.11 M parameters" in result.stdout, "what is intact is shown"
+    (tmp_path / "code.bin").touch()
+    named = load(["data=indexed", f"data.blend={{{tmp_path}/code.bin: 1}}"])
+    assert [v.suggestion for v in files.missing(named)] == [f"without .bin: {tmp_path}/code"] * 2
+    planned = doctor("data=indexed", blend, "devices=1", "data.tokenizer=t.json")
+    assert planned.returncode == 0, planned.stderr
+    warnings = "".join(planned.stderr.split())
+    for path in absent:
+        assert f":thereisnofile{path}(afolderthat" in warnings
+    assert "warning:data.tokenizer=t.json:thereisnotokenizerfilet.json" in warnings
 
 
 def test_what_would_work_can_be_copied() -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from configs.compose import load
+from configs.compose import ConfigError, load
 from launch.environment import LauncherError, ProcessEnvironment, first_node, read, tasks_per_node
-from pangu.train import prepare_environment
+from pangu.train import prepare_environment, resolve
 
 MSRUN = {
     "MS_ROLE": "MS_WORKER",
@@ -127,6 +127,23 @@ def test_mistakes_end_with_2_before_torch_and_without_files(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+def test_missing_data_are_refused_before_any_process_starts(tmp_path: Path) -> None:
+    arguments = ["data=indexed", "data.blend={nowhere/code: 1.0}", "run_dir=out"]
+    result = train(*arguments, "launch.processes=2", "moe.top_k=3", cwd=tmp_path)
+    assert result.returncode == 2
+    rows = "".join(said(result).split())
+    assert "thereisnofilenowhere/code.bin" in rows
+    assert "thereisnofilenowhere/code.idx" in rows
+    assert "moe.num_expert_groups" in said(result), "together with all else there is to mend"
+    assert "torch" not in imported(result)
+    assert list(tmp_path.iterdir()) == []
+    # Another node may have them: the first process of each node speaks for it.
+    for local_rank, count in ((0, 2), (3, 0)):
+        node = {**TORCHRUN, "LOCAL_RANK": str(local_rank)}
+        result = train(*arguments, "train.global_batch_size=16", cwd=tmp_path, **node)
+        assert (result.returncode, said(result).count("data.blend")) == (2, count)
+
+
 def test_folders_that_cannot_be_made_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     folders = ["run_dir=file", "data.cache_dir=file/below"]
@@ -161,6 +178,35 @@ def test_processes_of_the_launcher_are_what_is_checked(tmp_path: Path) -> None:
     result = train("experiment=quickstart", cwd=tmp_path, **{**TORCHRUN, "RANK": "0"})
     assert result.returncode == 2
     assert "x 16 = 128" in said(result)
+
+
+@pytest.mark.parametrize(
+    ("environ", "variable", "option"),
+    [
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "6"}, "WORLD_SIZE", "torchrun --nproc_per_node"),
+        (
+            {**TORCHRUN, "LOCAL_WORLD_SIZE": "3"},
+            "WORLD_SIZE",
+            "torchrun --nnodes x --nproc_per_node",
+        ),
+        (MSRUN, "MS_WORKER_NUM", "msrun --worker_num"),
+        (SLURM, "SLURM_STEP_NUM_TASKS", "srun --ntasks"),
+    ],
+)
+def test_another_number_of_processes_in_the_words_of_the_launcher(
+    environ: dict[str, str], variable: str, option: str
+) -> None:
+    six = {**environ, variable: "6"}
+    six |= {name: "0" for name in ("RANK", "RANK_ID", "SLURM_PROCID") if name in environ}
+    with pytest.raises(ConfigError) as caught:
+        resolve(read(six), ["parallel.expert_model_parallel_size=4", "devices=12"])
+    texts = [str(violation) for violation in caught.value.violations]
+    assert texts[:2] == [
+        f"devices=12: {variable}=6: so many processes were started "
+        f"(devices=6 or null; or {option}=12)",
+        f"{variable}=6: expert x expert-tensor x pipeline parallel = 4 x 1 x 1 = 4 does not "
+        f"divide 6 ranks ({option}=4 or 8)",
+    ]
 
 
 def test_threads_are_shared_among_the_processes_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:

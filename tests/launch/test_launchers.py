@@ -46,6 +46,27 @@ def test_torchrun_on_one_node(tmp_path: Path) -> None:
     assert facts(tmp_path) == expected("torchrun", (0, 1))
 
 
+def test_a_refusal_is_said_once_and_ends_torchruns_account(tmp_path: Path) -> None:
+    command = ["torchrun", "--nproc-per-node=3", f"--master-port={free_port()}", "-m"]
+    command += [
+        "pangu.train",
+        "train.global_batch_size=3",
+        "parallel.pipeline_model_parallel_size=2",
+    ]
+    result = subprocess.run(
+        command, env=environ(), cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 1, "torchrun's own"
+    assert result.stderr.count(" to mend ") == 1
+    account = result.stderr.rpartition("Root Cause")[2]
+    assert "exitcode  : 2" in account
+    assert (
+        "WORLD_SIZE=3: tensor x pipeline x context parallel = 1 x 2 x 1 = 2 does not divide 3 ranks"
+    ) in account
+    assert result.stderr.count("exitcode  : 2") == 1, "the others were still there to be ended"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_torchrun_on_two_nodes(tmp_path: Path, two_nodes: Any) -> None:
     started = [
         subprocess.Popen(

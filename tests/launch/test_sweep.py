@@ -64,3 +64,11 @@ def test_every_mistake_of_every_job_before_the_first_starts() -> None:
     ):
         with pytest.raises(ConfigError, match=reason):
             plan(overrides)
+
+
+def test_data_that_are_not_there_are_named_with_their_jobs() -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan(["data=synthetic,indexed", "data.blend={absent: 1}"])
+    assert [v.reason for v in caught.value.violations] == [
+        f"in job data=indexed: there is no file absent.{end}" for end in ("bin", "idx")
+    ]
