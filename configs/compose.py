@@ -279,6 +279,19 @@ def load(overrides: list[str]) -> Config:
     return from_dict(compose_dict(overrides))
 
 
+def read_file(file: Path, key: str) -> Config:
+    """The configuration that `to_yaml` wrote.
+
+    Raises:
+        ConfigError: under `key`, for a file that cannot be read, or is of another version.
+    """
+    try:
+        return from_dict(OmegaConf.to_container(OmegaConf.load(file)))  # type: ignore[arg-type]
+    except (OSError, YAMLError, OmegaConfBaseException, ConfigError) as error:
+        reason = f"cannot be read: {' '.join(str(error).split())}"
+        raise ConfigError([Violation(key, file, reason)]) from None
+
+
 def to_yaml(config: Config) -> str:
-    """The resolved configuration, as written into the run folder and read back by `from_dict`."""
+    """The resolved configuration, as written into the run folder; see `read_file`."""
     return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))

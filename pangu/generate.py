@@ -80,16 +80,19 @@ def parse(arguments: Sequence[str]) -> Options:
     from configs.compose import ConfigError, Violation
 
     known = [field.name for field in fields(Options)]
-    given = dict(argument.partition("=")[::2] for argument in arguments)
-    violations = [
-        Violation(key, value, "unknown key", f"known: {', '.join(known)}")
-        for key, value in given.items()
-        if key not in known
-    ]
+    given = {}
+    violations = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key in known and equals:
+            given[key] = value
+        else:
+            reason = "unknown key" if equals else "is not of the form key=value"
+            violations.append(Violation(key, value, reason, f"known: {', '.join(known)}"))
     if "checkpoint" not in given:
         reason = "what to generate with is missing"
         violations.append(Violation("checkpoint", "", reason, "checkpoint=RUN_DIR"))
-    options = {"checkpoint": ""} | {key: given[key] for key in known if key in given}
+    options = {"checkpoint": ""} | given
     try:
         found = TypeAdapter(Options).validate_python(options)
     except ValidationError as error:
@@ -120,16 +123,14 @@ def read_run_config(folder: Path) -> Config:
     Raises:
         ConfigError: there is none, or it is not one of this version.
     """
-    from omegaconf import OmegaConf
-
-    from configs.compose import ConfigError, Violation, from_dict
+    from configs.compose import ConfigError, Violation, read_file
     from configs.schema import BackendConfig, LaunchConfig, MemoryConfig, ParallelConfig
 
     file = folder / "config.yaml"
     if not file.is_file():
         reason = "is neither a run folder nor a checkpoint: it has no config.yaml"
         raise ConfigError([Violation("checkpoint", folder, reason)])
-    config = from_dict(OmegaConf.to_container(OmegaConf.load(file)))  # type: ignore[arg-type]
+    config = read_file(file, "checkpoint")
     return replace(
         config,
         parallel=ParallelConfig(),
@@ -194,4 +195,7 @@ def stream(options: Options, config: Config) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:  # before there is any text
+        sys.exit(130)

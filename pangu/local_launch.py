@@ -54,8 +54,9 @@ def start_local(command: Sequence[str], processes: int, log_dir: Path) -> int:
             output.close()
     _pass_on_signals(children)
     rank, code = _wait(children)
-    # A user's mistake (2) is the same on every rank, and rank 0 has the terminal.
-    if code and rank and (code, children[0].returncode) != (2, 2):
+    # A user's mistake, or wish to stop, is the same on every rank, and rank 0 has the terminal.
+    wished = code in (2, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+    if code and rank and not (wished and children[0].returncode in (code, 128 - code)):
         _show(log_dir / f"rank_{rank}.log", rank, code)
     return code
 

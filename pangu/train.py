@@ -6,9 +6,10 @@ joins the others. `-m` runs one job per combination of comma-separated values (s
 
 from __future__ import annotations
 
-import errno
 import os
+import signal
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -148,8 +149,7 @@ def unusable_folders(config: Config) -> list[Violation]:
     for key, folder in folders.items():
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            if not os.access(folder, os.W_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             reason = f"cannot be written to: {error.strerror}"
             found.append(Violation(key, folder, reason, "another folder"))
@@ -211,4 +211,6 @@ def _groups() -> str:
 
 
 if __name__ == "__main__":
+    # Ctrl-C simply ends what has not begun; once there is something to save, the run listens.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(main(sys.argv[1:]))

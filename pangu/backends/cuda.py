@@ -33,7 +33,7 @@ def create(local_rank: int) -> Backend:
     """
     count = torch.cuda.device_count()
     if local_rank >= count:
-        raise RuntimeError(f"backend=cuda: local rank {local_rank} needs a GPU, torch sees {count}")
+        raise RuntimeError(f"local rank {local_rank} needs a GPU, torch sees {count}")
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     properties = torch.cuda.get_device_properties(device)

@@ -31,7 +31,7 @@ def _namespace() -> Any:
         importlib.import_module("torch_npu")
     except ImportError as error:
         raise RuntimeError(
-            NO_CANN if "libhccl" in str(error) else f"backend=npu: {error}"
+            NO_CANN if "libhccl" in str(error) else f"torch-npu cannot be imported: {error}"
         ) from None
     return getattr(torch, "npu")  # noqa: B009 - torch-npu adds it
 
@@ -72,7 +72,7 @@ def create(local_rank: int) -> Backend:
     npu = _namespace()
     count = npu.device_count()
     if local_rank >= count:
-        raise RuntimeError(f"backend=npu: local rank {local_rank} needs an NPU, found {count}")
+        raise RuntimeError(f"local rank {local_rank} needs an NPU, found {count}")
     npu.set_device(local_rank)
     return Backend(
         name="npu",

@@ -25,7 +25,11 @@ def load_for_inference(config: Config, folder: Path) -> tuple[GPTModel, Tokenize
     source: Path | checkpoint.Found = folder
     path = folder
     if not (folder / manifest.MANIFEST).is_file():  # a run's folder, not a checkpoint's
-        found = checkpoint.newest(config)
+        try:
+            found = checkpoint.newest(config)
+        except ConfigError as error:
+            reason = error.violations[0].reason
+            raise ConfigError([Violation("checkpoint", folder, reason)]) from None
         if found is None:
             reason = "the run has saved no checkpoint yet"
             raise ConfigError([Violation("checkpoint", folder, reason)])

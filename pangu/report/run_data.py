@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from omegaconf import OmegaConf
-
-from configs.compose import from_dict
+from configs.compose import read_file
 from configs.schema import Config
 from pangu.report.run_files import (
     BASELINES,
@@ -87,11 +85,10 @@ def read_run(folder: Path) -> RunData:
     steps = [row for row in rows if "loss" in row]
     if not steps:
         raise ReportError(f"{folder} has no step in {METRICS} yet: there is nothing to report")
-    tree = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
     sample = folder / SAMPLE
     return RunData(
         folder,
-        from_dict(tree),  # type: ignore[arg-type]
+        read_file(folder / CONFIG, "config"),
         steps,
         [row for row in rows if row.get("validation_loss") is not None],
         ExpertLoad.read(folder / EXPERT_LOAD),

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer
-from omegaconf import OmegaConf
 
-from configs.compose import ConfigError, Violation, from_dict
+from configs.compose import ConfigError, Violation, read_file
 from configs.schema import Config
 from pangu.training import contents, manifest, optimizer_state
 from pangu.training.contents import CheckpointMismatch
@@ -41,13 +40,13 @@ def read_config(path: str | Path) -> Config:
     """The resolved configuration that a checkpoint was trained with.
 
     Raises:
-        ConfigError: there is no checkpoint.
+        ConfigError: there is no checkpoint, or its configuration cannot be read.
     """
     file = Path(path) / CONFIG
     if not file.is_file():
         reason = "is no checkpoint folder: it has no " + CONFIG
         raise ConfigError([Violation("checkpoint", path, reason, "run_dir/checkpoints/step_…")])
-    return from_dict(OmegaConf.to_container(OmegaConf.load(file)))  # type: ignore[arg-type]
+    return read_file(file, "checkpoint")
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,10 @@ class Trainer:
                 progress.say(announce(expected))
             first_step = self.state.step
             if first_step >= self.config.train.steps:
-                progress.say(f"nothing to train: train.steps={self.config.train.steps} is reached")
+                steps = f"train.steps={self.config.train.steps}"
+                progress.say(
+                    f"nothing to train: {steps}, and the checkpoint is of step {first_step}"
+                )
             train_batches = self.train_batches()
             while self.state.step < self.config.train.steps and not self.stop.agreed():
                 if self.enter_phase():

@@ -43,7 +43,10 @@ def run(config: Config, process: ProcessEnvironment) -> int:
 
     distributed.initialize(config)
     try:
-        trainer = build_trainer(config, stop)
+        try:
+            trainer = build_trainer(config, stop)
+        except OSError as error:
+            raise _unusable(config, error) from None
         code = trainer.train()
         if trainer.state.step >= config.train.steps:
             finish(trainer)
@@ -59,6 +62,16 @@ def run(config: Config, process: ProcessEnvironment) -> int:
         raise
     finally:
         distributed.shutdown()
+
+
+def _unusable(config: Config, error: OSError) -> Exception:
+    """A mistake of the user's where it is about a file in a folder of the run's; else the error."""
+    folders = {"run_dir": config.run_dir, "data.cache_dir": config.data.cache_dir}
+    for key, folder in folders.items():
+        if error.filename and Path(folder) in Path(error.filename).parents:
+            reason = f"cannot be used: {error.filename}: {error.strerror}"
+            return ConfigError([Violation(key, folder, reason, "another folder")])
+    return error
 
 
 def build_trainer(config: Config, stop: StopSignal) -> Trainer:

@@ -125,6 +125,7 @@ def test_a_damaged_checkpoint_is_a_sentence_and_exit_code_2(ended):
     ("arguments", "sentence"),
     [
         (["checkpoint=nowhere"], "checkpoint=nowhere: is neither a run folder nor a checkpoint"),
+        (["run"], "run=: is not of the form key=value"),
         (["prompt=x"], "checkpoint=: what to generate with is missing"),
         (["checkpoint=x", "promt=y"], "promt=y: unknown key (known: checkpoint, prompt"),
         (["checkpoint=x", "temperature=-1"], "temperature=-1.0: must be 0 or more"),
@@ -139,6 +140,15 @@ def test_a_damaged_checkpoint_is_a_sentence_and_exit_code_2(ended):
 def test_a_mistake_is_a_sentence_and_exit_code_2(arguments, sentence, capsys):
     assert main(arguments) == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["model: [", "", "[1]", "model: {name: x}"])
+def test_a_configuration_that_cannot_be_read_is_a_sentence(content, tmp_path, capsys):
+    file = tmp_path / "config.yaml"
+    file.write_text(content)
+    assert main([f"checkpoint={tmp_path}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"checkpoint={file}: cannot be read: ")
 
 
 def test_what_keeps_a_layout_from_generating_is_said():

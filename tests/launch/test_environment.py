@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -153,6 +154,30 @@ def test_folders_that_cannot_be_made_are_named(tmp_path: Path) -> None:
         assert "File exists" in said(result)
         assert "Not a directory" in said(result)
         assert "torch" not in imported(result)
+
+
+def test_a_file_in_the_way_inside_the_run_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "out" / "config.yaml").mkdir(parents=True)
+    result = train("run_dir=out", "data=synthetic", "model.num_layers=2", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "cannot be used: out/config.yaml: Is a directory" in said(result)
+    assert "Traceback" not in said(result)
+
+
+def test_ctrl_c_during_the_start_is_no_traceback(tmp_path: Path) -> None:
+    """The configuration is read from a pipe: once it is open, the start is under way."""
+    os.mkfifo(tmp_path / "slow.yaml")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pangu.train", "experiment=slow.yaml"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with (tmp_path / "slow.yaml").open("w"):
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (-signal.SIGINT, "")
 
 
 def test_only_rank_0_speaks(tmp_path: Path) -> None:

@@ -199,6 +199,19 @@ def test_sigterm_reaches_every_rank(tmp_path: Path) -> None:
     assert (tmp_path / "rank_1.log").read_text() == "saved\n"
 
 
+def test_ctrl_c_before_the_ranks_listen_is_silent(tmp_path: Path) -> None:
+    child = (
+        "import os, signal, time\n"
+        "signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+        f"open(os.path.join({str(tmp_path)!r}, 'up' + os.environ['RANK']), 'w')\n"
+        "time.sleep(60)\n"
+    )
+    process = spawn(tmp_path, child)
+    wait_for(lambda: (tmp_path / "up0").exists() and (tmp_path / "up1").exists())
+    process.send_signal(signal.SIGINT)
+    assert (*process.communicate(timeout=30), process.returncode) == ("", "", 130)
+
+
 def test_a_killed_start_leaves_no_rank_behind(tmp_path: Path) -> None:
     child = (
         "import os, time\n"

@@ -130,7 +130,7 @@ def test_a_full_disk_costs_neither_the_run_nor_the_last_good_checkpoint(small_di
 
     code, output = train(run_dir, "train.steps=7", *overrides)
     assert code == 0, output
-    assert "nothing to train: train.steps=7 is reached" in output
+    assert "nothing to train: train.steps=7, and the checkpoint is of step 11" in output
 
 
 EXPLODING = (
