@@ -264,6 +264,8 @@ class SimulationConfig:
     # Norms, rotary embedding and activations in one kernel each; eager code runs them in several.
     fused_kernels: bool = True
     grouped_experts: bool = True  # all experts of a rank in one product; else one by one
+    # Float8 wants every expert's rows in multiples: copied into padded tensors and back.
+    padded_experts: bool = False
     # Experts' products, activation, biases and quantisation in a pair of kernels, forward and back.
     fused_experts: bool = False
     clamped_experts: bool = False  # gate and value clamped, in passes of their own (GPT-OSS)

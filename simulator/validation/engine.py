@@ -137,8 +137,7 @@ def _model(row: Row, assumed: list[str]) -> ModelConfig:
 
 
 def _gpt_oss(row: Row) -> bool:
-    """Biases everywhere, clamped experts, and every second layer attends to 128 tokens (public
-    model configuration)."""
+    """Biases everywhere, clamped experts, and in every second layer a window of 128 tokens."""
     return re.match(r"gpt.oss", row["model"], re.IGNORECASE) is not None
 
 
@@ -218,6 +217,14 @@ def _dispatch(row: Row) -> Literal["flat", "deduplicated"]:
     if published:
         return "flat" if published.flat else "deduplicated"
     return "deduplicated" if row.mentions("DeepEP", "HybridEP", "DualPipe") else "flat"
+
+
+def _pads(row: Row) -> bool:
+    """Megatron-Bridge's recipes leave `moe_router_padding_for_fp8` off. HybridEP pads as it
+    dispatches, and dropping tokens leaves every expert a whole capacity."""
+    published = recipe(row)
+    dropped = row.mentions("token drop")
+    return bool(published and published.flat and precision(row) in ("fp8", "fp4") and not dropped)
 
 
 def _virtual_stages(row: Row, layers: int) -> int:
@@ -344,6 +351,7 @@ def _traits(row: Row) -> SimulationConfig:
         # MindSpeed's scripts name the flag.
         grouped_experts=not row.mentions("script examples/") or row.mentions("moe-grouped-gemm"),
         fused_experts=published is not None and published.fused,
+        padded_experts=_pads(row),
         clamped_experts=_gpt_oss(row),
         fp32_gradients=not (early or row.mentions("mixed precision PURE", "Bridge", "FSDP on")),
         scatter_gather_sends=early,

@@ -235,6 +235,13 @@ def test_bias_and_clamp_of_experts_take_passes_of_their_own():
     assert bytes_of(flat, "experts.clamp") == [4 * inner, 5 * inner]
 
 
+def test_padding_copies_every_row_there_and_back():
+    assert bytes_of(counted("moe", *EXPERTS), "experts.padding") == [0, 0]
+    padded = counted("moe", *EXPERTS, "simulation.padded_experts=true")
+    rows = 4096 * 2 * 4096 * 2  # bytes; in and out, read and written
+    assert bytes_of(padded, "experts.padding") == [4 * rows, 4 * rows]
+
+
 def test_fused_experts_leave_nothing_between_their_products():
     fused = counted("moe", *EXPERTS, "simulation.fused_experts=true")
     assert bytes_of(fused, "experts.activation") == []

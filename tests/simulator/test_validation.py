@@ -135,6 +135,11 @@ def test_what_published_recipes_say_and_tables_leave_out() -> None:
     assert sinks.simulation.clamped_experts
     # every second layer attends to 128 tokens, of 2,048 in the mean
     assert sinks.simulation.attention_span == pytest.approx((1 + 128 / 2048) / 2)
+    padded = [
+        case(ROWS[f"mbridge_{row}"]).config.simulation.padded_experts
+        for row in ("26.02_214", "26.04_130", "25.09_260", "26.02_204")
+    ]
+    assert padded == [True, False, False, False]  # HybridEP, dropped tokens, 16 bits
     early = case(ROWS["mbridge_25.11_230"]).config.simulation
     assert not early.fused_experts
     assert not early.fp8_attention
