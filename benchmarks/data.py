@@ -22,7 +22,7 @@ from configs.compose import load
 from pangu.data.corpus import Preparation, prepare
 from pangu.data.datasets import batches, build_datasets
 
-FILES, DOCUMENTS, SEQ = 200, 1000, 256
+FILES, DOCUMENTS, SEQ, VOCAB = 200, 1000, 256, 4096
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
         job = Preparation(
             [library],
             root / "library",
-            train_tokenizer=4096,
+            train_tokenizer=VOCAB,
             pattern="*.py",
             workers=os.cpu_count() or 1,
         )
@@ -41,7 +41,8 @@ def main() -> None:
         size = sum(info.text_bytes.values()) / 1e6
         print(f"prepare: {size:.0f} MB of text in {seconds:.1f} s, {job.workers} processes")
 
-        config = load(["data=indexed", f"data.cache_dir={root}"])
+        overrides = [f"model.vocab_size={VOCAB}", "train.validate_every=0"]
+        config = load(["data=indexed", f"data.cache_dir={root}", *overrides])
         config.data.blend = {str(root / "library"): 1.0}
         datasets = build_datasets(config, train_samples=1, validation_samples=0, seq_length=SEQ)
         stream = batches(
@@ -78,7 +79,7 @@ def many_files(root: Path) -> dict[str, float]:
             shutil.copy(path, folder)
         builder = IndexedDatasetBuilder(str(folder / "train.bin"), dtype=np.uint16)
         for length in draw.integers(10, 200, DOCUMENTS).tolist():
-            builder.add_document(draw.integers(0, 4096, length), [length])
+            builder.add_document(draw.integers(0, VOCAB, length), [length])
         builder.finalize(str(folder / "train.idx"))
         blend[str(folder)] = 1.0 + number % 3
     return blend
