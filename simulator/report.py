@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from configs.schema import Config
 from simulator.hardware import GRADES
+from simulator.page import fill
 from simulator.predict import Prediction
 from simulator.search import Choice, SearchResult
 from simulator.words import layout_words, recompute_words
@@ -25,10 +25,7 @@ def write_report(
     path: Path, config: Config, prediction: Prediction, search: SearchResult | None = None
 ) -> None:
     """Write the page of a forecast, and of the search that it won."""
-    # "<" may not appear inside a script element.
-    data = json.dumps(report_data(config, prediction, search), allow_nan=False)
-    page = TEMPLATE.read_text(encoding="utf-8")
-    path.write_text(page.replace('"__DATA__"', data.replace("<", "\\u003c")), encoding="utf-8")
+    path.write_text(fill(TEMPLATE, report_data(config, prediction, search)), encoding="utf-8")
 
 
 def report_data(

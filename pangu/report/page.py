@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from pangu.report.plots import smooth
 from pangu.report.run_data import RunData
 from pangu.report.run_files import perplexity, short
+from simulator.page import fill
 from simulator.parameters import count_parameters
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -31,10 +31,8 @@ _CURVES = {
 
 def write_page(run: RunData) -> Path:
     """Write `<run_dir>/report.html`."""
-    # "<" may not appear inside a script element, not even in a sample of generated HTML.
-    data = json.dumps(_data(run), allow_nan=False).replace("<", "\\u003c")
     path = run.folder / "report.html"
-    path.write_text(TEMPLATE.read_text().replace('"__DATA__"', data), encoding="utf-8")
+    path.write_text(fill(TEMPLATE, _data(run)), encoding="utf-8")
     return path
 
 
