@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from configs.compose import Violation
     from configs.schema import Config
 
+# glibc caches freed small chunks by thread. Those between two tensors keep the tensors' memory from
+# becoming one piece again, and the heap grows from step to step.
+WHOLE_HEAP = ("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0")
+
 USAGE = """usage: python -m pangu.train [-m] [group=option] [key=value] ...
 
   python -m pangu.train experiment=quickstart run_dir=runs/first train.steps=100
@@ -97,6 +101,8 @@ def _train(process: ProcessEnvironment, overrides: list[str]) -> int:
 
         if not _default_corpus_is_there(config):
             return 2
+        if config.backend.name == "cpu":
+            os.environ.setdefault(*WHOLE_HEAP)
         command = [sys.executable, "-m", "pangu.train", *overrides]
         return start_local(command, config.launch.processes, Path(config.run_dir) / "logs")
     if process.rank == 0:

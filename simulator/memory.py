@@ -37,12 +37,6 @@ def fits(hw: Hardware, peak: Array, outside: Array) -> Array:
     return peak * (1 + RESERVED_FRACTION) + outside <= hw.memory_bytes
 
 
-def measured_peak(hw: Hardware, peak: Array) -> Array:
-    """The peak that a run reports, in bytes: of the allocator on a device with memory of its own,
-    of the whole process elsewhere."""
-    return peak * (1 + hw.memory_overhead) + hw.process_base_bytes
-
-
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one pipeline rank."""
@@ -55,10 +49,25 @@ class Memory:
     buffers: Array  # of the collective library, outside the allocator
 
     @property
+    def kept(self) -> Array:
+        """What stays from step to step."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def passing(self) -> Array:
+        """What comes and goes within a step, at its most."""
+        return self.activations + self.temporary
+
+    @property
     def peak(self) -> Array:
         """What the framework's allocator reports as its peak."""
-        kept = self.weights + self.gradients + self.optimizer
-        return kept + self.activations + self.temporary
+        return self.kept + self.passing
+
+
+def measured_peak(hw: Hardware, memory: Memory) -> Array:
+    """The peak that a run reports, in bytes: of the allocator on a device with memory of its own,
+    of the whole process elsewhere."""
+    return memory.peak + memory.passing * hw.memory_overhead + hw.process_base_bytes
 
 
 @dataclass(frozen=True)

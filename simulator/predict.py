@@ -145,7 +145,7 @@ def predict(config: Config, load: float | None = None) -> Prediction:
     step = max(reduced) + optimizer + gather
     slowest = max(ranks, key=lambda rank: float(held[rank].seconds.both))
     stages = [_stage(parts, rank, held[rank], timeline) for rank in ranks]
-    peak = float(measured_peak(parts.hardware, max(float(stage.memory.peak) for stage in stages)))
+    peak = max(float(measured_peak(parts.hardware, stage.memory)) for stage in stages)
     outside = max(float(stage.memory.buffers) for stage in stages)
     tokens = float(tokens_per_step(config, layout))
     devices = int(layout.devices)

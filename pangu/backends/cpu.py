@@ -103,8 +103,9 @@ CONSTANTS = {
 }
 
 
-# Of <malloc.h>: M_MMAP_THRESHOLD at its largest value, and no trimming (M_TRIM_THRESHOLD).
-MALLOC_OPTIONS = {-3: 32 * 1024 * 1024, -1: 2**31 - 1}
+# Of <malloc.h>: M_MMAP_THRESHOLD at its largest value, no trimming (M_TRIM_THRESHOLD), and one heap
+# for all threads (M_ARENA_MAX).
+MALLOC_OPTIONS = {-3: 32 * 1024 * 1024, -1: 2**31 - 1, -8: 1}
 
 
 def fit_engine(precision: str = "auto") -> None:
@@ -164,6 +165,8 @@ def keep_freed_memory() -> None:
 
     By default it gives large arrays back to the system at each free, and every step pays for
     zeroed pages again: 11,600 page faults a step in `benchmarks/training_speed.py`, 400 with this.
+    And every thread has a heap of its own, gloo's two per process group too: what each once held
+    for a message it keeps, 20 to 80 MB of a process that exchanges tokens.
     Other C libraries have no `mallopt` and are left alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

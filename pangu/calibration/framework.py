@@ -58,8 +58,8 @@ WARM_UP = 3
 class Framework:
     """Seconds that the framework adds to each operator that the simulator counts, and to each
     step, and that a message costs in a step beside moving its bytes (calling it, waking up,
-    waiting for the others); bytes that a process holds without a model; what the allocator holds
-    beyond what is in use, as a part of that."""
+    waiting for the others); bytes that a process holds without a model; what it holds with one
+    beyond what is counted, as a part of what comes and goes within a step."""
 
     operator_seconds: float
     step_seconds: float
@@ -78,7 +78,7 @@ def measure(
 ) -> Framework:
     """Run the narrow model at two depths, alone and over `processes`, then the wide one.
 
-    `backend` are overrides such as `backend=cpu`.
+    `backend` are overrides, the first of them `backend=…`.
 
     Raises:
         RuntimeError: a run failed; the message is the last line that it said.
@@ -102,7 +102,7 @@ def measure(
 def _overhead(
     backend: list[str], processes: int, base: float, quick: bool, say: Callable[[str], None]
 ) -> float:
-    """What the wide model's process holds beyond what is counted, as a part of that."""
+    """`Framework.memory_overhead` of the wide model's process."""
     say(f"framework, wide, {processes} processes")
     overrides = [
         *WIDE,
@@ -112,8 +112,17 @@ def _overhead(
         f"parallel.expert_model_parallel_size={_expert_parallel(processes)}",
     ]
     rows = _run([*overrides, f"train.steps={6 if quick else 20}"])
-    counted = predict(load([*overrides, "hardware=a100"])).peak_memory_gib
-    return max((rows[-1]["memory_gib"] - base / 2**30) / counted - 1, 0.0)
+    return beyond_counted(
+        [*overrides, f"hardware.{backend[0]}"], rows[-1]["memory_gib"] * 2**30 - base
+    )
+
+
+def beyond_counted(overrides: list[str], held: float) -> float:
+    """Bytes that a process holds, less those that the simulator counts, as a part of what comes and
+    goes within a step. `hardware.backend=…` among the overrides says which precision `auto` means.
+    """
+    memory = predict(load(["hardware=a100", *overrides])).stages[0].memory
+    return max((held - float(memory.peak)) / float(memory.passing), 0.0)
 
 
 def _depths(

@@ -12,17 +12,18 @@ import pytest
 
 from configs.compose import load
 from pangu.calibration.fit import fit, preset
-from pangu.calibration.framework import Framework
+from pangu.calibration.framework import WIDE, Framework, beyond_counted
 from pangu.calibration.samples import Device, Sample
 from simulator.collectives import collective_seconds
 from simulator.hardware import Hardware, Kind, load_hardware, read_hardware
-from simulator.memory import measured_peak
+from simulator.memory import Memory, measured_peak
 from simulator.operators import (
     attention_seconds,
     grouped_matmul_seconds,
     matmul_seconds,
     vector_seconds,
 )
+from simulator.parameters import count_parameters
 from simulator.predict import predict
 
 ROOT = Path(__file__).parents[2]
@@ -172,7 +173,24 @@ def test_the_fit_finds_a_known_machine_again() -> None:
 def test_a_message_of_a_step_costs_at_least_what_it_was_seen_to_cost() -> None:
     slow = fit("slow", sampled(machine()), 2, replace(COST, message_seconds=5e-3))
     assert collective_seconds(slow, "all_gather", 4, 2) == pytest.approx(5e-3, rel=0.01)
-    assert measured_peak(slow, np.float64(2e8)) == pytest.approx(1.5 * 2e8 + 4e8)
+
+
+def test_what_stays_leaves_no_holes() -> None:
+    known = fit("holes", sampled(machine()), 2, COST)
+    memory = Memory(
+        weights=1e8, gradients=2e8, optimizer=3e8, activations=5e7, temporary=1e7, buffers=0
+    )
+    assert measured_peak(known, memory) == pytest.approx(6e8 + 1.5 * 6e7 + 4e8)
+
+
+def test_holes_are_counted_in_the_precision_of_the_run(measured: Path) -> None:
+    memory = predict(load([*WIDE, f"hardware={measured}"])).stages[0].memory
+    weights = 4 * count_parameters(load(WIDE)).allocated
+    assert (memory.weights, memory.kept) == pytest.approx((weights, 4 * weights))  # float32
+    for part in (0.0, 0.7):
+        held = float(memory.kept + (1 + part) * memory.passing)
+        found = beyond_counted([*WIDE, "hardware.backend=cpu"], held)
+        assert found == pytest.approx(part, abs=1e-9)
 
 
 def test_one_process_has_no_links_and_still_makes_a_preset() -> None:
