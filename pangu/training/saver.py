@@ -42,6 +42,7 @@ from pangu.training import contents, manifest, optimizer_state
 from pangu.training.checkpoint import CONFIG, TOKENIZER, checkpoints_of
 from pangu.training.distributed import from_rank_0, say
 from pangu.training.manifest import FileRecord, Manifest
+from pangu.training.optimizer_state import Part
 from pangu.training.state import RunState
 
 
@@ -91,14 +92,7 @@ class Saver:
             return self._report(Saved(state.step, made))
         everything = optimizer_state.parts(self.optimizer)
         optimizer_state.initialize(everything)
-        # That each element is written exactly once is checked below, by the parallel strategy.
-        sharded, _ = save_preprocess(
-            contents.to_save(self.chunks, everything), validate_access_integrity=False
-        )
-        plan = _Plan()
-        # Spreads what replicas share over the ranks that have it.
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        FullyParallelSaveStrategyWrapper(plan, group).async_save(sharded, made)
+        plan = self._plan(everything, made)
         self._writing = _Writing(
             Manifest(
                 step=state.step,
@@ -111,6 +105,19 @@ class Saver:
             plan,
         )
         return None
+
+    def _plan(self, everything: list[Part], folder: Path) -> _Plan:
+        """What this rank writes. What it gathered and leaves to its replicas is given back on
+        return, before a process is forked that would keep it until all is written."""
+        # That each element is written exactly once is checked below, by the parallel strategy.
+        sharded, _ = save_preprocess(
+            contents.to_save(self.chunks, everything), validate_access_integrity=False
+        )
+        plan = _Plan()
+        # Spreads what replicas share over the ranks that have it.
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        FullyParallelSaveStrategyWrapper(plan, group).async_save(sharded, folder)
+        return plan
 
     def poll(self) -> Saved | None:
         """The outcome of the save that has just ended on all ranks, if one has."""

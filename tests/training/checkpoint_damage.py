@@ -167,6 +167,38 @@ def weights_alone(folder: Path) -> float:
     )
 
 
+def held(folder: Path) -> tuple[int, int, int]:
+    """Bytes that this rank gathers for a save, those of them that are held when the writing
+    process is forked, and those that it writes."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    from pangu.training import saver
+    from pangu.training.optimizer_state import Part
+
+    gathered: list[tuple[StorageWeakRef, int]] = []
+    found = []
+    whole, begin = Part.whole, saver._Writing.__init__
+
+    def remember(part, name):
+        tensor = whole(part, name)
+        gathered.append((StorageWeakRef(tensor.untyped_storage()), tensor.nbytes))
+        return tensor
+
+    def look(self, manifest, path, plan):
+        kept = sum(size for storage, size in gathered if not storage.expired())
+        buckets = plan.writer.write_buckets
+        written = sum(tensor.nbytes for *_, (_, some) in buckets for _, tensor in some)
+        found.append((sum(size for _, size in gathered), kept, written))
+        begin(self, manifest, path, plan)
+
+    Part.whole, saver._Writing.__init__ = remember, look
+    try:
+        train(folder / "held", ["train.steps=1", "parallel.zero_stage=1"])
+    finally:
+        Part.whole, saver._Writing.__init__ = whole, begin
+    return found[0]
+
+
 def everything(folder: Path) -> dict[str, Any]:
     """All of the above in one set of processes."""
     return {
@@ -175,4 +207,5 @@ def everything(folder: Path) -> dict[str, Any]:
         "other run": from_another_run(folder),
         "poisoned": poisoned(folder),
         "weights": weights_alone(folder),
+        "held": held(folder),
     }

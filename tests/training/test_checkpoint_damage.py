@@ -35,3 +35,7 @@ def test_what_cannot_be_used_is_named_and_the_run_goes_on_from_what_can(tmp_path
     assert sequences == (7 + 4) * 8
 
     assert found["weights"] == 0.0
+
+    for gathered, kept, written in (found["held"], other_rank["held"]):
+        assert 0.4 * gathered < written < 0.6 * gathered, "two replicas share the writing"
+        assert kept <= written
