@@ -90,11 +90,11 @@ def _experts(s: Shapes, load: Array) -> Counts:
     outer = rows * fc2.local_inputs(layout.etp)
     stream = s.shard * hidden * element
     regroup = np.where(experts > 1, 2 * received, 0.0)  # by expert, after the exchange
-    padding = 4 * received if s.traits.padded_experts else 0.0
+    padded = vector("experts.padding", 4 * received, 4 * received, module)
     operators = [
         *vector("moe.permute", stream + sent, stream + sent, module),
         *vector("moe.sort", regroup, regroup, module),
-        *vector("experts.padding", padding, padding, module),
+        *(padded if s.traits.padded_experts else []),
         *grouped_matmul(s, fc1, experts, rows / experts, layout.etp, module),
         *_between_products(s, inner, outer * element),
         *grouped_matmul(s, fc2, experts, rows / experts, layout.etp, module),

@@ -3,7 +3,7 @@
 Batch, sequence length and part are not published. 4K sequences, 64 micro-batches and the 280T part
 are the reading under which throughput and MFU agree (attention counted in full). How much of the
 expert exchange was hidden is not published either: the preset has half, as of any other collective
-on this part. With the 98 % of the follow-up report the forecast's MFU is 34 % (there: 41 %, at 8K).
+on this part. With the 98 % of the follow-up report the forecast's MFU is 35 % (there: 41 %, at 8K).
 """
 
 import pytest
@@ -28,7 +28,7 @@ def test_published_throughput_and_mfu() -> None:
     later = predict(
         load([*RUN, "simulation.dispatch=hierarchical", "hardware.overlap.exchange=0.98"])
     )
-    assert mfu * result.step_seconds / later.step_seconds == pytest.approx(0.34, abs=0.01)
+    assert mfu * result.step_seconds / later.step_seconds == pytest.approx(0.346, abs=0.01)
 
 
 def test_overlap_is_worth_its_trouble() -> None:
