@@ -269,6 +269,9 @@ class SimulationConfig:
     # Experts' products, activation, biases and quantisation in a pair of kernels, forward and back.
     fused_experts: bool = False
     clamped_experts: bool = False  # gate and value clamped, in passes of their own (GPT-OSS)
+    # Whole layers are repeated up to the last tensor that backward needs, not to their end
+    # (PyTorch's non-reentrant checkpoints since 2.1): the last product and its sum are left out.
+    recompute_stops_early: bool = False
     fp32_gradients: bool = True  # main gradients accumulated and reduced in float32
     tp_comm_overlap: bool = False  # tensor-parallel collectives fused with their matrix products
     # How tokens reach experts in other nodes: flat all-to-all; Pangu's hierarchy (all-gather

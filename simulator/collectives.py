@@ -66,7 +66,7 @@ def _group(
             volume = bytes * (1.0 / inner - 1.0 / outer) * (2.0 if kind == "all_reduce" else 1.0)
         seconds = _transfer(link, kind, volume, bytes, outer / inner, concurrent)
         moving = moving + seconds if hw.sequential_collectives else np.maximum(moving, seconds)
-        waiting = waiting + _steps(kind, link, outer / inner) * link.latency_us * 1e-6
+        waiting = waiting + _steps(hw, kind, link, outer / inner) * link.latency_us * 1e-6
         inner = outer
     return moving + waiting
 
@@ -82,13 +82,16 @@ def _transfer(
     return np.where(peers > 1, volume / bandwidth * ramp, 0.0)
 
 
-def _steps(kind: Kind, link: Link, peers: Array) -> Array:
+def _steps(hw: Hardware, kind: Kind, link: Link, peers: Array) -> Array:
     """Latencies in a row: a ring takes peers - 1 steps, a tree or recursive doubling log2; the
-    library takes the fewer. A full mesh and a direct exchange need one."""
+    library takes the fewer, but NCCL has only rings for gathering and reduce-scatter (trees are
+    for all-reduce). A full mesh and a direct exchange need one."""
     tree = np.ceil(np.log2(np.maximum(peers, 1.0)))
     if link.topology == "mesh" or kind == "all_to_all":
         one = np.where(peers > 1, 1.0, 0.0)
         return one * (2.0 if kind == "all_reduce" else 1.0)
+    if kind in ("all_gather", "reduce_scatter") and not hw.sequential_collectives:
+        return peers - 1.0
     fewer = np.minimum(peers - 1.0, 2.0 * tree)
     return fewer * (2.0 if kind == "all_reduce" else 1.0)
 

@@ -238,7 +238,7 @@ def rank_seconds(parts: Parts, contents: list[StageContent]) -> RankSeconds:
         repeated_moe = repeated_moe + np.minimum(first - some, content.moe)
     again = np.where(
         layout.full_recompute,
-        repeated_dense * priced.dense.forward + repeated_moe * priced.moe.forward,
+        repeated_dense * priced.dense.again + repeated_moe * priced.moe.again,
         dense_layers * priced.dense.recompute(layout) + moe_layers * priced.moe.recompute(layout),
     )
     dense_wait = layer_waits(parts, "dense")
@@ -307,7 +307,7 @@ def sharded_weights(parts: Parts, block: BlockSeconds, kind: LayerKind) -> tuple
         gather = gather + np.where(layout.zero >= 3, weights, 0.0)
         grads = collective_seconds(hw, "reduce_scatter", elements * grad, size, stride)
         reduce = reduce + np.where(layout.zero >= 2, grads, 0.0)
-    work = block.backward(layout) + np.where(layout.full_recompute, block.forward, 0.0)
+    work = block.backward(layout) + np.where(layout.full_recompute, block.again, 0.0)
     again = np.where(layout.full_recompute & early, 2.0, 1.0) * gather
     return outlasting(hw, gather, block.forward), outlasting(hw, again + reduce, work)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from simulator.collectives import collective_seconds
 from simulator.counts.layer import Blocks
-from simulator.counts.records import Counts, Message, Operator, Shapes
+from simulator.counts.records import Counts, Message, Operator, Shapes, total
 from simulator.hardware import Hardware
 from simulator.layout import Layout
 from simulator.operators import (
@@ -23,6 +23,8 @@ from simulator.operators import (
 
 Array = Any
 
+# Forward lines whose results no backward pass reads: the end of a dense layer.
+LAST = ("mlp.fc2", "mlp.fc2 output", "mlp.residual")
 _TIMING: dict[str, Callable[..., Array]] = {
     "matmul": matmul_seconds,
     "grouped_matmul": grouped_matmul_seconds,
@@ -55,6 +57,7 @@ class BlockSeconds:
     """
 
     forward: Array = 0.0
+    again: Array = 0.0  # what recomputing the whole block repeats of `forward`
     input_gradient: Array = 0.0
     weight_gradient: Array = 0.0
     experts_forward: Array = 0.0
@@ -64,7 +67,7 @@ class BlockSeconds:
     lines: list[Line] = field(default_factory=list)
 
     def recompute(self, layout: Layout) -> Array:
-        """Seconds of selective recomputation; whole layers repeat `forward` instead."""
+        """Seconds of selective recomputation; whole layers repeat `again` instead."""
         result: Array = 0.0
         for modules, seconds in self.repeatable.items():
             result = result + _again(layout, modules) * seconds
@@ -161,8 +164,10 @@ def block_seconds(hw: Hardware, s: Shapes, counts: Counts) -> BlockSeconds:
         )
     for phase, count in issued.items():  # the device waits where the host is slower
         passes[phase] = np.maximum(passes[phase], count * hw.launch_us.host * 1e-6)
+    end = total(line.exposed for line in lines if line.phase == "forward" and line.name in LAST)
     return BlockSeconds(
         passes["forward"],
+        passes["forward"] - (end if s.traits.recompute_stops_early else 0.0),
         passes["input_gradient"],
         passes["weight_gradient"],
         experts["forward"],

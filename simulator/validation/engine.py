@@ -40,7 +40,11 @@ class Case:
     assumptions: list[str] = field(default_factory=list)
 
 
-HEAD_SIZES = {"Gemma2-9B": 256, "Gemma2-27B": 128}  # public model configurations
+# Of public model configurations.
+HEAD_SIZES = {"Gemma2-9B": 256, "Gemma2-27B": 128, "Gemma-2B": 256, "Gemma-7B": 256}
+WINDOWS = {"Mistral-7B": 4096}  # keys that a token attends to
+# Their scripts run scores, mask, softmax and sum one by one.
+WITHOUT_FLASH = ("Bloom", "Baichuan-13B")
 # Groups of experts, and how many of them a token may use.
 GROUPS = {"DeepSeek-V3": (8, 4), "DeepSeekV3": (8, 4), "DeepSeek-V2": (8, 3)}
 VOCABULARIES = {"Mixtral": 32768, "Llama": 128256, "Qwen": 151936, "GPT": 51200}
@@ -144,6 +148,11 @@ def _gpt_oss(row: Row) -> bool:
 def _attention_span(row: Row) -> float:
     if _gpt_oss(row):
         return (1.0 + min(2.0 * 128 / row.number("seq"), 1.0)) / 2
+    stated = re.search(r"sliding window (\d+)", row["notes"])
+    window = int(stated.group(1)) if stated else WINDOWS.get(row["model"], 0)
+    if 0 < window < row.number("seq"):
+        part = window / row.number("seq")
+        return part * (2.0 - part)
     return 0.3 if row.mentions("pack mode") else 1.0
 
 
@@ -242,6 +251,8 @@ def _virtual_stages(row: Row, layers: int) -> int:
 def _zero_stage(row: Row, sharded: bool) -> int:
     if sharded and row.number("pp", 1) > 1:
         return 1  # beside a pipeline the weights stay gathered for the whole step
+    if row.mentions("SHARD_GRAD_OP"):
+        return 2
     if sharded:
         return 3
     plain = row.mentions("no distributed optimizer", "SC21 arXiv", "Korthikanti")
@@ -272,9 +283,9 @@ def _memory(row: Row) -> MemoryConfig:
         )
     if text.startswith("full"):
         return MemoryConfig(recompute_granularity="full")
-    if "sac" in text or text.startswith("selective ac"):
-        # torchtitan recomputes every second matrix product and all elementwise operators: as much
-        # as half of the layers whole.
+    if "sac" in text or text.startswith(("selective ac", "selective layer", "selective op")):
+        # torchtitan recomputes every second layer; or every second matrix product and all
+        # elementwise operators, which is as much.
         half = row.number("layers") // (2 * row.number("pp", 1) * row.number("vpp", 1))
         return MemoryConfig(
             recompute_granularity="full", recompute_method="block", recompute_num_layers=half
@@ -342,7 +353,7 @@ def _traits(row: Row) -> SimulationConfig:
     return SimulationConfig(
         transformer_engine=transformer_engine and not early,
         # Gemma 2 caps its attention scores between the two products.
-        fused_attention=not (early or "Bloom" in row["model"]),
+        fused_attention=not (early or row["model"].startswith(WITHOUT_FLASH)),
         fused_kernels=not eager,
         padded_values=row.mentions("MindSpeed-LLM tag v1.0"),
         fused_cross_entropy=row.mentions(
@@ -353,6 +364,8 @@ def _traits(row: Row) -> SimulationConfig:
         fused_experts=published is not None and published.fused,
         padded_experts=_pads(row),
         clamped_experts=_gpt_oss(row),
+        # llm-foundry's tables in pure bfloat16 are of PyTorch 1.13, in mixed precision of 2.1.
+        recompute_stops_early=row.mentions("torchtitan", "mixed precision DEFAULT"),
         fp32_gradients=not (early or row.mentions("mixed precision PURE", "Bridge", "FSDP on")),
         scatter_gather_sends=early,
         sharding="deepspeed_2021" if row.mentions("SC21 arXiv") else "fsdp",

@@ -8,7 +8,7 @@ import pytest
 from configs.compose import ConfigError, load
 from simulator.collectives import collective_seconds
 from simulator.evaluate import outlasting
-from simulator.hardware import Hardware, load_hardware, presets, read_hardware
+from simulator.hardware import Hardware, Kind, load_hardware, presets, read_hardware
 from simulator.operators import (
     attention_seconds,
     grouped_matmul_seconds,
@@ -125,6 +125,21 @@ def test_hccs_full_mesh_reaches_the_part_of_its_links() -> None:
         expected = size * (group - 1) / group / (reached * 0.7) + 17.5e-6
         seconds = collective_seconds(hw, "all_gather", size, group)
         assert seconds == pytest.approx(expected, rel=1e-3)
+
+
+def test_gathering_goes_round_a_ring_where_reducing_has_trees() -> None:
+    """From 8 devices to 1,024, one byte: NCCL gathers in 127 more steps of 4 us; its trees, and
+    HCCL, take twice the logarithm."""
+
+    def between_nodes(machine: str, kind: Kind) -> float:
+        hw = read_hardware(machine)
+        near, far = (collective_seconds(hw, kind, 1.0, size) for size in (8, 1024))
+        return float(far - near) * 1e6
+
+    assert between_nodes("h100", "all_gather") == pytest.approx(127 * 4)
+    assert between_nodes("h100", "reduce_scatter") == pytest.approx(127 * 4)
+    assert between_nodes("h100", "all_reduce") == pytest.approx(2 * 14 * 4)
+    assert between_nodes("ascend_910b_376t", "all_gather") == pytest.approx(14 * 1.5)
 
 
 def test_placement_contention_and_bad_groups() -> None:

@@ -57,6 +57,21 @@ def test_events_and_closed_forms_agree(config):
     assert events.mfu == pytest.approx(float(closed.mfu), rel=tolerance)
 
 
+def test_recomputation_that_stops_early_leaves_out_the_end_of_a_layer():
+    plan = load([*SHARDED, "parallel.zero_stage=1"])
+    whole = prepare(plan, from_config(plan)).seconds.dense
+    plan.simulation.recompute_stops_early = True
+    dense = prepare(plan, from_config(plan)).seconds.dense
+    end = sum(
+        line.seconds
+        for line in dense.lines
+        if line.phase == "forward" and line.name in ("mlp.fc2", "mlp.residual")
+    )
+    assert whole.again == whole.forward == dense.forward
+    assert end > 0.2 * dense.forward
+    assert dense.forward - dense.again == pytest.approx(end)
+
+
 def test_breakdown_adds_up_to_the_step(config):
     prediction = predict(config)
     assert sum(prediction.breakdown.values()) == pytest.approx(prediction.step_seconds)

@@ -155,6 +155,57 @@ def test_adapters_between_nodes_are_those_of_the_system() -> None:
     assert single["links"][-1]["bandwidth_gbps"] == 100
 
 
+def like(row: str, **cells: str) -> Row:
+    """A row of the table with other cells."""
+    changed = ROWS[row].cells | cells
+    numbers = {name: int(text) for name, text in cells.items() if text.isdigit()}
+    return Row(changed, ROWS[row].numbers | numbers, ROWS[row].measured)
+
+
+def test_the_network_that_a_device_column_states_counts() -> None:
+    for device, gigabytes in (
+        ("A100-80GB SXM (4 x 100 Gb/s RoCE per node)", 6.25),
+        ("A100-80GB SXM (400 Gbps per node)", 6.25),
+        ("A100-40GB SXM (1600Gb/s RoCE per node)", 25.0),
+        ("H200 (200Gb/s CX-7 per GPU)", 25.0),
+        ("H100-80GB SXM (700W, RoCE 400G)", 50.0),  # says nothing of what shares it
+    ):
+        links = case(like("titan_t1_2", device=device)).config.hardware["links"]  # type: ignore[index]
+        assert links[-1]["bandwidth_gbps"] == gigabytes, device
+        assert links[0]["bandwidth_gbps"] > 200, device
+
+
+def test_what_pytorch_engines_recompute() -> None:
+    for words in ("selective layer", "selective op", "selective AC"):
+        memory = case(like("titan_t1_2", recompute=words)).config.memory
+        assert (memory.recompute_method, memory.recompute_num_layers) == ("block", 16), words
+    assert case(like("titan_t1_2", recompute="no")).config.memory.recompute_granularity == "none"
+    mixed = next(row for row in ROWS.values() if row.mentions("mixed precision DEFAULT"))
+    assert case(mixed).config.simulation.recompute_stops_early
+    assert case(ROWS["titan_t4_1"]).config.simulation.recompute_stops_early
+    assert not case(ROWS["mpt_167"]).config.simulation.recompute_stops_early  # PyTorch 1.13
+
+
+def test_kernels_written_for_an_older_machine() -> None:
+    """335 TFLOP/s on H100 for 203 on A100: little more than half the part of the peak."""
+    older = case(ROWS["mpt_167"]).config.hardware
+    newer = case(like("mpt_167", device="H100-80GB SXM")).config.hardware
+    assert older is not None
+    assert newer is not None
+    part = newer["attention"]["forward"] / older["attention"]["forward"]
+    assert part == pytest.approx(335 / 203 * 312 / 989)
+    assert newer["memory_efficiency"] == older["memory_efficiency"]
+    assert newer["matmul"] == case(ROWS["mlm_h100_1"]).config.hardware["matmul"]  # type: ignore[index]
+
+
+def test_a_sliding_window_is_attended_alone() -> None:
+    windowed = like("ms_rc3_11", model="Mistral-7B", seq="32768")
+    assert case(windowed).config.simulation.attention_span == pytest.approx(1 / 8 * (2 - 1 / 8))
+    stated = like("ms_rc3_11", notes=ROWS["ms_rc3_11"]["notes"] + "; sliding window 8192")
+    assert case(stated).config.simulation.attention_span == pytest.approx(1 / 4 * (2 - 1 / 4))
+    assert case(ROWS["ms_rc3_11"]).config.simulation.attention_span == 1.0
+
+
 def test_units() -> None:
     slow = Outcome("a", "s", "step_time_s", 2.0, 2.2, "judged")
     rate = Outcome("b", "s", "tokens_per_s_per_GPU", 100.0, 80.0, "calibrated")
