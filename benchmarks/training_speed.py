@@ -2,7 +2,8 @@
 
 Tokens per CPU-second of forward, backward and AdamW: 4 layers, width 256, 32 experts of width 128,
 top-4, vocabulary 4096, 4 x 256 tokens, float32, the same weights' shapes. Then two processes with
-expert parallelism 2 against one, in tokens per second: only meaningful with two idle cores.
+expert parallelism 2 against one, in tokens per second, for the model's own top-k router and for
+MoGE: only meaningful with two idle cores.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ OURS = [
     f"train.micro_batch_size={BATCH}",
     f"train.seq_length={SEQ}",
 ]
+MOGE = ("moe=moge", "moe.num_expert_groups=4")
 ROUNDS, STEPS = 9, 4
 CONTESTANTS = ("pangu", "transformers grouped_mm", "transformers eager")
 
@@ -156,11 +158,12 @@ def one_thread() -> dict[str, list[float]]:
     return rates
 
 
-def start(folder: str, count: int, sequences: int) -> subprocess.Popen[bytes]:
+def start(folder: str, count: int, router: tuple[str, ...]) -> subprocess.Popen[bytes]:
     """A whole run of `pangu.train` on `count` processes, expert parallel over all of them."""
     overrides = [
         *OURS,
-        f"train.global_batch_size={sequences}",
+        *router,
+        f"train.global_batch_size={2 * BATCH}",
         "train.steps=16",
         "train.validate_every=0",
         f"launch.processes={count}",
@@ -174,11 +177,12 @@ def start(folder: str, count: int, sequences: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def tokens_per_second(*runs: tuple[int, int]) -> float:
-    """Of runs (processes, sequences) that go on at the same time, added up; medians over steps."""
+def tokens_per_second(*counts: int, router: tuple[str, ...] = ()) -> float:
+    """Of runs on so many processes each that go on at the same time, added up; medians over
+    steps."""
     with tempfile.TemporaryDirectory() as folder:
-        folders = [f"{folder}/{number}" for number in range(len(runs))]
-        started = [start(path, *run) for path, run in zip(folders, runs, strict=True)]
+        folders = [f"{folder}/{number}" for number in range(len(counts))]
+        started = [start(path, n, router) for path, n in zip(folders, counts, strict=True)]
         if any(process.wait() for process in started):
             sys.exit("a run failed")
         total = 0.0
@@ -202,16 +206,18 @@ def main() -> None:
             f"  {name:26} {statistics.median(values):6.0f} ({min(values):.0f} to {max(values):.0f})"
             f"   pangu is {ratio:.2f} x"
         )
-    one = tokens_per_second((1, 2 * BATCH))
+    one, moge = tokens_per_second(1), tokens_per_second(1, router=MOGE)
     results = {
-        "one process": one,
-        "two, expert parallel 2": tokens_per_second((2, 2 * BATCH)),
+        "one process": (one, one),
+        "two, expert parallel 2": (tokens_per_second(2), one),
+        "one process, MoGE": (moge, moge),
+        "two, MoGE, parallel 2": (tokens_per_second(2, router=MOGE), moge),
         # What the cores give when both are busy: no layout can be expected to beat this by much.
-        "two that share nothing": tokens_per_second((1, 2 * BATCH), (1, 2 * BATCH)),
+        "two that share nothing": (tokens_per_second(1, 1), one),
     }
     print("tokens per second, whole run")
-    for name, rate in results.items():
-        print(f"  {name:26} {rate:6.0f}   {rate / one:.2f} x")
+    for name, (rate, alone) in results.items():
+        print(f"  {name:26} {rate:6.0f}   {rate / alone:.2f} x")
 
 
 if __name__ == "__main__":

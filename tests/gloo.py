@@ -20,7 +20,7 @@ def join(rank: int, world_size: int, store: str) -> None:
     backends.select("cpu")
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo",
+        backends.current().collective_library,
         rank=rank,
         world_size=world_size,
         store=dist.FileStore(store, world_size),

@@ -24,7 +24,7 @@ class Backend:
 
     name: BackendName
     device: torch.device
-    collective_library: Literal["gloo", "nccl", "hccl"]
+    collective_library: Literal["gloo", "shared_memory", "nccl", "hccl"]
     default_precision: Literal["fp32", "bf16"]
     memory_bytes: Callable[[], int]  # peak allocated on the device; resident set on a CPU
     reset_peak_memory: Callable[[], None]

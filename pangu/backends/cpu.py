@@ -1,4 +1,4 @@
-"""A CPU process: gloo, float32, and the CUDA names that megatron-core expects."""
+"""A CPU process: gloo and shared memory, float32, and the CUDA names that megatron-core expects."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pangu.backends import Backend
+from pangu.backends import Backend, shared_memory
 from pangu.backends.engine import import_engine, redirect, rename_tensor_method
 
 DEVICE = torch.device("cpu")
@@ -181,7 +181,7 @@ def create(local_rank: int) -> Backend:
     return Backend(
         name="cpu",
         device=DEVICE,
-        collective_library="gloo",
+        collective_library="shared_memory" if shared_memory.register() else "gloo",
         default_precision="fp32",
         memory_bytes=lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         reset_peak_memory=lambda: None,
