@@ -40,8 +40,13 @@ function heading(title, subtitle, tiles) {
 
 // Draws into an element now, and again whenever its width changes.
 function responsive(holder, draw) {
-  let drawn = 0;
-  const redraw = () => { holder.replaceChildren(); draw(holder, Math.max(240, holder.clientWidth)); };
-  new ResizeObserver(() => { if (holder.clientWidth !== drawn) { drawn = holder.clientWidth; redraw(); } }).observe(holder);
+  let drawn;
+  const redraw = () => {
+    drawn = holder.clientWidth;
+    holder.replaceChildren();
+    draw(holder, Math.max(240, drawn));
+  };
+  redraw();
+  new ResizeObserver(() => { if (holder.clientWidth !== drawn) redraw(); }).observe(holder);
   return redraw;
 }

@@ -1,12 +1,12 @@
 """Plots and page of a run folder with known numbers."""
 
 import json
-import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from browser import drawn, needs_browser
 
 from configs.compose import load, to_yaml
 from pangu.report.__main__ import main
@@ -128,13 +128,9 @@ def test_a_long_run_is_thinned_out_but_keeps_its_end(folder):
     assert (data["steps"][0], data["steps"][-1]) == (1, 5000)
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
-def test_a_browser_draws_the_page(folder):
-    path = write_page(read_run(folder)).as_uri()
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000"]
-    dom = subprocess.run(
-        ["chromium", *flags, "--dump-dom", path], capture_output=True, text=True, check=True
-    ).stdout
+@needs_browser
+def test_a_browser_draws_the_page(folder, tmp_path):
+    dom = drawn(write_page(read_run(folder)), tmp_path / "profile")
     assert "<td>moge_tiny</td><td>4.950</td>" in dom
     assert dom.count("<svg") == 3  # loss, gradient norm, MFU
     assert "Expert load, steps 21–40 (4 groups)" in dom

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import shutil
 import subprocess
 import sys
 
 import pytest
+from browser import drawn, needs_browser
 
 from configs.compose import load
 from simulator.predict import predict
@@ -84,7 +84,6 @@ def test_numbers_of_a_search(found):
     assert fell_out + shown["fitting"] == shown["candidates"]
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = """
 <script>
 addEventListener("load", () => setTimeout(() => {
@@ -117,18 +116,13 @@ addEventListener("load", () => setTimeout(() => {
 
 
 @pytest.mark.end_to_end
-@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+@needs_browser
 @pytest.mark.parametrize("kind", ["forecast", "found"])
 def test_a_browser_draws_and_answers(kind, request, tmp_path):
     path, _ = request.getfixturevalue(kind)
     driven = tmp_path / "driven.html"
     driven.write_text(path.read_text(encoding="utf-8") + DRIVER, encoding="utf-8")
-    quiet = ["quic", "background-networking", "component-update", "sync"]
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
-    flags += [f"--disable-{name}" for name in quiet] + [f"--user-data-dir={tmp_path / 'profile'}"]
-    command = [CHROMIUM, *flags, "--virtual-time-budget=4000", "--dump-dom", driven.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    dom = done.stdout
+    dom = drawn(driven, tmp_path / "profile")
     data = data_of(path)
     assert f"<title>{data['title']}</title>" in dom
     assert dom.count('class="memory"') == 6 * 4
