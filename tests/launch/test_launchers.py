@@ -183,32 +183,30 @@ def test_a_failing_rank_ends_the_others_and_is_shown(tmp_path: Path) -> None:
     assert (process.returncode, error) == (2, "yours\n"), "said once, by rank 0"
 
 
-def test_sigterm_reaches_every_rank(tmp_path: Path) -> None:
+def interrupted(folder: Path, received: signal.Signals, leave: str) -> subprocess.Popen[str]:
+    """Two ranks that were sent a signal; they answer it with what the code defines as `leave`."""
     child = (
-        "import os, signal, sys, time\n"
-        "def leave(*_): print('saved', flush=True); sys.exit(0)\n"
-        "signal.signal(signal.SIGTERM, leave)\n"
-        f"open(os.path.join({str(tmp_path)!r}, 'up' + os.environ['RANK']), 'w')\n"
+        f"import os, signal, sys, time\n{leave}"
+        f"signal.signal({int(received)}, leave)\n"
+        f"open(os.path.join({str(folder)!r}, 'up' + os.environ['RANK']), 'w')\n"
         "time.sleep(60)\n"
     )
-    process = spawn(tmp_path, child)
-    wait_for(lambda: (tmp_path / "up0").exists() and (tmp_path / "up1").exists())
-    process.send_signal(signal.SIGTERM)
+    process = spawn(folder, child)
+    wait_for(lambda: (folder / "up0").exists() and (folder / "up1").exists())
+    process.send_signal(received)
+    return process
+
+
+def test_sigterm_reaches_every_rank(tmp_path: Path) -> None:
+    leave = "def leave(*_): print('saved', flush=True); sys.exit(0)\n"
+    process = interrupted(tmp_path, signal.SIGTERM, leave)
     output, _ = process.communicate(timeout=30)
     assert (process.returncode, output) == (0, "saved\n")
     assert (tmp_path / "rank_1.log").read_text() == "saved\n"
 
 
 def test_ctrl_c_before_the_ranks_listen_is_silent(tmp_path: Path) -> None:
-    child = (
-        "import os, signal, time\n"
-        "signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
-        f"open(os.path.join({str(tmp_path)!r}, 'up' + os.environ['RANK']), 'w')\n"
-        "time.sleep(60)\n"
-    )
-    process = spawn(tmp_path, child)
-    wait_for(lambda: (tmp_path / "up0").exists() and (tmp_path / "up1").exists())
-    process.send_signal(signal.SIGINT)
+    process = interrupted(tmp_path, signal.SIGINT, "leave = signal.SIG_DFL\n")
     assert (*process.communicate(timeout=30), process.returncode) == ("", "", 130)
 
 
