@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from pangu.backends import Backend, shared_memory
 from pangu.backends.engine import import_engine, redirect, rename_tensor_method
@@ -127,24 +126,10 @@ def fit_engine(precision: str = "auto") -> None:
         sharded: Any = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
         copy = sharded.DistributedOptimizer._copy_model_grads_to_main_grads
         rename_tensor_method(copy, "float", "double")
-    mappings: Any = importlib.import_module("megatron.core.tensor_parallel.mappings")
-    if not callable(mappings.dist_reduce_scatter_func):
-        raise LookupError("megatron-core's mappings have no dist_reduce_scatter_func any more")
-    mappings.dist_reduce_scatter_func = _exchange_and_add
     random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     # These two reach into torch._C for CUDA generators; a CPU has one generator.
     random._get_cuda_rng_state = _get_rng_state
     random._set_cuda_rng_state = _set_rng_state
-
-
-def _exchange_and_add(
-    output: torch.Tensor, input: torch.Tensor, group: dist.ProcessGroup | None = None
-) -> None:
-    """A reduce-scatter that sends every rank its part alone: gloo's own is an all-reduce of
-    everything, twice the bytes. The sum is taken in the order of ranks."""
-    parts = torch.empty_like(input)
-    dist.all_to_all_single(parts, input, group=group)
-    torch.sum(parts.view(-1, *output.shape), dim=0, out=output)
 
 
 def _unpinned_tensor(*args: Any, **kwargs: Any) -> torch.Tensor:

@@ -216,10 +216,16 @@ class SharedMemoryGroup(_ProcessGroup):
         self, outputs: list[torch.Tensor], inputs: list[torch.Tensor], opts: Any
     ) -> Any:
         reduction = _reduction(opts)
-        if reduction is None or not self.serves(opts):
+        if reduction is None or opts.asyncOp:
             return self._gloo.reduce_scatter_single_coalesced(outputs, inputs, opts)
         for output, input in zip(outputs, inputs, strict=True):
             shares = input.contiguous().view(len(self._ranks), -1)
+            if not self.serves(opts):
+                # Gloo's own is an all-reduce of everything, twice the bytes.
+                parts = torch.empty_like(shares)
+                self._gloo.all_to_all_single(parts, shares, [], [], dist.AllToAllOptions()).wait()
+                _combine(parts.unbind(), output.view(-1), reduction)
+                continue
             size = SLOT // input.element_size()
             for target, sent in zip(
                 output.view(-1).split(size), shares.split(size, dim=1), strict=True
@@ -261,9 +267,7 @@ class SharedMemoryGroup(_ProcessGroup):
         """`target` becomes the reduction, in the order of ranks, of what they send this one."""
         parts = [torch.empty_like(target) for _ in self._ranks]
         self.exchange(sent, parts)
-        target.copy_(parts[0])
-        for part in parts[1:]:
-            reduction(target, part, out=target)
+        _combine(parts, target, reduction)
 
 
 def _through_gloo(name: str) -> Callable[..., Any]:
@@ -277,6 +281,14 @@ for _name in (
     *("monitored_barrier", "recv", "recv_anysource", "reduce", "reduce_scatter", "scatter", "send"),
 ):
     setattr(SharedMemoryGroup, _name, _through_gloo(_name))
+
+
+def _combine(
+    parts: Sequence[torch.Tensor], target: torch.Tensor, reduction: Callable[..., Any]
+) -> None:
+    target.copy_(parts[0])
+    for part in parts[1:]:
+        reduction(target, part, out=target)
 
 
 def _slices(part: torch.Tensor) -> tuple[torch.Tensor, ...]:
