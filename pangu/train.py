@@ -40,6 +40,8 @@ groups and their options are:
 """
 
 _HEAD_START = 3.0  # seconds
+# What a run makes inside its folder: a file of such a name would stop it half way.
+_RUN_FOLDERS = ("checkpoints", "logs", "tensorboard", "tokenizer")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -148,17 +150,19 @@ def unusable_folders(config: Config) -> list[Violation]:
     """Make the folders that a run writes into; those that cannot be."""
     from configs.compose import Violation
 
-    folders = {"run_dir": config.run_dir}
+    folders = {"run_dir": [config.run_dir, *(f"{config.run_dir}/{name}" for name in _RUN_FOLDERS)]}
     if config.data.name != "synthetic":
-        folders["data.cache_dir"] = config.data.cache_dir
+        folders["data.cache_dir"] = [config.data.cache_dir]
     found = []
-    for key, folder in folders.items():
+    for key, wanted in folders.items():
+        folder = wanted[0]
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
+            for folder in filter(os.path.lexists, wanted):
+                tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
-            reason = f"cannot be written to: {error.strerror}"
-            found.append(Violation(key, folder, reason, "another folder"))
+            reason = f"{folder} cannot be written to: {error.strerror}"
+            found.append(Violation(key, wanted[0], reason, "another folder"))
     return found
 
 

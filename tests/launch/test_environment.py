@@ -164,6 +164,16 @@ def test_a_file_in_the_way_inside_the_run_folder_is_named(tmp_path: Path) -> Non
     assert "Traceback" not in said(result)
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "logs", "tensorboard", "tokenizer"])
+def test_a_file_where_the_run_wants_a_folder_is_refused_first(tmp_path: Path, name: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).touch()
+    result = train("run_dir=out", "data=synthetic", "launch.processes=2", cwd=tmp_path)
+    assert result.returncode == 2
+    assert f"out/{name} cannot be written to: Not a directory" in said(result)
+    assert "torch" not in imported(result)
+
+
 def test_ctrl_c_during_the_start_is_no_traceback(tmp_path: Path) -> None:
     """The configuration is read from a pipe: once it is open, the start is under way."""
     os.mkfifo(tmp_path / "slow.yaml")
