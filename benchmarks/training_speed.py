@@ -137,7 +137,6 @@ def one_thread() -> dict[str, list[float]]:
             [sys.executable, "-W", "ignore", __file__, "--worker", name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
@@ -150,7 +149,10 @@ def one_thread() -> dict[str, list[float]]:
             assert worker.stdout is not None
             worker.stdin.write("go\n")
             worker.stdin.flush()
-            seconds = float(worker.stdout.readline())
+            answer = worker.stdout.readline()
+            if not answer:
+                sys.exit(f"{name} ended with its message above")
+            seconds = float(answer)
             if turn:  # the first turn warms up
                 rates[name].append(STEPS * BATCH * SEQ / seconds)
     for worker in workers.values():
@@ -174,7 +176,7 @@ def start(folder: str, count: int, router: tuple[str, ...]) -> subprocess.Popen[
         f"run_dir={folder}",
     ]
     command = [sys.executable, "-W", "ignore", "-m", "pangu.train", *overrides]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
 
 
 def tokens_per_second(*counts: int, router: tuple[str, ...] = ()) -> float:
