@@ -80,7 +80,8 @@ def main(arguments: Sequence[str]) -> int:
 def show_groups(config: Config, groups: dict[str, list[list[int]]]) -> None:
     """One row per kind of group. `reach`: whether its ranks share a node."""
     node = devices_per_node(config)
-    title = f"{config.world_size} ranks" + (f", {node} per node" if node else "")
+    ranks = f"{config.world_size} rank" + ("s" if config.world_size > 1 else "")
+    title = ranks + (f", {node} per node" if node else "")
     table = Table(title=title, title_justify="left")
     for heading in ("process groups", "size", "groups", "that of rank 0", "reach"):
         table.add_column(heading)

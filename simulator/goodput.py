@@ -117,6 +117,7 @@ def daly_interval(mtbf: Array, cost: Array) -> Array:
     return np.where(ratio < 1.0, estimate, mtbf)
 
 
-def checkpoint_seconds(bytes_per_device: float, bandwidth_gbps: float) -> float:
-    """Writing one device's share of weights and optimizer state at `bandwidth_gbps` GB/s."""
-    return bytes_per_device / (bandwidth_gbps * 1e9)
+def checkpoint_seconds(held: float, link_gbps: float) -> float:
+    """Seconds in which a device copies `held` bytes over its link to the host: training stands
+    still for that long where checkpoints are written in the background."""
+    return held / (link_gbps * 1e9)

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from simulator.commands import wide_console
+from simulator.commands import load_plan, wide_console
+
+if TYPE_CHECKING:
+    from simulator.predict import Prediction
 
 SIZES = "1024,4096,16384,32768,65536,100000"
 # No failure rate is known to hold elsewhere: a range to read the effect from, one decade wide.
 HOURS = "10000,30000,100000"
+CHECKPOINT_SECONDS = 30.0
 
 
 def goodput(
-    devices: Annotated[str, typer.Option(help="Numbers of devices, with commas.")] = SIZES,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="model=… hardware=… devices=N …: a run, for its useful tokens/s; its checkpoint"
+            " stands still for the copy of weights and optimizer state to the host."
+        ),
+    ] = None,
+    devices: Annotated[
+        str | None,
+        typer.Option(help=f"Numbers of devices, with commas; without a run, {SIZES}."),
+    ] = None,
     mtbf_hours: Annotated[
         str,
         typer.Option(
@@ -24,8 +38,12 @@ def goodput(
         ),
     ] = HOURS,
     checkpoint_seconds: Annotated[
-        float, typer.Option(help="Training stands still this long for one checkpoint.")
-    ] = 30.0,
+        float | None,
+        typer.Option(
+            help="Training stands still this long for one checkpoint; without a run,"
+            f" {CHECKPOINT_SECONDS:g}."
+        ),
+    ] = None,
     restart_seconds: Annotated[
         float, typer.Option(help="From a failure until training goes on.")
     ] = 600.0,
@@ -39,33 +57,66 @@ def goodput(
 
     from simulator.goodput import goodput as expected
 
-    sizes, hours = _numbers("--devices", devices), _numbers("--mtbf-hours", mtbf_hours)
+    run, copying = _run(overrides, devices) if overrides else (None, None)
+    if run:
+        devices = str(run.devices)
+    costs = (checkpoint_seconds, copying, CHECKPOINT_SECONDS)
+    cost = next(seconds for seconds in costs if seconds is not None)
+    sizes, hours = _numbers("--devices", devices or SIZES), _numbers("--mtbf-hours", mtbf_hours)
     rows = []
     for mean in hours:
-        result = expected(
-            np.array(sizes), mean, checkpoint_seconds, restart_seconds, interval_seconds
-        )
+        result = expected(np.array(sizes), mean, cost, restart_seconds, interval_seconds)
         columns = {name: np.asarray(value).tolist() for name, value in vars(result).items()}
         rows += [
             {"device_mtbf_hours": mean, **dict(zip(columns, values, strict=True))}
             for values in zip(*columns.values(), strict=True)
         ]
+    if run:
+        for row in rows:
+            row["tokens_per_second"] = run.tokens_per_second * row["goodput"]
     if as_json:
-        print(json.dumps({"rows": rows}))
+        print(json.dumps({"rows": rows, "checkpoint_seconds": cost}))
         return
+    _table(rows, run)
+    console = wide_console()
+    console.print(f"a checkpoint costs {cost:.3g} s, a restart {restart_seconds:g} s")
+    if run and cost == copying:
+        console.print("the cost is the copy to the host; a checkpoint is written until the next")
+    if mtbf_hours == HOURS:
+        console.print("no failure rate given: a range; --mtbf-hours takes your cluster's")
+
+
+def _run(overrides: list[str], devices: str | None) -> tuple[Prediction, float | None]:
+    """The forecast of a run, and how long its devices copy a checkpoint to the host; None where
+    nobody knows how fast they reach it.
+
+    Raises:
+        ConfigError: with everything wrong with the run, or the number of devices said twice.
+    """
+    from configs.compose import ConfigError, Violation
+    from simulator.goodput import checkpoint_seconds
+    from simulator.hardware import load_hardware
+    from simulator.predict import predict
+
+    if devices is not None:
+        reason = "a run has its own: devices=N among its keys"
+        raise ConfigError([Violation("--devices", devices, reason)])
+    config = load_plan(overrides)
+    run = predict(config)
+    link = load_hardware(config.hardware).host_link_gbps
+    held = max(float(s.memory.weights) + float(s.memory.optimizer) for s in run.stages)
+    return run, checkpoint_seconds(held, link) if link else None
+
+
+def _table(rows: list[dict[str, Any]], run: Prediction | None) -> None:
     from rich.table import Table
 
-    table = Table(
-        "device fails every",
-        "devices",
-        "failures/day",
-        "checkpoint every",
-        "Young",
-        "Daly",
-        "useful",
-    )
-    for name in ("checkpoints", "lost work", "restarts"):
-        table.add_column(name)
+    names = ["device fails every", "devices", "failures/day", "checkpoint every", "Young", "Daly"]
+    table = Table(*names, "useful", "checkpoints", "lost work", "restarts")
+    if run:
+        table.title = f"{run.tokens_per_second:,.0f} tokens/s while nothing fails"
+        table.title += "" if run.fits else "; [red]does not fit the devices' memory[/]"
+        table.add_column("tokens/s")
     for row in rows:
         table.add_row(
             f"{row['device_mtbf_hours']:,.0f} h",
@@ -76,12 +127,9 @@ def goodput(
             f"{row['daly'] / 60:.1f}",
             f"{row['goodput']:.1%}",
             *(f"{row[name]:.1%}" for name in ("checkpointing", "lost_work", "restarting")),
+            *([f"{row['tokens_per_second']:,.0f}"] if run else []),
         )
-    console = wide_console()
-    console.print(table)
-    console.print(f"a checkpoint costs {checkpoint_seconds:g} s, a restart {restart_seconds:g} s")
-    if mtbf_hours == HOURS:
-        console.print("no failure rate given: a range; --mtbf-hours takes your cluster's")
+    wide_console().print(table)
 
 
 def _numbers(option: str, text: str) -> list[float]:

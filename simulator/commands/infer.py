@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from simulator.commands import wide_console
+
+if TYPE_CHECKING:
+    from configs.schema import Config
+
+MOST_DEVICES = 1024  # that a refusal looks for a number that would work among
 
 
 def infer(
@@ -31,7 +37,7 @@ def infer(
         reason = f"one sequence does not fit {limit:.1f} GiB per device"
         if stopped_by == "latency":
             reason = f"no batch stays within {config.inference.latency_limit_ms:g} ms per token"
-        raise ConfigError([Violation("devices", layout.devices, reason)])
+        raise ConfigError([Violation("devices", layout.devices, reason, _more_devices(config))])
     result = forecast(layout, batch)
     if as_json:
         plain = {
@@ -68,3 +74,23 @@ def infer(
             name, f"{1e3 * float(result.decode.parts[name]):.2f}", f"{1e3 * float(first):.2f}"
         )
     console.print(table)
+
+
+def _more_devices(config: Config) -> str:
+    """The first number of devices, doubling, that serves `config` within its limits; "" for none.
+
+    Sizes that the configuration sets stay as they are.
+    """
+    from configs.compose import ConfigError
+    from simulator.hardware import load_hardware
+    from simulator.inference import largest_batch, serving
+
+    hardware = load_hardware(config.hardware)
+    devices = config.world_size
+    while (devices := 2 * devices) <= MOST_DEVICES:
+        try:
+            if largest_batch(serving(replace(config, devices=devices), hardware))[0]:
+                return f"devices={devices}"
+        except ConfigError:
+            continue
+    return ""

@@ -76,6 +76,29 @@ def test_command_line_shows_a_range_unless_a_rate_is_given() -> None:
     assert "numbers with commas" in wrong.stderr
 
 
+def test_a_run_gives_its_checkpoint_and_its_useful_tokens() -> None:
+    run = ["model=pangu_pro_moe", "parallel=pangu_pro", "hardware=ascend_910b_376t"]
+    run += ["devices=4000", "train.global_batch_size=1000", "train.seq_length=4096", "--json"]
+    shown = {}
+    for name in ("goodput", "predict"):
+        command = [sys.executable, "-m", "simulator", name, *run]
+        shown[name] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    fullest = max(
+        stage["memory_gib"]["weights"] + stage["memory_gib"]["optimizer"]
+        for stage in shown["predict"]["stages"]
+    )
+    # 25 GB/s to the host.
+    assert shown["goodput"]["checkpoint_seconds"] == pytest.approx(fullest * 2**30 / 25e9)
+    for row in shown["goodput"]["rows"]:
+        assert row["devices"] == 4000
+        useful = shown["predict"]["tokens_per_second"] * row["goodput"]
+        assert row["tokens_per_second"] == pytest.approx(useful)
+    twice = [sys.executable, "-m", "simulator", "goodput", *run, "--devices", "8"]
+    refused = subprocess.run(twice, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "--devices=8: a run has its own" in refused.stderr
+
+
 def test_impossible_inputs_are_named_together() -> None:
     with pytest.raises(ConfigError, match=r"(?s)devices=0.*restart_seconds=nan"):
         goodput(0, 1000.0, 1.0, float("nan"))

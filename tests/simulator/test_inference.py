@@ -1,6 +1,9 @@
 """Serving forecasts against published latencies, and against arithmetic."""
 
 import csv
+import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -100,3 +103,19 @@ def test_hybrid_layouts_and_impossible_ones() -> None:
     assert step == pytest.approx(61 * 576 * 2 * 4096, rel=0.06)
     with pytest.raises(ConfigError, match=r"(?s)tensor_model.*must divide 4.*acceptance_rate=2"):
         make("parallel.tensor_model_parallel_size=3", "inference.acceptance_rate=2")
+
+
+def test_a_refusal_names_the_devices_that_would_do() -> None:
+    command = [sys.executable, "-m", "simulator", "infer", "model=pangu_pro_moe"]
+    command += ["hardware=ascend_910b_376t"]
+    # 72B parameters of 16 bits: 134 GiB, of 64 GiB a card.
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("devices=1: one sequence does not fit")
+    assert refused.stderr.strip().endswith("(devices=4)")
+    done = subprocess.run([*command, "devices=4", "--json"], capture_output=True, text=True)
+    assert json.loads(done.stdout)["largest_batch"] > 0
+    hopeless = [*command, "devices=4", "inference.latency_limit_ms=0.001"]
+    never = subprocess.run(hopeless, capture_output=True, text=True)
+    assert never.returncode == 2
+    assert never.stderr.strip() == "devices=4: no batch stays within 0.001 ms per token"
