@@ -15,7 +15,7 @@ import time
 import numpy as np
 
 from configs.compose import load
-from simulator import search
+from simulator import candidates, search
 
 PLAN = [
     "model=pangu_ultra_moe",
@@ -40,8 +40,8 @@ def main() -> None:
 
     config = load(PLAN)
     start = time.perf_counter()
-    structures, _ = search.enumerate_layouts(config, frozenset(), everything=False)
-    policies = search.recompute_policies(config, frozenset())
+    structures, _ = candidates.enumerate_layouts(config, frozenset(), everything=False)
+    policies = candidates.recompute_policies(config, frozenset())
     print(f"enumerated {len(structures.tp):,} layouts in {time.perf_counter() - start:.2f} s")
     # The first million in a random order of layouts: as many deep pipelines as shallow ones.
     count = EVALUATIONS // len(policies)

@@ -1,10 +1,4 @@
-"""Serving: time of prefill and of decoding steps, memory, and the largest batch within limits.
-
-Layout (hybrid hierarchical parallelism, arXiv 2505.21411): `n` devices hold one copy of the model.
-Attention runs on n / tp data-parallel groups of tp devices, routed experts on ep x etp = n devices,
-dense and shared MLPs and the vocabulary on all n. Around each sublayer the tokens are
-reduce-scattered over its devices and gathered for the next, which is an all-reduce in two halves.
-"""
+"""Serving: time of prefill and of decoding steps, memory, and the largest batch within limits."""
 
 from __future__ import annotations
 
@@ -14,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from configs.compose import ConfigError, Violation
-from configs.schema import Config, InferenceConfig, ModelConfig, MoEConfig
 from simulator.collectives import collective_seconds
 from simulator.hardware import ELEMENT_BYTES, Hardware
 from simulator.imbalance import routing_factor
@@ -37,36 +29,9 @@ from simulator.parameters import (
     query_groups,
     v_size,
 )
+from simulator.serving import Serving
 
 Array = Any
-
-
-@dataclass(frozen=True)
-class Serving:
-    """One copy of a model on `devices` devices: the layout and the precisions."""
-
-    config: Config
-    hardware: Hardware
-    devices: int
-    tp: int
-    ep: int
-    etp: int
-
-    @property
-    def model(self) -> ModelConfig:
-        return self.config.model
-
-    @property
-    def moe(self) -> MoEConfig:
-        return self.config.moe
-
-    @property
-    def options(self) -> InferenceConfig:
-        return self.config.inference
-
-    @property
-    def attention_dp(self) -> int:
-        return self.devices // self.tp
 
 
 @dataclass(frozen=True)
@@ -92,57 +57,6 @@ class Forecast:
     fits: bool
     prefill: Step
     decode: Step
-
-
-def serving(config: Config, hardware: Hardware) -> Serving:
-    """The layout of a configuration, checked.
-
-    `parallel.tensor_model_parallel_size` is attention's. Where expert sizes are left at 1, experts
-    are spread over all devices.
-
-    Raises:
-        ConfigError: with every size that does not divide.
-    """
-    p, n = config.parallel, config.world_size
-    ep, etp = p.expert_model_parallel_size, p.expert_tensor_parallel_size
-    experts = config.model.num_experts
-    if experts and ep * etp == 1:
-        ep = n
-    tp = p.tensor_model_parallel_size
-    wrong = []
-    if n % tp:
-        wrong.append(Violation("parallel.tensor_model_parallel_size", tp, f"must divide {n}"))
-    if config.model.num_attention_heads % tp:
-        wrong.append(Violation("parallel.tensor_model_parallel_size", tp, "must divide the heads"))
-    if experts and ep * etp != n:
-        reason = f"times the expert tensor-parallel size {etp} must be the {n} devices"
-        wrong.append(Violation("parallel.expert_model_parallel_size", ep, reason))
-    if experts and experts % ep:
-        reason = f"must divide the {experts} experts"
-        wrong.append(Violation("parallel.expert_model_parallel_size", ep, reason))
-    if p.pipeline_model_parallel_size != 1:
-        value = p.pipeline_model_parallel_size
-        wrong.append(
-            Violation("parallel.pipeline_model_parallel_size", value, "serving has no pipeline")
-        )
-    limits: dict[str, float] = {
-        "batch_size": 0,
-        "input_length": 1,
-        "output_length": 1,
-        "draft_tokens": 0,
-        "latency_limit_ms": 0,
-    }
-    for name, least in limits.items():
-        given = getattr(config.inference, name)
-        if given is not None and not given >= least:
-            wrong.append(Violation(f"inference.{name}", given, f"must be at least {least}"))
-    rate = config.inference.acceptance_rate
-    if not 0 <= rate <= 1:
-        wrong.append(Violation("inference.acceptance_rate", rate, "must be between 0 and 1"))
-    if wrong:
-        raise ConfigError(wrong)
-    hardware.peak(config.inference.compute_dtype)
-    return Serving(config, hardware, n, tp, ep, etp)
 
 
 def decode_step(

@@ -16,8 +16,9 @@ import numpy as np
 
 from configs.compose import ConfigError, Violation
 from configs.schema import Config, ModelConfig
+from simulator.candidates import divisors
 from simulator.hardware import ELEMENT_BYTES, Hardware, load_hardware
-from simulator.inference import forecast, largest_batch, serving
+from simulator.inference import forecast, largest_batch
 from simulator.parameters import (
     attention_linears,
     count_parameters,
@@ -25,7 +26,8 @@ from simulator.parameters import (
     mlp_linears,
     query_groups,
 )
-from simulator.search import divisors, search
+from simulator.search import search
+from simulator.serving import serving
 from simulator.words import layout_words
 
 Array = Any

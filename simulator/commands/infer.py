@@ -26,7 +26,8 @@ def infer(
     """Time to first token, time per output token, throughput and the largest batch."""
     from configs.compose import ConfigError, Violation, load
     from simulator.hardware import load_hardware
-    from simulator.inference import forecast, largest_batch, serving, usable_bytes
+    from simulator.inference import forecast, largest_batch, usable_bytes
+    from simulator.serving import serving
 
     config = load(overrides)
     layout = serving(config, load_hardware(config.hardware))
@@ -83,7 +84,8 @@ def _more_devices(config: Config) -> str:
     """
     from configs.compose import ConfigError
     from simulator.hardware import load_hardware
-    from simulator.inference import largest_batch, serving
+    from simulator.inference import largest_batch
+    from simulator.serving import serving
 
     hardware = load_hardware(config.hardware)
     devices = config.world_size

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from configs.compose import load
 from simulator.hardware import load_hardware
-from simulator.inference import Forecast, forecast, serving
+from simulator.inference import Forecast, forecast
+from simulator.serving import serving
 from simulator.validation.rows import Outcome
 
 TABLE = Path(__file__).parent / "serving.csv"

@@ -11,14 +11,13 @@ import pytest
 from configs.compose import ConfigError, load
 from simulator.hardware import load_hardware
 from simulator.inference import (
-    Serving,
     decode_step,
     forecast,
     largest_batch,
     memory_bytes,
-    serving,
     usable_bytes,
 )
+from simulator.serving import Serving, serving
 from simulator.validation.serving import TABLE, serving_outcomes
 
 PRO = ["model=pangu_pro_moe", "hardware=ascend_910b_280t", "devices=4"]

@@ -12,10 +12,11 @@ from configs.schema import Config
 from simulator.counts.layer import blocks
 from simulator.counts.records import shapes
 from simulator.hardware import load_hardware
-from simulator.inference import decode_step, serving
+from simulator.inference import decode_step
 from simulator.layout import from_config
 from simulator.predict import predict
 from simulator.search import search
+from simulator.serving import serving
 
 ULTRA = ["model=pangu_ultra_moe", "hardware=ascend_910b_280t", "devices=6144"]
 ULTRA += ["parallel=pangu_ultra", "parallel.schedule=1f1b_overlap", "train.micro_batch_size=2"]

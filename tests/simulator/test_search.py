@@ -15,11 +15,12 @@ import pytest
 from configs.check import load_checked, violations
 from configs.compose import ConfigError, load
 from configs.schema import ParallelConfig
+from simulator.candidates import configure, enumerate_layouts, recompute_policies
 from simulator.emit import experiment, launch_flags
 from simulator.evaluate import evaluate
 from simulator.layout import DEALS, from_config
 from simulator.predict import predict
-from simulator.search import configure, enumerate_layouts, recompute_policies, search
+from simulator.search import search
 from simulator.words import stages_words
 
 TINY = [
