@@ -28,8 +28,8 @@ from adapters.speed import LAYOUTS, SECONDS, our_speeds, sweep
 from rich.console import Console
 from rich.table import Table
 
-from configs.compose import ConfigError
 from configs.schema import Config
+from configs.violation import ConfigError
 from simulator.predict import Prediction, predict
 from simulator.validation.engine import Case, NotPredictable, case
 from simulator.validation.measure import in_unit

@@ -80,9 +80,9 @@ def our_step() -> Callable[[], None]:
     """The same through `pangu.training`."""
     from configs.compose import load
     from pangu.data.datasets import batches, build_datasets
+    from pangu.engines.megatron.optimizer import build_optimizer, wrap_model
+    from pangu.engines.megatron.step import StepShape, train_step
     from pangu.model.build import build_model
-    from pangu.training.optimizer import build_optimizer, wrap_model
-    from pangu.training.step import StepShape, train_step
 
     config = load([*OURS, f"train.global_batch_size={BATCH}"])
     count = (ROUNDS + 2) * STEPS
@@ -113,10 +113,10 @@ def work(name: str) -> None:
     if name == "pangu":
         from configs.compose import load
         from pangu import backends
-        from pangu.training import distributed
+        from pangu.engines.megatron import process_groups
 
         backends.select("cpu")
-        distributed.join_alone(load([*OURS, f"train.global_batch_size={BATCH}"]))
+        process_groups.join_alone(load([*OURS, f"train.global_batch_size={BATCH}"]))
         step = our_step()
     else:
         step = transformers_step(name.removeprefix("transformers "))

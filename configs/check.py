@@ -11,13 +11,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from configs.compose import ConfigError, Violation, compose_dict, from_dict
+from configs.compose import compose_dict, from_dict
 from configs.layout import num_virtual_stages
 from configs.layout_rules import batch, pipeline, ranks, sequence, widths
 from configs.problem import EP, Problem, with_value
 from configs.run_rules import BOUNDS, bounds, data, memory, optimizer, trainer_limits
 from configs.schema import Config
 from configs.shape_rules import attention, experts
+from configs.violation import ConfigError, Violation
 
 Purpose = Literal["train", "plan"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError
 
 from configs.schema import Config
+from configs.violation import ConfigError, Violation
 
 ROOT = Path(__file__).parent
 
@@ -33,28 +34,6 @@ def _ranks_left(most: int, processes: int, nodes: int, *taken: int) -> int:
 
 
 OmegaConf.register_new_resolver("ranks_left", _ranks_left, replace=True)
-
-
-@dataclass(frozen=True)
-class Violation:
-    """One thing wrong with a configuration: the key, its value, why, and what would work."""
-
-    key: str
-    value: Any
-    reason: str
-    suggestion: str = ""
-
-    def __str__(self) -> str:
-        text = f"{self.key}={self.value}: {self.reason}"
-        return f"{text} ({self.suggestion})" if self.suggestion else text
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; `violations` lists everything wrong with it."""
-
-    def __init__(self, violations: list[Violation]) -> None:
-        super().__init__("\n".join(str(violation) for violation in violations))
-        self.violations = violations
 
 
 @cache

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from configs.compose import ConfigError, Violation, load
+from configs.compose import load
+from configs.violation import ConfigError, Violation
 
 if TYPE_CHECKING:
     from configs.schema import Config

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(USAGE)
         return 0
-    from configs.compose import ConfigError
+    from configs.violation import ConfigError
 
     try:
         options = parse(arguments)
@@ -77,7 +77,7 @@ def parse(arguments: Sequence[str]) -> Options:
     """
     from pydantic import TypeAdapter, ValidationError
 
-    from configs.compose import ConfigError, Violation
+    from configs.violation import ConfigError, Violation
 
     known = [field.name for field in fields(Options)]
     given = {}
@@ -123,8 +123,9 @@ def read_run_config(folder: Path) -> Config:
     Raises:
         ConfigError: there is none, or it is not one of this version.
     """
-    from configs.compose import ConfigError, Violation, read_file
+    from configs.compose import read_file
     from configs.schema import BackendConfig, LaunchConfig, MemoryConfig, ParallelConfig
+    from configs.violation import ConfigError, Violation
 
     file = folder / "config.yaml"
     if not file.is_file():
@@ -150,7 +151,7 @@ def stream(options: Options, config: Config) -> Iterator[str]:
         ConfigError: the backend is missing, the checkpoint cannot be used, or the text would be
             longer than the model was made for.
     """
-    from configs.compose import ConfigError, Violation
+    from configs.violation import ConfigError, Violation
     from pangu.train import prepare_environment
 
     warnings.filterwarnings("ignore", module="megatron|torch")  # their own deprecations
@@ -162,12 +163,12 @@ def stream(options: Options, config: Config) -> Iterator[str]:
     except RuntimeError as error:
         raise ConfigError([Violation("backend", options.backend, str(error))]) from None
     from pangu.data.tokenizer import StreamDecoder
+    from pangu.engines.megatron import process_groups
     from pangu.inference.checkpoint import load_for_inference
     from pangu.inference.decode import generate
     from pangu.inference.sampling import Sampler
-    from pangu.training import distributed
 
-    distributed.initialize(config)
+    process_groups.initialize(config)
     try:
         model, tokenizer = load_for_inference(config, Path(options.checkpoint))
         prompt = tokenizer.encode(options.prompt) or [tokenizer.eod]
@@ -191,7 +192,7 @@ def stream(options: Options, config: Config) -> Iterator[str]:
             yield decoder.push(token)
         yield decoder.flush()
     finally:
-        distributed.shutdown()
+        process_groups.shutdown()
 
 
 if __name__ == "__main__":

@@ -26,8 +26,9 @@ from hydra.core.override_parser.types import Glob, Override
 from rich.table import Table
 
 from configs.check import load_checked
-from configs.compose import ConfigError, Violation, groups, load
+from configs.compose import groups, load
 from configs.schema import Config
+from configs.violation import ConfigError, Violation
 from launch.environment import STARTED_BY
 from pangu.data import files
 from pangu.violation_table import console, print_violations

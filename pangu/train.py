@@ -20,8 +20,8 @@ from launch import environment
 from launch.environment import LauncherError, ProcessEnvironment
 
 if TYPE_CHECKING:
-    from configs.compose import Violation
     from configs.schema import Config
+    from configs.violation import Violation
 
 # glibc caches freed small chunks by thread. Those between two tensors keep the tensors' memory from
 # becoming one piece again, and the heap grows from step to step.
@@ -86,7 +86,7 @@ def _sweep(process: ProcessEnvironment, overrides: list[str]) -> int:
 
 def _train(process: ProcessEnvironment, overrides: list[str]) -> int:
     from configs.check import warnings
-    from configs.compose import ConfigError
+    from configs.violation import ConfigError
     from pangu.violation_table import print_warnings
 
     try:
@@ -131,7 +131,7 @@ def resolve(process: ProcessEnvironment, overrides: list[str]) -> Config:
         ConfigError: with every violation.
     """
     from configs.check import Started, examine
-    from configs.compose import ConfigError, Violation
+    from configs.violation import ConfigError, Violation
     from pangu.data import files
     from pangu.machine_check import impossible
 
@@ -148,7 +148,7 @@ def resolve(process: ProcessEnvironment, overrides: list[str]) -> Config:
 
 def unusable_folders(config: Config) -> list[Violation]:
     """Make the folders that a run writes into; those that cannot be."""
-    from configs.compose import Violation
+    from configs.violation import Violation
 
     folders = {"run_dir": [config.run_dir, *(f"{config.run_dir}/{name}" for name in _RUN_FOLDERS)]}
     if config.data.name != "synthetic":

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from configs.compose import Violation
+from configs.violation import Violation
 
 _VALUE, _REASON = 24, 20  # widest value, narrowest reason, in characters
 

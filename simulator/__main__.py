@@ -31,7 +31,7 @@ def application(arguments: list[str]) -> typer.Typer:
 
 def main() -> None:
     """Run a command; a mistake of the user's is one sentence and exit code 2."""
-    from configs.compose import ConfigError
+    from configs.violation import ConfigError
 
     try:
         application(sys.argv[1:])()

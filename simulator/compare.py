@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from configs.compose import ConfigError, Violation
 from configs.schema import Config
+from configs.violation import ConfigError, Violation
 from simulator.hardware import load_hardware
 from simulator.predict import Prediction, predict
 from simulator.search import SearchResult, search

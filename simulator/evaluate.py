@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from configs.compose import ConfigError, Violation
 from configs.schema import Config
+from configs.violation import ConfigError, Violation
 from simulator.collectives import collective_seconds
 from simulator.counts.layer import Blocks, blocks
 from simulator.counts.records import Counts, Saved, Shapes, shapes, total

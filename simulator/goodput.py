@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.compose import ConfigError, Violation
+from configs.violation import ConfigError, Violation
 
 Array = Any
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 from omegaconf import OmegaConf
 from pydantic import TypeAdapter, ValidationError
 
-from configs.compose import ConfigError, Violation
+from configs.violation import ConfigError, Violation
 
 PRESETS = Path(__file__).parent.parent / "configs" / "hardware"
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.compose import ConfigError, Violation
 from configs.schema import Config
+from configs.violation import ConfigError, Violation
 from simulator.evaluate import (
     DataParallel,
     Parts,

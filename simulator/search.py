@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from configs.compose import ConfigError, Violation
 from configs.schema import Config
+from configs.violation import ConfigError, Violation
 from simulator.candidates import (
     KEYS,
     candidates,

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from configs.compose import ConfigError, Violation
 from configs.schema import Config, InferenceConfig, ModelConfig, MoEConfig
+from configs.violation import ConfigError, Violation
 from simulator.hardware import Hardware
 
 

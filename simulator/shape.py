@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from configs.compose import ConfigError, Violation
 from configs.schema import Config, ModelConfig
+from configs.violation import ConfigError, Violation
 from simulator.candidates import divisors
 from simulator.hardware import ELEMENT_BYTES, Hardware, load_hardware
 from simulator.inference import forecast, largest_batch

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from configs.compose import ConfigError, Violation
 from configs.schema import Config
+from configs.violation import ConfigError, Violation
 from simulator.shape import Goal, ShapeResult
 
 FORMATS = (".png", ".svg", ".pdf")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pangu.backends import Backend, shared_memory
-from pangu.backends.engine import import_engine, redirect, rename_tensor_method
+from pangu.engines.megatron.fitting import import_engine, redirect, rename_tensor_method
 
 DEVICE = torch.device("cpu")
 

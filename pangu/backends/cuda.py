@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pangu.backends import Backend
-from pangu.backends.engine import import_engine
+from pangu.engines.megatron.fitting import import_engine
 
 # Dense BF16 peaks in TFLOPS, from the vendor's data sheets; float16 has the same.
 BF16_PEAKS = {

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pangu.backends import Backend
-from pangu.backends.engine import import_engine, redirect, rename_tensor_method
+from pangu.engines.megatron.fitting import import_engine, redirect, rename_tensor_method
 
 NO_CANN = (
     "torch-npu is installed but CANN's libraries are not (libhccl.so cannot be loaded): source "

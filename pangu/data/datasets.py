@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from configs.compose import ConfigError, Violation
 from configs.schema import Config
+from configs.violation import ConfigError, Violation
 from pangu.data import DataError
 from pangu.data.files import Blend, blends
 from pangu.data.stdlib import prepare_standard_library

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from configs.compose import Violation
 from configs.schema import Config, DataConfig
+from configs.violation import Violation
 from pangu.data import DataError
 from pangu.data.tokenizer import locate_tokenizer
 

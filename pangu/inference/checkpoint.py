@@ -6,12 +6,12 @@ from pathlib import Path
 
 from megatron.core.models.gpt import GPTModel
 
-from configs.compose import ConfigError, Violation
 from configs.schema import Config
+from configs.violation import ConfigError, Violation
+from pangu.checkpoint import manifest, restore
 from pangu.data import DataError
 from pangu.data.tokenizer import Tokenizer, load_tokenizer
 from pangu.model.build import build_model
-from pangu.training import checkpoint, manifest
 
 
 def load_for_inference(config: Config, folder: Path) -> tuple[GPTModel, Tokenizer]:
@@ -22,11 +22,11 @@ def load_for_inference(config: Config, folder: Path) -> tuple[GPTModel, Tokenize
     Raises:
         ConfigError: there is no checkpoint, it is damaged, or it does not fit the model.
     """
-    source: Path | checkpoint.Found = folder
+    source: Path | restore.Found = folder
     path = folder
     if not (folder / manifest.MANIFEST).is_file():  # a run's folder, not a checkpoint's
         try:
-            found = checkpoint.newest(config)
+            found = restore.newest(config)
         except ConfigError as error:
             reason = error.violations[0].reason
             raise ConfigError([Violation("checkpoint", folder, reason)]) from None
@@ -35,9 +35,9 @@ def load_for_inference(config: Config, folder: Path) -> tuple[GPTModel, Tokenize
             raise ConfigError([Violation("checkpoint", folder, reason)])
         source, path = found, found.path
     try:
-        tokenizer = load_tokenizer(path / checkpoint.TOKENIZER)
+        tokenizer = load_tokenizer(path / restore.TOKENIZER)
     except DataError as error:
         raise ConfigError([Violation("checkpoint", path, str(error))]) from None
     chunks, _ = build_model(config)
-    checkpoint.load_model(source, chunks)
+    restore.load_model(source, chunks)
     return chunks[0], tokenizer

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from configs.compose import ConfigError
+from configs.violation import ConfigError
 from pangu.report.run_data import ReportError, read_run
 
 

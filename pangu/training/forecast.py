@@ -6,8 +6,8 @@ import statistics
 from dataclasses import replace
 from typing import Any
 
-from configs.compose import ConfigError
 from configs.schema import Config
+from configs.violation import ConfigError
 from simulator.predict import Prediction, predict
 
 WARM_UP = 2  # steps of a run that are slower than the rest: first allocations, first messages

@@ -14,20 +14,21 @@ from megatron.core.optimizer import ChainedOptimizer
 
 from configs.schema import Config
 from pangu import backends
+from pangu.checkpoint import restore
+from pangu.checkpoint.run_state import RunState
+from pangu.checkpoint.saver import Saved, Saver
 from pangu.data.datasets import Datasets, batches, build_datasets
+from pangu.engines.megatron.optimizer import set_learning_rate
+from pangu.engines.megatron.process_groups import say
+from pangu.engines.megatron.step import Batch, StepShape, evaluate, train_step
 from pangu.moe.load import read_load
 from pangu.report.run_files import read_metrics
-from pangu.training import checkpoint, schedule
-from pangu.training.distributed import say
+from pangu.training import schedule
 from pangu.training.expert_load import LoadWindow
 from pangu.training.forecast import announce, compare, forecast
 from pangu.training.metrics import MetricsFile, describe_run, step_row
-from pangu.training.optimizer import set_learning_rate
 from pangu.training.progress import Progress
 from pangu.training.resilience import Diverged, SkippedSteps, StopSignal
-from pangu.training.saver import Saved, Saver
-from pangu.training.state import RunState
-from pangu.training.step import Batch, StepShape, evaluate, train_step
 from simulator.predict import Prediction
 
 LOAD_INTERVAL = 100  # steps over which an expert that nobody chose counts as dead
@@ -172,13 +173,13 @@ class Trainer:
         trouble = f"{self.skipped.in_a_row} steps in a row up to {now.step} were not finite"
         if now.rollbacks >= limit:
             raise Diverged(f"{trouble}, after {limit} rollbacks (train.max_rollbacks)")
-        found = checkpoint.newest(self.config)
+        found = restore.newest(self.config)
         if found is None:
             raise Diverged(f"{trouble}, and there is no checkpoint to go back to")
         if found.manifest.step == self.rolled_back_to:
-            found = checkpoint.newest(self.config, before=self.rolled_back_to) or found
+            found = restore.newest(self.config, before=self.rolled_back_to) or found
         say(f"{trouble}: rolling back to step {found.manifest.step}")
-        self.state = checkpoint.restore(self.config, found, self.chunks, self.optimizer)
+        self.state = restore.restore(self.config, found, self.chunks, self.optimizer)
         self.rolled_back_to = self.last_started = self.last_saved = self.state.step
         phase = schedule.phase_at(self.config, self.state.step)
         if phase == self.phase:  # the data move on; an earlier phase's are read again

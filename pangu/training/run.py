@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from configs.compose import ConfigError, Violation, to_yaml
+from configs.compose import to_yaml
 from configs.schema import Config
+from configs.violation import ConfigError, Violation
 from launch.environment import ProcessEnvironment
 from pangu import backends
 from pangu.training.resilience import Diverged, StopSignal, is_failed_collective, missing_ranks
@@ -38,10 +39,10 @@ def run(config: Config, process: ProcessEnvironment) -> int:
         raise ConfigError([Violation("backend", config.backend.name, str(error))]) from None
 
     # After the choice of the backend: megatron-core must find its device.
-    from pangu.training import distributed
+    from pangu.engines.megatron import process_groups
     from pangu.training.finish import finish
 
-    distributed.initialize(config)
+    process_groups.initialize(config)
     try:
         try:
             trainer = build_trainer(config, stop)
@@ -51,17 +52,17 @@ def run(config: Config, process: ProcessEnvironment) -> int:
         if trainer.state.step >= config.train.steps:
             finish(trainer)
         if code:
-            distributed.say(trainer.lost())
+            process_groups.say(trainer.lost())
         return code
     except Diverged as error:
-        distributed.say(f"the run has diverged: {error}")
+        process_groups.say(f"the run has diverged: {error}")
         return 3
     except RuntimeError as error:
         if is_failed_collective(error) and (sentence := missing_ranks()):
             error.add_note(sentence)
         raise
     finally:
-        distributed.shutdown()
+        process_groups.shutdown()
 
 
 def _unusable(config: Config, error: OSError) -> Exception:
@@ -80,16 +81,18 @@ def build_trainer(config: Config, stop: StopSignal) -> Trainer:
     Raises:
         ConfigError: the run cannot start from the checkpoint.
     """
+    from pangu.checkpoint import restore
+    from pangu.checkpoint.run_state import RunState
+    from pangu.engines.megatron import process_groups
+    from pangu.engines.megatron.optimizer import build_optimizer, wrap_model
     from pangu.model.build import build_model
-    from pangu.training import checkpoint, distributed, schedule
+    from pangu.training import schedule
     from pangu.training.expert_load import LoadWindow
     from pangu.training.loop import Trainer, phase_datasets
     from pangu.training.metrics import MetricsFile
-    from pangu.training.optimizer import build_optimizer, wrap_model
-    from pangu.training.state import RunState
 
     first = dist.get_rank() == 0
-    found = checkpoint.find(config)
+    found = restore.find(config)
     folder = Path(config.run_dir)
     if first:
         folder.mkdir(parents=True, exist_ok=True)
@@ -106,8 +109,8 @@ def build_trainer(config: Config, stop: StopSignal) -> Trainer:
     wrapped = wrap_model(config, settings, chunks)
     optimizer = build_optimizer(config, wrapped)
     if found:
-        checkpoint.restore(config, found, wrapped, optimizer)
-        distributed.say(f"resuming from {found.path}")
+        restore.restore(config, found, wrapped, optimizer)
+        process_groups.say(f"resuming from {found.path}")
     return Trainer(
         config=config,
         chunks=wrapped,

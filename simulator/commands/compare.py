@@ -25,7 +25,7 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Every model on every machine: the best layout, speed, MFU, memory, energy and cost."""
-    from configs.compose import ConfigError, Violation
+    from configs.violation import ConfigError, Violation
     from simulator.commands.search import load_search_plan, progress_bar
     from simulator.compare import compare as side_by_side
 
@@ -64,7 +64,8 @@ def _take(key: str, overrides: list[str]) -> tuple[list[str], list[str]]:
 
 def _check_names(models: list[str], machines: list[str]) -> None:
     """A misspelt name stops the comparison; a pair that does not work only leaves a gap."""
-    from configs.compose import ConfigError, Violation, groups
+    from configs.compose import groups
+    from configs.violation import ConfigError, Violation
 
     wrong = []
     known = groups()

@@ -93,7 +93,7 @@ def _run(overrides: list[str], devices: str | None) -> tuple[Prediction, float |
     Raises:
         ConfigError: with everything wrong with the run, or the number of devices said twice.
     """
-    from configs.compose import ConfigError, Violation
+    from configs.violation import ConfigError, Violation
     from simulator.goodput import checkpoint_seconds
     from simulator.hardware import load_hardware
     from simulator.predict import predict
@@ -138,7 +138,7 @@ def _numbers(option: str, text: str) -> list[float]:
     Raises:
         ConfigError: they are not.
     """
-    from configs.compose import ConfigError, Violation
+    from configs.violation import ConfigError, Violation
 
     try:
         return [float(part) for part in text.split(",")]

@@ -24,7 +24,8 @@ def infer(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Time to first token, time per output token, throughput and the largest batch."""
-    from configs.compose import ConfigError, Violation, load
+    from configs.compose import load
+    from configs.violation import ConfigError, Violation
     from simulator.hardware import load_hardware
     from simulator.inference import forecast, largest_batch, usable_bytes
     from simulator.serving import serving
@@ -82,7 +83,7 @@ def _more_devices(config: Config) -> str:
 
     Sizes that the configuration sets stay as they are.
     """
-    from configs.compose import ConfigError
+    from configs.violation import ConfigError
     from simulator.hardware import load_hardware
     from simulator.inference import largest_batch
     from simulator.serving import serving

@@ -23,7 +23,7 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write one HTML page: schedule, memory by stage, breakdown, and what a search found."""
-    from configs.compose import ConfigError, Violation
+    from configs.violation import ConfigError, Violation
     from simulator.commands.search import load_search_plan, progress_bar
     from simulator.predict import predict
     from simulator.report import write_report

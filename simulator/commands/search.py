@@ -37,7 +37,7 @@ def search(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Rank every layout, micro-batch and recomputation policy of a cluster."""
-    from configs.compose import ConfigError, Violation
+    from configs.violation import ConfigError, Violation
     from simulator.search import search as find
 
     config = load_search_plan(overrides)
@@ -68,7 +68,8 @@ def search(
 def load_search_plan(overrides: list[str]) -> Config:
     """The configuration, checked for everything but the sizes that the search decides on, which
     it rejects itself, with a count."""
-    from configs.compose import ConfigError, Violation, load
+    from configs.compose import load
+    from configs.violation import ConfigError, Violation
 
     config = load(overrides)
     if not config.hardware:

@@ -88,7 +88,7 @@ def values(option: str, text: str) -> list[int]:
     Raises:
         ConfigError: it is neither, or holds nothing positive.
     """
-    from configs.compose import ConfigError, Violation
+    from configs.violation import ConfigError, Violation
 
     try:
         if ":" in text:
@@ -111,7 +111,7 @@ def limits(option: str, text: str) -> tuple[float, float]:
     Raises:
         ConfigError: it is not, or nothing lies between.
     """
-    from configs.compose import ConfigError, Violation
+    from configs.violation import ConfigError, Violation
 
     try:
         low, high = (float(part) for part in text.split(":"))

@@ -34,7 +34,7 @@ def validate(
     """Predict published training and serving runs, and show the error of each source."""
     from rich.progress import track
 
-    from configs.compose import ConfigError, Violation
+    from configs.violation import ConfigError, Violation
     from simulator.validation.measure import outcomes
     from simulator.validation.rows import summarise
     from simulator.validation.serving import serving_outcomes

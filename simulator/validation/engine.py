@@ -11,7 +11,6 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from configs.compose import ConfigError
 from configs.schema import (
     BackendConfig,
     Config,
@@ -22,6 +21,7 @@ from configs.schema import (
     SimulationConfig,
     TrainConfig,
 )
+from configs.violation import ConfigError
 from simulator.evaluate import evaluate
 from simulator.hardware import load_hardware
 from simulator.layout import from_config

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from configs.compose import ConfigError
+from configs.violation import ConfigError
 from simulator.parameters import model_flops_per_token
 from simulator.predict import Prediction, predict
 from simulator.validation.engine import Case, NotPredictable, case

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.compose import ConfigError, Violation
+from configs.violation import ConfigError, Violation
 
 PACKAGED = Path(__file__).parent / "measured.csv"
 

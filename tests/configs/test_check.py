@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from configs.check import load_checked, violations, warnings
-from configs.compose import ConfigError, groups, load
+from configs.compose import groups, load
 from configs.problem import with_value
+from configs.violation import ConfigError
 
 TP = "parallel.tensor_model_parallel_size"
 PP = "parallel.pipeline_model_parallel_size"

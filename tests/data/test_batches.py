@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from configs.compose import ConfigError, load
+from configs.compose import load
 from configs.schema import Config
+from configs.violation import ConfigError
 from pangu.data import DataError
 from pangu.data.datasets import Datasets, batches, build_datasets, token_rows
 from pangu.data.indexed import SequenceConfig, SequenceDataset, count_tokens

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from configs.schema import ParallelConfig
+from pangu.checkpoint import manifest
 from pangu.generate import main, read_run_config
 from pangu.report.run_files import read_metrics
-from pangu.training import manifest
 
 
 @pytest.fixture(scope="module")

@@ -50,14 +50,14 @@ def decoded(layouts, world_size):
     """Logits of the prompt's next tokens, and a sample, in each layout (overrides)."""
     from megatron.core import parallel_state
 
+    from pangu.engines.megatron import process_groups
     from pangu.inference.decode import Decoder, generate
     from pangu.model.build import build_model
-    from pangu.training import distributed
 
     results = []
     for overrides in layouts:
         config = load([*TINY, f"launch.processes={world_size}", *overrides])
-        distributed.initialize(config)
+        process_groups.initialize(config)
         model = build_model(config)[0][0]
         decoder = Decoder(model, 7)
         logits = [decoder.feed(PROMPT), decoder.feed([9]), decoder.feed([41])]

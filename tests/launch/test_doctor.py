@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from configs.compose import Violation, load
+from configs.compose import load
+from configs.violation import Violation
 from pangu import machine_check
 from pangu.data import files
 from pangu.doctor import stages

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from configs.compose import ConfigError, load
+from configs.compose import load
+from configs.violation import ConfigError
 from launch.environment import LauncherError, ProcessEnvironment, first_node, read, tasks_per_node
 from pangu.train import prepare_environment, resolve
 

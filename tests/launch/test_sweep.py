@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.compose import ConfigError
+from configs.violation import ConfigError
 from pangu.sweep import plan
 
 

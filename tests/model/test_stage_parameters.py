@@ -25,13 +25,13 @@ LAYOUTS = {
 def built(layouts: list[list[str]]) -> list[int]:
     from megatron.core import parallel_state
 
+    from pangu.engines.megatron import process_groups
     from pangu.model.build import build_model
-    from pangu.training import distributed
 
     counts = []
     for overrides in layouts:
         config = load([*MTP, f"launch.processes={dist.get_world_size()}", *overrides])
-        distributed.initialize(config)
+        process_groups.initialize(config)
         chunks, _ = build_model(config)
         counts.append(sum(p.numel() for chunk in chunks for p in chunk.parameters()))
         parallel_state.destroy_model_parallel()

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from configs.compose import ConfigError
+from configs.violation import ConfigError
 from simulator.goodput import best_interval, daly_interval, expected_seconds, goodput
 
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from configs.compose import ConfigError, load
+from configs.compose import load
+from configs.violation import ConfigError
 from simulator.collectives import collective_seconds
 from simulator.evaluate import outlasting
 from simulator.hardware import Hardware, Kind, load_hardware, presets, read_hardware

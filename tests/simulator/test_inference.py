@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from configs.compose import ConfigError, load
+from configs.compose import load
+from configs.violation import ConfigError
 from simulator.hardware import load_hardware
 from simulator.inference import (
     decode_step,

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from configs.check import load_checked
-from configs.compose import ConfigError, load
+from configs.compose import load
+from configs.violation import ConfigError
 from simulator.collectives import collective_seconds
 from simulator.evaluate import data_parallel, evaluate, prepare
 from simulator.layout import Layout, from_config

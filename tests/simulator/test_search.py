@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from configs.check import load_checked, violations
-from configs.compose import ConfigError, load
+from configs.compose import load
 from configs.schema import ParallelConfig
+from configs.violation import ConfigError
 from simulator.candidates import configure, enumerate_layouts, recompute_policies
 from simulator.emit import experiment, launch_flags
 from simulator.evaluate import evaluate

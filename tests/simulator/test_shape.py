@@ -10,7 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from configs.compose import ConfigError, load
+from configs.compose import load
+from configs.violation import ConfigError
 from simulator.commands.shape import limits, values
 from simulator.parameters import count_parameters
 from simulator.shape import Ranges, enumerate_shapes, search_shapes, shaped, spread

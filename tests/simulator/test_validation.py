@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from configs.compose import ConfigError
+from configs.violation import ConfigError
 from simulator.__main__ import application
 from simulator.validation.engine import NotPredictable, case
 from simulator.validation.measure import outcome

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from configs.compose import load
+from pangu.engines.megatron.step import StepResult
 from pangu.moe.load import RoutingLoad
 from pangu.report.run_files import ExpertLoad, read_metrics
 from pangu.training.expert_load import LoadWindow
 from pangu.training.metrics import MetricsFile, describe_run, step_row
-from pangu.training.step import StepResult
 
 KEYS = [
     "step",

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from checkpoint_runs import MODEL
 
+from pangu.checkpoint import manifest
 from pangu.report.run_files import METRICS, read_metrics
-from pangu.training import manifest
 
 PATIENCE = 180  # seconds, on a machine that does other things too
 

@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.tensor_parallel import random
 
-from pangu.training.optimizer_state import MAIN, MOMENTS, Part
+from pangu.engines.megatron.optimizer_state import MAIN, MOMENTS, Part
 
 Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
 OPTIMIZER_PREFIX = "optimizer."

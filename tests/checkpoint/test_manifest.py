@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pangu.training import manifest
-from pangu.training.manifest import DamagedCheckpoint, Manifest
+from pangu.checkpoint import manifest
+from pangu.checkpoint.manifest import DamagedCheckpoint, Manifest
 
 
 def make(checkpoints: Path, step: int) -> Path:

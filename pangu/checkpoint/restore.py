@@ -13,13 +13,15 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer
 
-from configs.compose import ConfigError, Violation, read_file
+from configs.compose import read_file
 from configs.schema import Config
-from pangu.training import contents, manifest, optimizer_state
-from pangu.training.contents import CheckpointMismatch
-from pangu.training.distributed import from_rank_0, say
-from pangu.training.manifest import DamagedCheckpoint, Manifest
-from pangu.training.state import RunState
+from configs.violation import ConfigError, Violation
+from pangu.checkpoint import contents, manifest
+from pangu.checkpoint.contents import CheckpointMismatch
+from pangu.checkpoint.manifest import DamagedCheckpoint, Manifest
+from pangu.checkpoint.run_state import RunState
+from pangu.engines.megatron import optimizer_state
+from pangu.engines.megatron.process_groups import from_rank_0, say
 
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer"

@@ -27,15 +27,15 @@ def train(run_dir: Path, overrides: list[str]) -> tuple[Steps, dict[str, torch.T
     rank's weights at the end."""
     from megatron.core import parallel_state
 
+    from pangu.engines.megatron import process_groups
     from pangu.report.run_files import METRICS, read_metrics
-    from pangu.training import distributed
     from pangu.training.resilience import StopSignal
     from pangu.training.run import build_trainer
 
     warnings.filterwarnings("ignore")
     processes = f"launch.processes={dist.get_world_size()}"
     config = load([*MODEL, processes, f"run_dir={run_dir}", *overrides])
-    distributed.initialize(config)
+    process_groups.initialize(config)
     try:
         trainer = build_trainer(config, StopSignal())
         assert trainer.train() == 0

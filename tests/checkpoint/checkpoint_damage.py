@@ -8,8 +8,9 @@ from typing import Any
 import torch.distributed as dist
 from checkpoint_runs import MODEL, copy, train
 
-from configs.compose import ConfigError, load
-from pangu.training import manifest
+from configs.compose import load
+from configs.violation import ConfigError
+from pangu.checkpoint import manifest
 
 
 def damaged(folder: Path) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def poisoned(folder: Path) -> list[int]:
     import torch
     from megatron.core import parallel_state
 
-    from pangu.training import distributed
+    from pangu.engines.megatron import process_groups
     from pangu.training.resilience import StopSignal
     from pangu.training.run import build_trainer
 
@@ -136,7 +137,7 @@ def poisoned(folder: Path) -> list[int]:
             "checkpoint.save_every=2",
         ]
     )
-    distributed.initialize(config)
+    process_groups.initialize(config)
     trainer = build_trainer(config, Spoilt())
     assert trainer.train() == 0
     parallel_state.destroy_model_parallel()
@@ -148,15 +149,15 @@ def weights_alone(folder: Path) -> float:
     """Largest difference between trained weights and those loaded for generation, elsewhere."""
     from megatron.core import parallel_state
 
+    from pangu.checkpoint.restore import load_model, read_config
+    from pangu.engines.megatron import process_groups
     from pangu.model.build import build_model
-    from pangu.training import distributed
-    from pangu.training.checkpoint import load_model, read_config
 
     path = folder / "run" / "checkpoints" / "step_00000004"
     config = read_config(path)
     assert config.model.hidden_size == 32
     _, trained = train(copy(folder / "run", folder / "again"), ["train.steps=4"])
-    distributed.initialize(config)
+    process_groups.initialize(config)
     chunks, _ = build_model(config)
     load_model(path, chunks)
     parallel_state.destroy_model_parallel()
@@ -172,8 +173,8 @@ def held(folder: Path) -> tuple[int, int, int]:
     process is forked, and those that it writes."""
     from torch.multiprocessing.reductions import StorageWeakRef
 
-    from pangu.training import saver
-    from pangu.training.optimizer_state import Part
+    from pangu.checkpoint import saver
+    from pangu.engines.megatron.optimizer_state import Part
 
     gathered: list[tuple[StorageWeakRef, int]] = []
     found = []

@@ -28,14 +28,14 @@ def steps(overrides: list[str], world_size: int, count: int) -> list[tuple[float
     from megatron.core import parallel_state
 
     from pangu.data.datasets import batches, build_datasets
+    from pangu.engines.megatron import process_groups
+    from pangu.engines.megatron.optimizer import build_optimizer, set_learning_rate, wrap_model
+    from pangu.engines.megatron.step import StepShape, train_step
     from pangu.model.build import build_model
-    from pangu.training import distributed
-    from pangu.training.optimizer import build_optimizer, set_learning_rate, wrap_model
-    from pangu.training.step import StepShape, train_step
 
     warnings.filterwarnings("ignore")
     config = load([*MODEL, f"launch.processes={world_size}", *overrides])
-    distributed.initialize(config)
+    process_groups.initialize(config)
     train = config.train
     data = build_datasets(
         config,

@@ -36,14 +36,15 @@ from megatron.core.optimizer import ChainedOptimizer
 from configs.compose import to_yaml
 from configs.schema import Config
 from pangu import backends
+from pangu.checkpoint import contents, manifest
+from pangu.checkpoint.manifest import FileRecord, Manifest
+from pangu.checkpoint.restore import CONFIG, TOKENIZER, checkpoints_of
+from pangu.checkpoint.run_state import RunState
 from pangu.data.tokenizer import Tokenizer
+from pangu.engines.megatron import optimizer_state
+from pangu.engines.megatron.optimizer_state import Part
+from pangu.engines.megatron.process_groups import from_rank_0, say
 from pangu.local_launch import die_with_parent
-from pangu.training import contents, manifest, optimizer_state
-from pangu.training.checkpoint import CONFIG, TOKENIZER, checkpoints_of
-from pangu.training.distributed import from_rank_0, say
-from pangu.training.manifest import FileRecord, Manifest
-from pangu.training.optimizer_state import Part
-from pangu.training.state import RunState
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from pangu import backends
-from pangu.training.distributed import sum_over_losses
-from pangu.training.optimizer import apply_gradients
+from pangu.engines.megatron.optimizer import apply_gradients
+from pangu.engines.megatron.process_groups import sum_over_losses
 
 Batch = dict[str, torch.Tensor]
 

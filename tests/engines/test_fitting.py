@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pangu import backends
-from pangu.backends import engine
+from pangu.engines.megatron import fitting
 
 # The places that stop the engine off CUDA, one per kind of reference. A new release that moves
 # one of these needs another look at pangu/backends.
@@ -48,7 +48,7 @@ NAMED_BY_ATTRIBUTE = [
 ]
 CHECK = """
 import functools, importlib
-from pangu.backends.engine import import_engine
+from pangu.engines.megatron.fitting import import_engine
 import_engine(jit=False)
 for module, name, value in {table}:
     function = functools.reduce(getattr, name.split("."), importlib.import_module(module))
@@ -82,10 +82,10 @@ def test_a_method_that_moved_is_reported():
     def function(tensor):
         return tensor.cuda()
 
-    engine.rename_tensor_method(function, "cuda", "cpu")
+    fitting.rename_tensor_method(function, "cuda", "cpu")
     assert function(torch.ones(1)).device.type == "cpu"
     with pytest.raises(LookupError, match="no longer uses the name cuda"):
-        engine.rename_tensor_method(function, "cuda", "cpu")
+        fitting.rename_tensor_method(function, "cuda", "cpu")
 
 
 def test_a_second_backend_is_refused():

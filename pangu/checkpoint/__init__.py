@@ -1,0 +1,1 @@
+"""Checkpoints: written complete or not at all, found sound, read back in any layout."""

@@ -1,0 +1,1 @@
+"""What trains a model: a contract, and one folder per engine."""
