@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from configs.change_rules import ALLOWABLE
 from configs.layout import num_virtual_stages
 from configs.problem import CP, EP, ETP, PP, TP, VPP, Problem, get
 from configs.schema import Config
@@ -226,3 +227,10 @@ def trainer_limits(config: Config) -> Iterator[Problem]:
     if resume not in ("auto", "never") and not Path(resume).is_dir():
         key = "checkpoint.resume"
         yield Problem("resume", key, resume, "there is no such folder", {key: ["auto", "never"]})
+    allowed = config.checkpoint.allow_changes
+    if unknown := [name for name in allowed if name not in ALLOWABLE]:
+        key, reason = (
+            "checkpoint.allow_changes",
+            f"{', '.join(unknown)} cannot be allowed to change",
+        )
+        yield Problem("allow_changes", key, allowed, reason, hint=f"of {', '.join(ALLOWABLE)}")

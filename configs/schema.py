@@ -306,6 +306,8 @@ class CheckpointConfig:
     save_at_end: bool = True
     # Starts from one checkpoint that do not get as far as the next, before resume=auto refuses.
     max_restarts: int = 5
+    # Keys that may differ from the checkpoint's although they change what the model computes.
+    allow_changes: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -165,7 +165,7 @@ def stream(options: Options, config: Config) -> Iterator[str]:
     from pangu.data.tokenizer import StreamDecoder
     from pangu.engines.megatron import process_groups
     from pangu.inference.checkpoint import load_for_inference
-    from pangu.inference.decode import generate
+    from pangu.inference.decode import NotFinite, generate
     from pangu.inference.sampling import Sampler
 
     process_groups.initialize(config)
@@ -191,6 +191,8 @@ def stream(options: Options, config: Config) -> Iterator[str]:
         ):
             yield decoder.push(token)
         yield decoder.flush()
+    except NotFinite as error:
+        raise ConfigError([Violation("checkpoint", options.checkpoint, str(error))]) from None
     finally:
         process_groups.shutdown()
 

@@ -6,13 +6,15 @@ another run, or of one checkpoint.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer
 
+from configs.change_rules import changes, refused
 from configs.compose import read_file
 from configs.schema import Config
 from configs.violation import ConfigError, Violation
@@ -20,17 +22,12 @@ from pangu.checkpoint import contents, manifest
 from pangu.checkpoint.contents import CheckpointMismatch
 from pangu.checkpoint.manifest import DamagedCheckpoint, Manifest
 from pangu.checkpoint.run_state import RunState
+from pangu.data.tokenizer import INFO_FILE, Tokenizer
 from pangu.engines.megatron import optimizer_state
 from pangu.engines.megatron.process_groups import from_rank_0, say
 
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer"
-# Keys of `model` and `moe` that say which weights there are, and how large.
-_NOT_SHAPE = {
-    "name", "max_position_embeddings", "rotary_base", "norm_epsilon", "init", "init_std",
-    "sandwich_attention_gain", "sandwich_mlp_gain",
-}  # fmt: skip
-_MOE_SHAPE = ("router_scale", "expert_bias")
 
 
 def checkpoints_of(config: Config) -> Path:
@@ -88,7 +85,7 @@ def find(config: Config) -> Found | None:
 
     Raises:
         ConfigError: the named checkpoint is missing or damaged, all checkpoints of the run folder
-            are damaged, the model's shape has changed, or the run has started too often from
+            are damaged, the model has changed, or the run has started too often from
             there without getting further.
     """
     resume = config.checkpoint.resume
@@ -96,7 +93,7 @@ def find(config: Config) -> Found | None:
         return None
     found = newest(config) if resume == "auto" else _named(config, Path(resume))
     if found is not None:
-        refuse_other_shape(config, found.path)
+        refuse_other_model(config, found.path)
         if resume == "auto":
             _bound_restarts(config, found)
     return found
@@ -157,23 +154,44 @@ def _verify(folder: Path) -> Found | str:
     return "; ".join(damaged) if damaged else Found(folder, found)
 
 
-def refuse_other_shape(config: Config, path: Path) -> None:
+def refuse_other_model(config: Config, path: Path) -> None:
     """Compare the model with the one in the checkpoint.
 
     Raises:
-        ConfigError: naming every key that changes which weights there are.
+        ConfigError: naming every key that changes which weights there are, and every key that
+            changes what the model makes of them and is not in `checkpoint.allow_changes`.
     """
-    saved = read_config(path)
-    then, now = asdict(saved.model), asdict(config.model)
-    pairs = [(f"model.{k}", then[k], now[k]) for k in now if k not in _NOT_SHAPE]
-    pairs += [(f"moe.{k}", getattr(saved.moe, k), getattr(config.moe, k)) for k in _MOE_SHAPE]
-    violations = [
-        Violation(key, new, f"the checkpoint {path} has {old}", f"{key}={old}; or another run_dir")
-        for key, old, new in pairs
-        if old != new
-    ]
-    if violations:
+    found = changes(read_config(path), config)
+    if violations := refused(found, config.checkpoint.allow_changes, str(path)):
         raise ConfigError(violations)
+
+
+def refuse_other_tokenizer(config: Config, found: Found, tokenizer: Tokenizer) -> None:
+    """Compare the tokenizer of the data with the checkpoint's, by their content. Collective.
+
+    Raises:
+        ConfigError: they differ, and `checkpoint.allow_changes` does not name data.tokenizer.
+    """
+    key = "data.tokenizer"
+
+    def differ() -> bool:
+        saved = found.path / TOKENIZER / INFO_FILE
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save(Path(folder))
+            return saved.is_file() and saved.read_text() != (Path(folder) / INFO_FILE).read_text()
+
+    if key not in config.checkpoint.allow_changes and from_rank_0(differ):
+        reason = (
+            f"is not the tokenizer that {found.path} was trained with: the same numbers would "
+            "stand for other text"
+        )
+        hint = f"data written with {found.path / TOKENIZER}; or checkpoint.allow_changes=[{key}]"
+        raise ConfigError([Violation(key, config.data.tokenizer, reason, hint)])
+
+
+def describe_changes(config: Config, found: Found) -> str:
+    """One line about what goes on otherwise than the checkpoint was trained; "" for nothing."""
+    return ", ".join(map(str, changes(read_config(found.path), config)))
 
 
 def _bound_restarts(config: Config, found: Found) -> None:

@@ -241,6 +241,16 @@ class _Collate:
         return {key: torch.stack([sample[key] for sample in samples]) for key in keys}
 
 
+def sequences_held(dataset: Any, seq_length: int) -> int | None:
+    """Sequences of a corpus until they repeat; None where they never do (synthetic ones)."""
+    from pangu.data.indexed import SequenceDataset, count_tokens
+
+    parts = getattr(dataset, "datasets", [dataset])
+    files = [part.dataset_path for part in parts if isinstance(part, SequenceDataset)]
+    # Each sequence's last label is the next one's first token.
+    return sum((count_tokens(file) - 1) // seq_length for file in files) if files else None
+
+
 def token_rows(dataset: Any, count: int) -> np.ndarray:
     """Tokens of the first `count` sequences with their last label, `[count, seq + 1]` int64."""
     return np.stack([dataset.text(index) for index in range(min(count, len(dataset)))])

@@ -18,6 +18,12 @@ from configs.schema import ParallelConfig
 from pangu import backends
 from pangu.inference.sampling import Sampler
 
+_NO_TOKEN = -1
+
+
+class NotFinite(ArithmeticError):
+    """A model whose predictions are no numbers: nothing can be drawn from them."""
+
 
 def obstacle(parallel: ParallelConfig) -> str:
     """Why a model in this layout cannot generate; "" when it can."""
@@ -97,11 +103,18 @@ def generate(
 
     `prompt` has one token at least. Tokens from `vocab_size` on, which fill up the model's
     vocabulary, are never drawn. Collective: rank 0 draws for all.
+
+    Raises:
+        NotFinite: on every rank, when rank 0 finds a logit that is no finite number.
     """
     decoder = Decoder(model, len(prompt) + max_new_tokens)
     tokens: Sequence[int] = prompt
     for _ in range(max_new_tokens):
-        token = _from_rank_0(sampler(decoder.feed(tokens)[:vocab_size]))
+        logits = decoder.feed(tokens)[:vocab_size]
+        finite = bool(torch.isfinite(logits).all())
+        token = _from_rank_0(sampler(logits) if finite else _NO_TOKEN)
+        if token == _NO_TOKEN:
+            raise NotFinite("the model's predictions are not finite numbers")
         if token == eod:
             return
         yield token

@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch.distributed as dist
 from megatron.core.utils import unwrap_model
 
 from configs.schema import Config
-from pangu.data.datasets import Datasets, token_rows
+from pangu.data.datasets import Datasets, sequences_held, token_rows
 from pangu.data.ngram import NgramModels
-from pangu.inference.decode import generate, obstacle
+from pangu.engines.megatron.process_groups import say
+from pangu.inference.decode import NotFinite, generate, obstacle
 from pangu.inference.sampling import Sampler
 from pangu.report.run_files import BASELINES, SAMPLE, replace_text
 from pangu.training import schedule
@@ -35,8 +35,13 @@ def finish(trainer: Trainer) -> None:
     Collective: every rank takes part in generating the sample. A disk that is full is reported;
     the run has ended well all the same.
     """
-    text = sample(trainer)
+    text = "" if trainer.stop.agreed() else sample(trainer)
+    stopped = trainer.stop.agreed()
     if dist.get_rank() != 0:
+        return
+    if stopped:
+        run_dir = trainer.config.run_dir
+        say(f"told to stop: no report was written; python -m pangu.report {run_dir} makes it")
         return
     from pangu.report.page import write_page
     from pangu.report.plots import write_plots
@@ -55,19 +60,27 @@ def finish(trainer: Trainer) -> None:
 
 
 def sample(trainer: Trainer) -> str:
-    """A document from its very beginning, or why there is none. Collective."""
+    """A document from its very beginning, or why there is none; ends early when the run is told to
+    stop. Collective."""
     tokenizer = trainer.datasets.tokenizer
     if reason := obstacle(trainer.config.parallel):
         return f"No sample from this layout: {reason}. python -m pangu.generate has one process."
-    tokens = generate(
-        unwrap_model(trainer.chunks[0]),
-        [tokenizer.eod],
-        Sampler(temperature=_TEMPERATURE, top_p=_TOP_P, seed=trainer.config.seed),
-        max_new_tokens=_SAMPLE_TOKENS,
-        vocab_size=tokenizer.vocab_size,
-        eod=tokenizer.eod,
-    )
-    return tokenizer.decode(list(tokens))
+    tokens = []
+    try:
+        for token in generate(
+            unwrap_model(trainer.chunks[0]),
+            [tokenizer.eod],
+            Sampler(temperature=_TEMPERATURE, top_p=_TOP_P, seed=trainer.config.seed),
+            max_new_tokens=_SAMPLE_TOKENS,
+            vocab_size=tokenizer.vocab_size,
+            eod=tokenizer.eod,
+        ):
+            tokens.append(token)
+            if trainer.stop.agreed():
+                break
+    except NotFinite as error:
+        return f"No sample: {error}."
+    return tokenizer.decode(tokens)
 
 
 def baselines(
@@ -79,7 +92,9 @@ def baselines(
     very tokens that validation sees.
     """
     seq_length = schedule.seq_length(config, phase)
-    train = token_rows(datasets.train, _one_pass(datasets.train, seq_length))
+    # One pass at most: a second would let the n-grams see their tuning part.
+    held = sequences_held(datasets.train, seq_length) or _MOST_TOKENS
+    train = token_rows(datasets.train, min(held, _MOST_TOKENS // seq_length))
     models = NgramModels.fit(train, config.model.vocab_size)
     training = models.losses(train[:: max(1, len(train) // _PROBE_SEQUENCES)])
     held_out: dict[str, float] = {}
@@ -90,13 +105,3 @@ def baselines(
     return {
         name: {"training": loss, "held_out": held_out.get(name)} for name, loss in training.items()
     }
-
-
-def _one_pass(dataset: object, seq_length: int) -> int:
-    """Sequences until the data repeat, which would let the n-grams see their tuning part."""
-    from pangu.data.indexed import SequenceDataset, count_tokens
-
-    parts = getattr(dataset, "datasets", [dataset])
-    files = [part.dataset_path for part in parts if isinstance(part, SequenceDataset)]
-    tokens = sum(map(count_tokens, files)) if files else _MOST_TOKENS
-    return int(np.minimum(tokens, _MOST_TOKENS)) // seq_length

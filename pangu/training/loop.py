@@ -17,7 +17,7 @@ from pangu import backends
 from pangu.checkpoint import restore
 from pangu.checkpoint.run_state import RunState
 from pangu.checkpoint.saver import Saved, Saver
-from pangu.data.datasets import Datasets, batches, build_datasets
+from pangu.data.datasets import Datasets, batches, build_datasets, sequences_held
 from pangu.engines.megatron.optimizer import set_learning_rate
 from pangu.engines.megatron.process_groups import say
 from pangu.engines.megatron.step import Batch, StepShape, evaluate, train_step
@@ -74,6 +74,8 @@ class Trainer:
                 progress.say(
                     f"nothing to train: {steps}, and the checkpoint is of step {first_step}"
                 )
+            if repeated := self.repeated_validation():
+                progress.warn(repeated)
             train_batches = self.train_batches()
             while self.state.step < self.config.train.steps and not self.stop.agreed():
                 if self.enter_phase():
@@ -88,9 +90,7 @@ class Trainer:
                 if self.due(LOAD_INTERVAL) and (dead := self.load.end_interval()):
                     progress.warn(dead)
                 if self.datasets.validation and self.due(self.config.train.validate_every):
-                    loss = self.validate()
-                    self.metrics.write({"step": self.state.step, "validation_loss": loss})
-                    progress.show_validation(self.state.step, loss)
+                    self.validate(progress)
                 self.save_if_due()
             if isinstance(expected, Prediction) and rank == 0:
                 rows = [row for row in read_metrics(self.metrics.path) if row["step"] > first_step]
@@ -109,6 +109,22 @@ class Trainer:
         self.state.consumed_sequences = 0
         self.datasets = phase_datasets(self.config, phase, self.state)
         return True
+
+    def repeated_validation(self) -> str:
+        """A sentence where a validation reads held-out sequences more than once."""
+        train, phase = self.config.train, self.phase.phase
+        if not train.validate_every or self.datasets.validation is None:
+            return ""
+        batch = schedule.global_batch_size(self.config, phase)
+        seq_length = schedule.seq_length(self.config, phase)
+        held = sequences_held(self.datasets.validation, seq_length)
+        if held is None or train.validation_batches * batch <= held:
+            return ""
+        return (
+            f"train.validation_batches={train.validation_batches} are "
+            f"{train.validation_batches * batch} sequences, and the held-out corpus holds {held}: "
+            f"some count more than once. {max(1, held // batch)} batches read each at most once"
+        )
 
     def save_if_due(self) -> None:
         """Start a checkpoint every `checkpoint.save_every` steps; training goes on meanwhile."""
@@ -137,18 +153,24 @@ class Trainer:
             self.metrics.write({"step": saved.step, "checkpoint_error": saved.error})
 
     def leave(self) -> int:
-        """Save where the run has ended or was told to stop. The exit code is 1 when the last steps
-        should be on disk and are not (see `lost`), else 0."""
+        """Save where the run has ended or was told to stop, but not among skipped steps.
+
+        The exit code is 3 when the last step of all was not finite, 1 when the last steps should
+        be on disk and are not (see `lost`), else 0.
+        """
         step = self.state.step
         finished = step >= self.config.train.steps
         self.note(self.saver.finish())
         wanted = not finished or self.config.checkpoint.save_at_end
-        if wanted and self.last_saved < step:
+        if wanted and self.last_saved < step and not self.skipped.in_a_row:
             self.save()
             self.note(self.saver.finish())
-        self.saver.close()
+        if not (finished and self.skipped.in_a_row):
+            self.saver.close()
         if not finished:
             say(f"told to stop after step {step}")
+        if finished and self.skipped.in_a_row:
+            return 3
         return 1 if wanted and self.last_saved < step else 0
 
     def lost(self) -> str:
@@ -157,6 +179,17 @@ class Trainer:
         newest = (
             f"the last one is of step {self.last_saved}" if self.last_saved else "there is none"
         )
+        if bad := self.skipped.in_a_row:
+            last = f"step {step} was" if bad == 1 else f"the last {bad} steps were"
+            advice = (
+                "Start the same command again: it goes on from there."
+                if step < self.config.train.steps
+                else "A lower optimizer.lr, or a longer warm-up, from a checkpoint before it."
+            )
+            return (
+                f"error: {last} not finite, and weights among such steps are not saved: steps "
+                f"{steps} are in no checkpoint ({newest}). {advice}"
+            )
         return (
             f"error: the checkpoint of step {step} could not be saved, and steps {steps} are in no "
             f"other: {newest}. Make room and start the same command again: it goes on from there."
@@ -236,11 +269,21 @@ class Trainer:
         """The training data from here on, one iterator per model chunk."""
         return self._iterators(self.datasets.train, self.state.consumed_sequences)
 
-    def validate(self) -> float:
-        """Held-out loss over `train.validation_batches` global batches, always the same ones."""
+    def validate(self, progress: Progress) -> None:
+        """Held-out loss over `train.validation_batches` global batches, always the same ones.
+
+        Given up, without a result, between two batches when the run is told to stop.
+        """
         iterators = self._iterators(self.datasets.validation, 0)
-        rounds = self.config.train.validation_batches
-        return sum(evaluate(self.chunks, iterators, self.shape()) for _ in range(rounds)) / rounds
+        step, count, total = self.state.step, self.config.train.validation_batches, 0.0
+        for done in range(count):
+            progress.validating(step, done, count)
+            if self.stop.agreed():
+                progress.say(f"step {step}: validation given up after {done} of {count} batches")
+                return
+            total += evaluate(self.chunks, iterators, self.shape())
+        self.metrics.write({"step": step, "validation_loss": total / count})
+        progress.show_validation(step, total / count)
 
     def _iterators(self, dataset: Any, consumed: int) -> list[Iterator[Batch]]:
         return [

@@ -12,6 +12,8 @@ from configs.schema import Config
 from pangu.report.run_files import perplexity
 
 _LINES_APART = 10  # in a log file, lines are this many times `train.log_every` steps apart
+# Between two words about a validation under way.
+_BAR_SECONDS, _LINE_SECONDS = 0.2, 20.0
 _BAR = "{n_fmt}/{total_fmt} |{bar:20}| {percentage:3.0f}% {desc}, ETA {remaining}"
 
 
@@ -23,6 +25,7 @@ class Progress:
         self._log_every = max(1, config.train.log_every)
         self._active, self._devices = active, devices
         self._first, self._started = step, time.perf_counter()
+        self._validation_started = self._last_said = self._started
         self._bar = None
         if active and sys.stderr.isatty():
             self._bar = tqdm(
@@ -50,6 +53,21 @@ class Progress:
             self._bar.update(step - self._bar.n)
         elif step in (self._first + 1, self._steps) or not step % (self._log_every * _LINES_APART):
             self.say(f"step {step}/{self._steps}: {text}, ETA {self._remaining(step)}")
+
+    def validating(self, step: int, done: int, batches: int) -> None:
+        """Report that a validation has `done` so many of its batches."""
+        now = time.perf_counter()
+        if done == 0:
+            self._validation_started = self._last_said = now
+        if now - self._last_said < (_BAR_SECONDS if self._bar is not None else _LINE_SECONDS):
+            return
+        self._last_said = now
+        text = f"validation batch {done}/{batches}"
+        if self._bar is not None:
+            self._bar.set_description_str(text)
+            return
+        left = (now - self._validation_started) / done * (batches - done)
+        self.say(f"step {step}/{self._steps}: {text}, ETA {tqdm.format_interval(left)}")
 
     def show_validation(self, step: int, loss: float) -> None:
         """Report a validation."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from datetime import timedelta
@@ -18,22 +19,32 @@ class Diverged(Exception):
 
 
 class StopSignal:
-    """SIGTERM and SIGINT become a request that all ranks follow after the same step."""
+    """SIGTERM and SIGINT become a request that all ranks follow after the same step, validation
+    batch or generated token."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, speaks: bool = True) -> None:
         self.requested = False
+        self._speaks = speaks
+        self._agreed = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._request)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         # A second signal changes nothing: launchers often send one each, to every process.
+        if self._speaks and not self.requested:
+            # Heard at once, also where a save is waited for. Not through sys.stderr: the main
+            # thread may be inside one of its calls.
+            line = f"{signal.Signals(number).name}: stopping after what is under way, and saving\n"
+            os.write(2, ("\n" * os.isatty(2) + line).encode())  # not behind the progress bar
         self.requested = True
 
     def agreed(self) -> bool:
-        """Whether any rank has been told to stop. Collective."""
-        flag = torch.tensor([float(self.requested)], device=backends.current().device)
-        dist.all_reduce(flag)
-        return flag.item() > 0
+        """Whether any rank has been told to stop; once it was so, it stays so. Collective."""
+        if not self._agreed:
+            flag = torch.tensor([float(self.requested)], device=backends.current().device)
+            dist.all_reduce(flag)
+            self._agreed = flag.item() > 0
+        return self._agreed
 
 
 class SkippedSteps:

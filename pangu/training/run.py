@@ -23,14 +23,14 @@ def run(config: Config, process: ProcessEnvironment) -> int:
     """Train as `config` says, from where `checkpoint.resume` says.
 
     The configuration must have been checked for `process.world_size` ranks.
-    The exit code is 0 when the run reached its end, or was told to stop, and saved; 1 when that
-    save failed; 3 when it diverged.
+    The exit code is 0 when the run reached its end, or was told to stop, and saved; 1 when its last
+    steps are in no checkpoint; 3 when it diverged.
 
     Raises:
         ConfigError: this machine does not have the backend, or the run cannot start from the
             checkpoint.
     """
-    stop = StopSignal()
+    stop = StopSignal(speaks=process.rank == 0)
     # The engine and torch announce their own deprecations on every rank.
     warnings.filterwarnings("ignore", module="megatron|torch")
     try:
@@ -102,6 +102,8 @@ def build_trainer(config: Config, stop: StopSignal) -> Trainer:
     if state.step == phase.first_step:
         state.consumed_sequences = 0  # those of the phase before, which ended there
     datasets = phase_datasets(config, phase, state)
+    if found:
+        restore.refuse_other_tokenizer(config, found, datasets.tokenizer)
     if first:
         # a run stays readable when its corpus moves, or Python's library with an upgrade
         datasets.tokenizer.save(folder / "tokenizer")
@@ -111,6 +113,8 @@ def build_trainer(config: Config, stop: StopSignal) -> Trainer:
     if found:
         restore.restore(config, found, wrapped, optimizer)
         process_groups.say(f"resuming from {found.path}")
+        if changed := restore.describe_changes(config, found):
+            process_groups.say(f"changed since that checkpoint: {changed}")
     return Trainer(
         config=config,
         chunks=wrapped,

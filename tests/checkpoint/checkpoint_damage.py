@@ -71,6 +71,15 @@ def refusals(folder: Path) -> dict[str, str]:
             train(folder / f"refused_{name}", [*resume, *overrides])
         except ConfigError as error:
             said[name] = str(error)
+    function = ["moe.score_function=sigmoid", "model.norm_epsilon=1e-3"]
+    resume = [f"checkpoint.resume={source}", "train.steps=5", *function]
+    allow = "checkpoint.allow_changes=[moe.score_function,model.norm_epsilon]"
+    try:
+        train(folder / "refused_function", resume)
+    except ConfigError as error:
+        said["function"] = str(error)
+    rows, _ = train(folder / "allowed", [*resume, allow])
+    said["allowed"] = str(sorted(rows))
     said["shelf"] = str(sorted(p.name for p in folder.glob("refused_*")))
     return said
 

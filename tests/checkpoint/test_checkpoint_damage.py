@@ -6,7 +6,7 @@ from gloo import run
 
 
 @pytest.mark.distributed
-def test_what_cannot_be_used_is_named_and_the_run_goes_on_from_what_can(tmp_path):
+def test_what_cannot_be_used_is_named_and_the_run_goes_on_from_what_can(tmp_path, capfd):
     found, other_rank = run(2, everything, tmp_path)
 
     damaged = found["damaged"]
@@ -21,8 +21,14 @@ def test_what_cannot_be_used_is_named_and_the_run_goes_on_from_what_can(tmp_path
     assert "model.hidden_size=64: the checkpoint" in said["shape"]
     assert "has 32 (model.hidden_size=32; or another run_dir)" in said["shape"]
     assert "moe.router_scale=False: the checkpoint" in said["shape"]
+    assert "moe.score_function=sigmoid: the checkpoint" in said["function"]
+    assert "allow_changes=[model.norm_epsilon,moe.score_function])" in said["function"]
+    assert said["allowed"] == "[5]", "it went on from step 4"
+    changed = "changed since that checkpoint: model.norm_epsilon=0.001 (was "
+    assert changed in capfd.readouterr().err
     assert f"does not fit this model: {MOMENT} is missing" in said["lost"]
     assert "decoder.layers.9.mlp.experts.w1 is extra" in said["added"]
+    assert "refused_function" not in said["shelf"]
     assert "refused_shape" not in said["shelf"], "refused before anything was written"
 
     steps, sentence = found["other run"]

@@ -1,0 +1,149 @@
+"""What may change between the run that wrote a checkpoint and the one that goes on from it.
+
+Every key of the tree has a kind; a test holds that none is forgotten.
+
+- shape: other weights. Refused.
+- function: the same weights, of which the model would make something else. Refused, unless named in
+  `checkpoint.allow_changes`.
+- data: other tokens, or another order of them. Said in one line.
+- schedule: how the weights are trained. Said in one line.
+- free: where and how fast it runs, what is kept and shown, initial values. Silent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Literal
+
+from configs.schema import Config
+from configs.violation import Violation
+
+Kind = Literal["shape", "function", "data", "schedule", "free"]
+
+_KEYS: dict[Kind, str] = {
+    "shape": """
+        model.num_layers model.hidden_size model.num_attention_heads model.vocab_size
+        model.ffn_hidden_size model.num_query_groups model.kv_channels
+        model.max_position_embeddings model.attention model.q_lora_rank model.kv_lora_rank
+        model.qk_head_dim model.qk_pos_emb_head_dim model.v_head_dim model.add_qkv_bias
+        model.add_attention_output_bias model.qk_layernorm model.position_embedding
+        model.activation model.add_mlp_bias model.normalization model.tie_embeddings
+        model.num_experts model.moe_ffn_hidden_size model.shared_expert_ffn_hidden_size
+        model.num_dense_layers model.mtp_num_layers model.sandwich_norm
+        moe.router_scale moe.expert_bias
+    """,
+    "function": """
+        model.rotary_base model.norm_epsilon
+        moe.router moe.top_k moe.num_expert_groups moe.topk_group moe.score_function
+        moe.softmax_after_top_k moe.renormalize moe.scaling_factor
+    """,
+    "data": """
+        data.name data.blend data.validation_blend data.tokenizer data.reset_attention_mask
+        data.reset_position_ids data.eod_mask_loss train.validation_batches seed
+    """,
+    "schedule": """
+        optimizer.* moe.expert_bias_update_rate moe.aux_loss_scope moe.aux_loss_coefficient
+        moe.z_loss_coefficient backend.precision train.steps train.micro_batch_size
+        train.global_batch_size train.seq_length
+    """,
+    "free": """
+        model.name model.init model.init_std model.sandwich_attention_gain model.sandwich_mlp_gain
+        moe.dispatcher parallel.* memory.* data.cache_dir data.num_workers backend.name
+        backend.threads backend.peak_tflops launch.* train.validate_every train.log_every
+        train.max_skipped_steps train.max_rollbacks checkpoint.* simulation.* inference.*
+        hardware devices run_dir
+    """,
+}
+KINDS: dict[str, Kind] = {key: kind for kind, keys in _KEYS.items() for key in keys.split()}
+# What `checkpoint.allow_changes` may name. Of the tokenizer the content is compared, not the path.
+ALLOWABLE = (*(key for key, kind in KINDS.items() if kind == "function"), "data.tokenizer")
+
+# Keys that only say something where this holds; a section stands for its keys.
+_APPLIES: dict[str, Callable[[Config], bool]] = {
+    "moe": lambda config: config.model.num_experts > 0,
+    "model.max_position_embeddings": lambda config: config.model.position_embedding == "learned",
+    "model.rotary_base": lambda config: config.model.position_embedding == "rope",
+}
+_LONGEST = 60  # characters of a value that are shown
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key whose value is another than the checkpoint's."""
+
+    key: str
+    kind: Kind
+    then: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}={_shown(self.now)} (was {_shown(self.then)})"
+
+
+def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of a configuration and its value; lists and mappings are values."""
+    for field in fields(tree):
+        value = getattr(tree, field.name)
+        if is_dataclass(value):
+            yield from leaves(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", value
+
+
+def kind_of(key: str) -> Kind:
+    """The kind of a key, by its own entry or its section's.
+
+    Raises:
+        KeyError: it has none.
+    """
+    return KINDS[key] if key in KINDS else KINDS[f"{key.partition('.')[0]}.*"]
+
+
+def changes(then: Config, now: Config) -> list[Change]:
+    """What the run that wrote a checkpoint did differently, `free` keys left out."""
+    before = dict(leaves(then))
+    return [
+        Change(key, kind, before[key], value)
+        for key, value in leaves(now)
+        if (kind := kind_of(key)) != "free"
+        and before[key] != value
+        and (_applies(key, then) or _applies(key, now))
+    ]
+
+
+def refused(found: list[Change], allowed: list[str], checkpoint: str) -> list[Violation]:
+    """The changes with which a run cannot go on from `checkpoint`."""
+    function = [change for change in found if change.kind == "function"]
+    names = ",".join(
+        dict.fromkeys([*allowed, *(c.key for c in function if not _allows(allowed, c))])
+    )
+    instead = {
+        "shape": "another run_dir",
+        "function": f"to go on all the same, checkpoint.allow_changes=[{names}]",
+    }
+    return [
+        Violation(
+            change.key,
+            change.now,
+            f"the checkpoint {checkpoint} has {_shown(change.then)}",
+            f"{change.key}={_shown(change.then)}; or {instead[change.kind]}",
+        )
+        for change in found
+        if change.kind in instead and not _allows(allowed, change)
+    ]
+
+
+def _allows(allowed: list[str], change: Change) -> bool:
+    """Other weights cannot be allowed: there is nothing to fill them with."""
+    return change.kind != "shape" and change.key in allowed
+
+
+def _applies(key: str, config: Config) -> bool:
+    names = (key, key.partition(".")[0])
+    return all(_APPLIES[name](config) for name in names if name in _APPLIES)
+
+
+def _shown(value: Any) -> str:
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
