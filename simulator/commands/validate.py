@@ -82,6 +82,7 @@ def _json(sources: list[Accuracy], found: list[Outcome], split: bool) -> dict[st
                 "error": x.error,
                 "reason": x.reason,
                 "assumptions": x.assumptions,
+                "fits": x.fits,
             }
             for x in found
         ],
@@ -122,6 +123,6 @@ def _show(sources: list[Accuracy], found: list[Outcome], split: bool) -> None:
                 f"{x.measured:g}",
                 predicted,
                 percent(x.error),
-                x.reason or x.assumptions,
+                x.remarks,
             )
         console.print(lines)

@@ -26,6 +26,7 @@ from simulator.evaluate import evaluate
 from simulator.hardware import load_hardware
 from simulator.layout import from_config
 from simulator.memory import fits
+from simulator.validation.declared import with_declared
 from simulator.validation.machines import NotPredictable, machine, precision
 from simulator.validation.recipes import recipe
 from simulator.validation.recomputation import memory_policy, recompute_words
@@ -78,12 +79,14 @@ def case(row: Row) -> Case:
         hardware=machine(row),
         devices=devices,
     )
+    config = with_declared(config, row)
     if not config.num_microbatches:
         raise NotPredictable(
             f"global batch {row['global_batch']} does not divide over {devices} devices"
         )
     found = Case(row, config, assumed)
-    return found if recompute_words(row) else _assume_recomputation(found)
+    said = recompute_words(row) or "memory.recompute_granularity" in row.declared
+    return found if said else _assume_recomputation(found)
 
 
 def _model(row: Row, assumed: list[str]) -> ModelConfig:
@@ -214,12 +217,19 @@ def _parallel(row: Row, assumed: list[str]) -> ParallelConfig:
     )
 
 
+OVERLAP = r"(a2a|all-to-all) overlap"
+
+
 def _overlaps(row: Row) -> bool:
     """Whether expert communication runs beside another micro-batch's computing."""
     published = recipe(row)
     if published:
         return published.overlap
-    return row.mentions("1F1B EP-A2A overlap", "1f1b A2A overlap", "moe-fb-overlap", "DualPipe")
+    if row.mentions("moe-fb-overlap", "DualPipe"):
+        return True
+    notes = row["notes"].lower()
+    denied = rf"(no|without|w/o) (ep[- ])?{OVERLAP}|{OVERLAP}:? (off|none|disabled)"
+    return re.search(OVERLAP, notes) is not None and re.search(denied, notes) is None
 
 
 def _dispatch(row: Row) -> Literal["flat", "deduplicated"]:

@@ -14,6 +14,9 @@ from simulator.validation.rows import Outcome
 from simulator.validation.split import split_of
 from simulator.validation.table import PACKAGED, Row, read_table
 
+# Tables that began after March 2025.
+SINCE_CORE_0_12 = ("Megatron-Bridge", "ModelZoo", "MoE Models with Megatron Core")
+
 
 def outcomes(
     path: Path = PACKAGED, progress: Callable[[list[Row]], Iterable[Row]] = iter
@@ -30,13 +33,14 @@ def outcomes(
 def outcome(row: Row, packaged: bool) -> Outcome:
     """One row's forecast, or why there is none."""
     split = split_of(row["source"], row["model"]) if packaged else "judged"
-    predicted, hardware, assumptions, reason = None, "", "", ""
+    predicted, hardware, assumptions, reason, fits = None, "", "", "", True
     try:
         if row.measured is None:
             raise NotPredictable(f"the value '{row['value']}' is no single number")
         found = case(row)
         hardware = str((found.config.hardware or {}).get("name", ""))
-        predicted = in_unit(found, predict(found.config))
+        result = predict(found.config)
+        predicted, fits = in_unit(found, result), result.fits
         assumptions = ", ".join(found.assumptions)
     except NotPredictable as error:
         reason = str(error)
@@ -53,14 +57,14 @@ def outcome(row: Row, packaged: bool) -> Outcome:
         kind="moe" if row.number("n_experts") else "dense",
         assumptions=assumptions,
         reason=reason,
+        fits=fits,
     )
 
 
 def in_unit(found: Case, result: Prediction) -> float:
     """A forecast in its row's unit.
 
-    Model FLOPs count the whole attention square, as Megatron's and PaLM's formulas do, but of
-    latent attention the causal half, as Megatron's does.
+    Model FLOPs are counted as the row's engine counts them (`counts_half_the_square`).
 
     Raises:
         NotPredictable: the metric is none of a training step.
@@ -80,7 +84,8 @@ def in_unit(found: Case, result: Prediction) -> float:
         return result.peak_memory_gib
     if metric.startswith("GPU_hours_per_1T"):
         return 1e12 / rate / 3600
-    flops = model_flops_per_token(config, causal=config.model.attention == "mla")
+    half = config.model.attention == "mla" or counts_half_the_square(row)
+    flops = model_flops_per_token(config, causal=half)
     if metric.startswith("MFU_pct"):
         stated = re.search(r"peak ([\d.]+) TFLOPS", row["notes"])
         peak = float(stated.group(1)) if stated else result.peak_tflops
@@ -90,6 +95,32 @@ def in_unit(found: Case, result: Prediction) -> float:
     if metric.startswith(("model_TFLOPS", "TFLOPS_per")):
         return rate * flops / 1e12
     raise NotPredictable(f"the metric '{metric}' is not forecast")
+
+
+def counts_half_the_square(row: Row) -> bool:
+    """Whether model FLOPs count the causal half of attention's square.
+
+    PaLM's formula counts all of it, and so did Megatron until core 0.12 (March 2025), which counts
+    half for every kind of attention; of latent attention it has always counted half. The version
+    is a column of the table, stands in the notes, or follows from the source: an engine's release
+    of a year and month, or a table that has only ever been measured with newer versions.
+    """
+    stated = row.core_version or _first(r"(?:core|mcore|megatron-lm) v?(\d+\.\d+)", row["notes"])
+    if stated:
+        return _version(stated) >= (0, 12)
+    release = _first(r"NeMo (\d\d\.\d\d)", row["notes"] + row["source"])
+    if release:
+        return _version(release) >= (25, 4)
+    return any(name in row["source"] for name in SINCE_CORE_0_12)
+
+
+def _first(pattern: str, text: str) -> str:
+    found = re.search(pattern, text, re.IGNORECASE)
+    return found.group(1) if found else ""
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text))
 
 
 def _hardware_flops(found: Case) -> float:

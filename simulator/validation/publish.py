@@ -81,7 +81,7 @@ def _rows(outcomes: list[Outcome]) -> str:
         metric = x.metric.split(" (")[0]
         lines.append(
             f"| {x.id} | {x.split} | {x.hardware} | {metric} | {x.measured:g} | {predicted} |"
-            f" {_percent(x.error, sign=True)} | {x.reason or x.assumptions} |"
+            f" {_percent(x.error, sign=True)} | {x.remarks} |"
         )
     return "\n".join(lines)
 

@@ -20,6 +20,14 @@ class Outcome:
     kind: str = "dense"  # dense | moe
     assumptions: str = ""  # what the row leaves open and the forecast assumes
     reason: str = ""  # why there is no forecast
+    fits: bool = True  # whether the run is forecast to fit the device that it ran on
+
+    @property
+    def remarks(self) -> str:
+        """Why there is no forecast, or what it assumes and whether it can be believed."""
+        if self.reason or self.fits:
+            return self.reason or self.assumptions
+        return ", ".join(filter(None, [self.assumptions, "**forecast not to fit the device**"]))
 
     @property
     def error(self) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from configs.violation import ConfigError, Violation
@@ -21,16 +21,20 @@ _TEXTS = (
 )
 _TEXTS += ",value,notes,missing"
 COUNTS = [name for name in COLUMNS if name not in _TEXTS.split(",")]
+CORE_VERSION = "core_version"  # a column that a table may have
 MAY_BE_ZERO = ("n_experts", "dense_layers")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: texts as they stand; `numbers` holds the counts that are given."""
+    """One line of a table: texts as they stand; `numbers` holds the counts that are given,
+    `declared` what further columns named like configuration keys say of the engine."""
 
     cells: dict[str, str]
     numbers: dict[str, int]
     measured: float | None  # None where the value is no single number
+    declared: dict[str, str] = field(default_factory=dict)
+    core_version: str = ""  # of megatron-core, where a column of that name says so
 
     def __getitem__(self, column: str) -> str:
         return self.cells[column]
@@ -57,15 +61,26 @@ def read_table(path: Path = PACKAGED) -> list[Row]:
             if missing:
                 reason = f"the table lacks the columns {', '.join(missing)}"
                 raise ConfigError([Violation("--table", path, reason)])
-            cells = [{name: (line[name] or "").strip() for name in COLUMNS} for line in reader]
+            lines_read = [_stripped(line) for line in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError([Violation("--table", path, f"cannot be read: {error}")]) from error
-    if not cells:
+    if not lines_read:
         raise ConfigError([Violation("--table", path, "the table has no rows")])
-    return [_row(path, line, values) for line, values in enumerate(cells, start=2)]
+    return [_row(path, line, values) for line, values in enumerate(lines_read, start=2)]
 
 
-def _row(path: Path, line: int, cells: dict[str, str]) -> Row:
+def _stripped(line: dict[str, str | None]) -> dict[str, str]:
+    """The cells of the known columns and of those that a table may have beside them."""
+    return {
+        name: (text or "").strip()
+        for name, text in line.items()
+        if name in COLUMNS or (name and ("." in name or name == CORE_VERSION))
+    }
+
+
+def _row(path: Path, line: int, every: dict[str, str]) -> Row:
+    cells = {name: every[name] for name in COLUMNS}
+    declared = {name: text for name, text in every.items() if "." in name and text}
     numbers = {}
     for name in COUNTS:
         text = cells[name]
@@ -85,7 +100,7 @@ def _row(path: Path, line: int, cells: dict[str, str]) -> Row:
     if measured is not None and measured <= 0:
         reason = f"line {line}: the measured value {cells['value']} is not positive"
         raise ConfigError([Violation("--table", path, reason)])
-    return Row(cells, numbers, measured)
+    return Row(cells, numbers, measured, declared, every.get(CORE_VERSION, ""))
 
 
 def _number(text: str) -> float | None:

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,10 @@ from typer.testing import CliRunner
 
 from configs.violation import ConfigError
 from simulator.__main__ import application
+from simulator.parameters import model_flops_per_token
+from simulator.predict import predict
 from simulator.validation.engine import NotPredictable, case
-from simulator.validation.measure import outcome
+from simulator.validation.measure import counts_half_the_square, in_unit, outcome
 from simulator.validation.rows import Outcome, summarise
 from simulator.validation.split import split_of
 from simulator.validation.table import COLUMNS, PACKAGED, Row, read_table
@@ -29,8 +33,8 @@ def mean(values: list[float]) -> float:
 
 
 def test_table_is_complete() -> None:
-    assert len(ROWS) == 563
-    assert sum(not row["missing"] for row in ROWS.values()) == 300
+    assert len(ROWS) == 599
+    assert sum(not row["missing"] for row in ROWS.values()) == 336
 
 
 def test_held_out_dense_runs_on_a100() -> None:
@@ -228,12 +232,126 @@ def test_split_keeps_families_apart() -> None:
 
 
 def written(path: Path, rows: list[Row], **changes: str) -> Path:
+    further = [name for name in changes if name not in COLUMNS]
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, [*COLUMNS, *further])
         writer.writeheader()
         for row in rows:
             writer.writerow(row.cells | changes)
     return path
+
+
+def test_model_flops_are_counted_as_the_engine_counted_them() -> None:
+    """PaLM's formula: 6 per parameter that is used, and 12·layers·heads·head size·sequence for
+    the whole square of attention; half of that since megatron-core 0.12."""
+    older = case(ROWS["folding_t5_MCorewFolding_1024"])
+    newer = case(ROWS["zoo_q235_ctx65536_forced"])
+    for found, half in ((older, False), (newer, True)):
+        m = found.config.model
+        result = predict(found.config)
+        square = 12 * m.num_layers * m.num_attention_heads * 128 * found.config.train.seq_length
+        both = [model_flops_per_token(found.config, causal=causal) for causal in (True, False)]
+        assert both[1] - both[0] == pytest.approx(square / 2, rel=1e-3)
+        rate = result.tokens_per_second_per_device * (both[0] if half else both[1]) / 1e12
+        unit = 100 / 989.5 if found is older else 1
+        assert in_unit(found, result) == pytest.approx(rate * unit, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("version", "notes", "half"),
+    [
+        ("0.12.1", "", True),
+        ("0.11", "", False),
+        ("", "Megatron-LM 0.14, fused CE", True),
+        ("", "mcore v0.9", False),
+        ("", "NeMo 25.09 container", True),
+        ("", "NeMo 24.07", False),
+        ("0.11", "Megatron-LM 0.14", False),  # the column counts
+        ("", "", False),
+    ],
+)
+def test_the_version_of_an_engine(version: str, notes: str, half: bool) -> None:
+    row = like("korth_1", notes=notes)
+    assert counts_half_the_square(replace(row, core_version=version)) is half
+
+
+@pytest.mark.parametrize(
+    ("notes", "schedule"),
+    [
+        ("dropless; A2A overlap", "1f1b_overlap"),
+        ("DeepEP; A2A overlap off", "1f1b"),
+        ("DeepEP; without A2A overlap", "1f1b"),
+        ("all-to-all overlap; HybridEP", "1f1b_overlap"),
+        ("dispatcher DeepEP;", "1f1b"),
+    ],
+)
+def test_overlap_named_in_a_rows_notes(notes: str, schedule: str) -> None:
+    assert case(like("zoo_q235_h100_2", notes=notes)).config.parallel.schedule == schedule
+
+
+def test_unknown_words_for_recomputation_are_named() -> None:
+    for words, unknown in (
+        ("selective: frobnicate moe_act", "'frobnicate'"),
+        ("some", "'some'"),
+        ("full flux", "'flux'"),
+    ):
+        with pytest.raises(NotPredictable, match=unknown):
+            case(like("zoo_q235_h100_2", recompute=words))
+    for words, modules in (
+        ("selective", ["core_attn"]),
+        ("selective (attention core) + sequence parallel", ["core_attn"]),
+        ("selective: norm, act", ["layernorm", "moe_act"]),
+        ("selective: RMSNorm and MLA up-projections", ["layernorm", "mla_up_proj"]),
+        ("none listed", []),
+    ):
+        memory = case(like("zoo_q235_h100_2", recompute=words)).config.memory
+        assert memory.recompute_modules == modules, words
+
+
+def test_a_run_that_is_forecast_not_to_fit_is_marked() -> None:
+    crowded = outcome(like("korth_1", micro_batch="64", global_batch="64"), False)
+    assert not crowded.fits
+    assert crowded.error is not None
+    assert "not to fit" in crowded.remarks
+    assert outcome(ROWS["korth_1"], True).fits
+    assert "not to fit" not in outcome(ROWS["korth_1"], True).remarks
+
+
+def test_a_table_may_declare_its_engine(tmp_path: Path) -> None:
+    row = ROWS["korth_1"]
+    changes = {
+        "simulation.fused_attention": "true",
+        "parallel.sequence_parallel": "true",
+        "memory.recompute_granularity": "none",
+        "hardware.memory_efficiency": "0.5",
+        "core_version": "0.13",
+        "my own remarks": "ignored",
+    }
+    declared = read_table(written(tmp_path / "own.csv", [row], **changes))[0]
+    config = case(declared).config
+    assert config.simulation.fused_attention
+    assert config.parallel.sequence_parallel
+    assert config.memory.recompute_granularity == "none"
+    assert config.hardware is not None
+    assert config.hardware["memory_efficiency"] == 0.5
+    assert counts_half_the_square(declared)
+    assert not case(row).config.simulation.fused_attention
+    blank = read_table(written(tmp_path / "blank.csv", [row], **dict.fromkeys(changes, "")))[0]
+    assert case(blank).config == case(row).config
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "sentence"),
+    [
+        ("simulation.fused_attenton", "true", "simulation.fused_attenton.*no such key"),
+        ("simulation.fused_attention", "perhaps", "simulation.fused_attention.*perhaps"),
+        ("parallel.zero_stage", "[", "not a value"),
+    ],
+)
+def test_impossible_declarations_are_reasons(column: str, value: str, sentence: str) -> None:
+    found = outcome(replace(ROWS["korth_1"], declared={column: value}), False)
+    assert found.error is None
+    assert re.search(sentence, found.reason)
 
 
 def test_command_predicts_a_table_of_ones_own(tmp_path: Path) -> None:
