@@ -302,10 +302,11 @@ def test_unknown_words_for_recomputation_are_named() -> None:
         ("selective (attention core) + sequence parallel", ["core_attn"]),
         ("selective: norm, act", ["layernorm", "moe_act"]),
         ("selective: RMSNorm and MLA up-projections", ["layernorm", "mla_up_proj"]),
-        ("none listed", []),
     ):
         memory = case(like("zoo_q235_h100_2", recompute=words)).config.memory
         assert memory.recompute_modules == modules, words
+    listed = case(like("zoo_q235_h100_2", recompute="none listed")).config.memory
+    assert listed.recompute_granularity == "none"
 
 
 def test_a_run_that_is_forecast_not_to_fit_is_marked() -> None:
