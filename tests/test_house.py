@@ -26,7 +26,6 @@ LEVEL = {name: level for level, names in enumerate(HOUSE) for name in names}
 # To be emptied.
 KNOWN = {
     ("pangu/backends", "pangu/engines"),
-    ("pangu/moe", "pangu/model"),
     ("pangu/inference", "pangu/checkpoint"),
     ("pangu/checkpoint", "pangu/local_launch"),
     ("pangu/calibration", "pangu/local_launch"),

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from configs.layout import is_even, layers_per_virtual_stage, mtp_stage
-from configs.schema import Config, ModelConfig, MoEConfig
+from configs.schema import Config, ModelConfig
 from pangu import backends
+from pangu.moe.config import MoETransformerConfig
 
 
 @dataclass
-class PanguTransformerConfig(MLATransformerConfig):
-    """megatron-core's configuration, with the parts of our tree that our modules read.
+class PanguTransformerConfig(MoETransformerConfig):
+    """megatron-core's configuration, with the parts of our tree that our modules read."""
 
-    One class serves GQA and MLA; `multi_latent_attention` tells them apart.
-    """
-
-    moe: MoEConfig = field(default_factory=MoEConfig)
     model: ModelConfig | None = None
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
@@ -12,18 +14,21 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from pangu.model.transformer_config import PanguTransformerConfig
-from pangu.moe.dispatch import DISPATCHERS, resolve
+from pangu.moe.config import MoETransformerConfig
+from pangu.moe.dispatch import DISPATCHERS, Dispatcher, resolve
 from pangu.moe.experts import GroupedExperts
 from pangu.moe.router import ExpertRouter
 
 
 class ExpertLayer(MoELayer):
-    """Megatron-core's MoE layer with the dispatcher of `config.moe`."""
+    """Megatron-core's MoE layer with the dispatcher of `config.moe`, whose stages are handed a
+    record of the call: micro-batches may be under way in it side by side."""
+
+    token_dispatcher: Dispatcher[Any]
 
     def __init__(
         self,
-        config: PanguTransformerConfig,
+        config: MoETransformerConfig,
         submodules: MoESubmodules | None = None,
         layer_number: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
@@ -31,13 +36,39 @@ class ExpertLayer(MoELayer):
         groups = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, groups)
         kind = resolve(config.moe, groups.ep.size(), groups.expt_tp.size())
-        dispatcher: Any = DISPATCHERS[kind]
-        self.token_dispatcher = dispatcher(
-            self.num_local_experts, self.local_expert_indices, config=config, pg_collection=groups
-        )
+        self.token_dispatcher = DISPATCHERS[kind](self.num_local_experts, config, groups)
+
+    def forward(self, hidden_states: torch.Tensor, **others: Any) -> tuple[torch.Tensor, None]:
+        """Hidden states `[S, B, H]` to the same shape; the second is the engine's bias, of which
+        there is none.
+
+        Raises:
+            ValueError: a padding mask or a part of a captured graph is given; or tensor
+                parallelism without sequence parallelism, where ranks would route the same tokens.
+        """
+        if given := [name for name, value in others.items() if value is not None]:
+            raise ValueError(f"the MoE layer takes hidden states alone, not {', '.join(given)}")
+        if self.training and self.attn_tp_group.size() > 1 and not self.config.sequence_parallel:
+            raise ValueError("experts with tensor parallelism need parallel.sequence_parallel=true")
+        if self.moe_layer_recompute:
+            return tensor_parallel.checkpoint(self.compute, False, hidden_states), None
+        return self.compute(hidden_states), None
+
+    def compute(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """All stages, one after the other."""
+        shared = self.shared_experts_compute(hidden_states)
+        weights_TE, chosen_TE = self.route(hidden_states)
+        stages = self.token_dispatcher
+        record, sent, weights = stages.dispatch_preprocess(hidden_states, chosen_TE, weights_TE)
+        received, weights = stages.token_dispatch(record, sent, weights)
+        rows_NH, counts_X, weights_N = stages.dispatch_postprocess(record, received, weights)
+        output_NH, _ = self.experts(rows_NH, counts_X, weights_N)
+        output = stages.combine_preprocess(record, output_NH)
+        output = stages.combine_postprocess(record, stages.token_combine(record, output))
+        return output if shared is None else output + shared
 
 
-def moe_layer_spec(config: PanguTransformerConfig) -> ModuleSpec:
+def moe_layer_spec(config: MoETransformerConfig) -> ModuleSpec:
     """What takes the place of the MLP in an MoE layer of `config`."""
     shared = ModuleSpec(
         module=SharedExpertMLP,

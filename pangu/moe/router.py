@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.router import Router
 
-from pangu.model.transformer_config import PanguTransformerConfig
+from pangu.moe.config import MoETransformerConfig
 from pangu.moe.load import LayerLoad
 from pangu.moe.losses import Terms, attach, balance_pull
 from pangu.moe.routing import routing_for
@@ -54,11 +54,9 @@ class ExpertRouter(Router):
     `functions` holds the three routing functions and may be replaced.
     """
 
-    config: PanguTransformerConfig
+    config: MoETransformerConfig
 
-    def __init__(
-        self, config: PanguTransformerConfig, pg_collection: ProcessGroupCollection
-    ) -> None:
+    def __init__(self, config: MoETransformerConfig, pg_collection: ProcessGroupCollection) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.bias = None  # no bias, whatever the model's other linear layers have
         self.functions = routing_for(config.moe)

@@ -73,7 +73,15 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "item", "bincount", "unique")
+WAITING = (
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "item",
+    "bincount",
+    "unique",
+    "repeat_interleave",
+)
 
 
 def trace(dispatcher):
@@ -86,13 +94,14 @@ def trace(dispatcher):
         hidden = torch.randn(16, 1, layers.HIDDEN, dtype=torch.float64)
         probs, routing_map = layer.route(hidden)
         with Operators() as operators:
-            tokens, weights = layer.preprocess(hidden, probs, routing_map)
-            tokens, weights = layer.dispatch(tokens, weights)
-            stage = layer.token_dispatcher.dispatch_postprocess(tokens, weights)
-            output = layer.token_dispatcher.combine_preprocess(stage[0])
-            layer.postprocess(layer.combine(output), None)
+            stages = layer.token_dispatcher
+            record, sent, weights = stages.dispatch_preprocess(hidden, routing_map, probs)
+            received, weights = stages.token_dispatch(record, sent, weights)
+            experts = stages.dispatch_postprocess(record, received, weights)[0]
+            output = stages.token_combine(record, stages.combine_preprocess(record, experts))
+            stages.combine_postprocess(record, output)
         names += operators.names
-        rows.append(stage[0].size(0))
+        rows.append(experts.size(0))
     return names, rows, isinstance(layer.token_dispatcher, MogeDispatcher)
 
 

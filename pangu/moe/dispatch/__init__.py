@@ -1,6 +1,7 @@
-"""How tokens travel to their experts and back: megatron-core's dispatcher protocol, whose six
-stages are dispatch_preprocess, token_dispatch, dispatch_postprocess, combine_preprocess,
-token_combine, combine_postprocess. Only the two `token_` stages communicate."""
+"""How tokens travel to their experts and back: the six stages of megatron-core's dispatcher
+protocol (dispatch_preprocess, token_dispatch, dispatch_postprocess, combine_preprocess,
+token_combine, combine_postprocess), each with the record of its call. Only the two `token_` stages
+communicate."""
 
 from __future__ import annotations
 
@@ -9,10 +10,11 @@ from typing import Any
 from configs.schema import DispatcherType, MoEConfig
 from pangu.moe.dispatch.allgather import AllGatherDispatcher
 from pangu.moe.dispatch.alltoall import AllToAllDispatcher
+from pangu.moe.dispatch.dispatcher import Dispatcher
 from pangu.moe.dispatch.local import LocalDispatcher
 from pangu.moe.dispatch.moge import MogeDispatcher
 
-DISPATCHERS: dict[DispatcherType, Any] = {
+DISPATCHERS: dict[DispatcherType, type[Dispatcher[Any]]] = {
     "local": LocalDispatcher,
     "allgather": AllGatherDispatcher,
     "alltoall": AllToAllDispatcher,
@@ -54,6 +56,7 @@ __all__ = [
     "DISPATCHERS",
     "AllGatherDispatcher",
     "AllToAllDispatcher",
+    "Dispatcher",
     "LocalDispatcher",
     "MogeDispatcher",
     "resolve",

@@ -14,32 +14,18 @@ masks over tokens × experts.
 from __future__ import annotations
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     all_to_all,
     gather_from_sequence_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 
-from pangu.model.transformer_config import PanguTransformerConfig
+from pangu.moe.dispatch.dispatcher import Dispatcher, DispatchRecord
 from pangu.ops.permute import Permutation, permute, plan_map, unpermute
 
 
-class AllGatherDispatcher(MoETokenDispatcher):
+class AllGatherDispatcher(Dispatcher[DispatchRecord]):
     """For every router: a token may choose any number of experts of a rank."""
-
-    def __init__(
-        self,
-        num_local_experts: int,
-        local_expert_indices: list[int],
-        config: PanguTransformerConfig,
-        pg_collection: ProcessGroupCollection,
-    ) -> None:
-        super().__init__(config, pg_collection)
-        self.num_local_experts = num_local_experts
-        self.hidden_shape: torch.Size | None = None
-        self.permutation: Permutation | None = None
 
     def choices_by_rank(self, probs: torch.Tensor, routing_map: torch.Tensor) -> torch.Tensor:
         """What each expert-parallel rank must know of this rank's choices, `[EP, T, X]`: the
@@ -55,39 +41,40 @@ class AllGatherDispatcher(MoETokenDispatcher):
 
     def dispatch_preprocess(
         self, tokens: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[DispatchRecord, torch.Tensor, torch.Tensor]:
         """Tokens `[T, H]` and the choices for each rank, one after the other."""
-        self.hidden_shape = tokens.shape
         parts = self.choices_by_rank(probs, routing_map)
         # Ranks of an expert tensor parallel group hold slices of the same experts.
         parts = parts[:, None].expand(-1, self.tp_size, -1, -1)
-        return tokens.flatten(0, -2), parts.flatten(0, 2)
+        return DispatchRecord(tokens.shape), tokens.flatten(0, -2), parts.flatten(0, 2)
 
     def token_dispatch(
-        self, hidden_states: torch.Tensor, probs: torch.Tensor
+        self, record: DispatchRecord, hidden_states: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """All tokens of all ranks `[R·T, H]`, and all choices of experts on this rank."""
         tokens = gather_from_sequence_parallel_region(hidden_states, group=self.tp_ep_group)
         return tokens, all_to_all(self.tp_ep_group, probs)
 
     def dispatch_postprocess(
-        self, hidden_states: torch.Tensor, probs: torch.Tensor
+        self, record: DispatchRecord, hidden_states: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rows `[N, H]` sorted by expert, tokens per expert `[X]`, weights `[N]`."""
-        self.permutation, weights_N = self.plan_rows(probs)
-        return permute(hidden_states, self.permutation), self.permutation.counts_E, weights_N
+        permutation, weights_N = self.plan_rows(probs)
+        record.permutation = permutation
+        return permute(hidden_states, permutation), permutation.counts_E, weights_N
 
-    def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def combine_preprocess(
+        self, record: DispatchRecord, hidden_states: torch.Tensor
+    ) -> torch.Tensor:
         """This rank's part of every token's output, `[R·T, H]`."""
-        assert self.permutation is not None
-        output = unpermute(hidden_states, self.permutation)
-        self.permutation = None
-        return output
+        assert record.permutation is not None
+        return unpermute(hidden_states, record.permutation)
 
-    def token_combine(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def token_combine(self, record: DispatchRecord, hidden_states: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' parts, of this rank's tokens: `[T, H]`."""
         return reduce_scatter_to_sequence_parallel_region(hidden_states, group=self.tp_ep_group)
 
-    def combine_postprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        assert self.hidden_shape is not None
-        return hidden_states.view(self.hidden_shape)
+    def combine_postprocess(
+        self, record: DispatchRecord, hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        return hidden_states.view(record.hidden_shape)

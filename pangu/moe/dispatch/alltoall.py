@@ -1,77 +1,118 @@
-"""Megatron-core's all-to-all dispatcher on every backend.
+"""Every row to the rank of its expert, alone: all-to-all, experts, all-to-all.
 
-Off CUDA it hands tensors to collectives that need lists, and gathers uneven parts over the expert
-tensor parallel ranks in a way that gloo and hccl do not have.
+Shapes: T tokens of this rank, H hidden, E experts, X of them on this rank, N rows.
+
+Over the expert-parallel ranks rows travel with splits that depend on the routing; the ranks of an
+expert tensor parallel group, which hold slices of the same experts, then gather each other's rows,
+and their addends are summed on the way back. Both in plain all-to-alls: gloo and hccl have no
+collective for uneven parts. The counts behind the splits are gathered first, and the host waits
+for them.
+
+Megatron-core's dispatcher of that name keeps splits and maps on itself, for one micro-batch at a
+time.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import all_to_all
-from megatron.core.transformer.moe.moe_utils import sort_chunks_by_idxs
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+from pangu.moe.dispatch.choices import sort_by_expert
+from pangu.moe.dispatch.dispatcher import Dispatcher, DispatchRecord
+from pangu.ops.permute import Permutation, permute, plan, unpermute
 
 
-class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
-    """The engine's dispatcher; the stages that gather over expert tensor ranks are ours."""
+@dataclass
+class Exchange(DispatchRecord):
+    """`sending` sorts this rank's choices by expert, `permutation` what it received. Splits are in
+    rows: to and from each expert-parallel rank, and of each expert tensor parallel rank."""
 
-    input_splits: Any
-    output_splits: Any
-    tokens_per_expert: Any
+    sending: Permutation = field(kw_only=True)
+    counts_RX: torch.Tensor | None = None  # received from each rank for each expert here
+    sent: list[int] = field(default_factory=list)
+    received: list[int] = field(default_factory=list)
+    gathered: list[int] = field(default_factory=list)
 
-    def _maybe_dtoh_and_synchronize(
-        self, point: str, tokens_per_expert: torch.Tensor | None = None
-    ) -> Any:
-        tokens_per_expert = super()._maybe_dtoh_and_synchronize(point, tokens_per_expert)
-        if point == self.cuda_sync_point:
-            self.input_splits = _as_list(self.input_splits)
-            self.output_splits = _as_list(self.output_splits)
-        return tokens_per_expert
+
+class AllToAllDispatcher(Dispatcher[Exchange]):
+    """For every router and every size; the cheapest where a token has few choices."""
+
+    def dispatch_preprocess(
+        self, tokens: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[Exchange, torch.Tensor, torch.Tensor]:
+        """Sort the choices by expert, hence by rank: rows `[N, H]` and their weights `[N]`."""
+        moe = self.config.moe
+        every_token = None if moe.router == "expert_choice" else moe.top_k
+        sending, weights_N = sort_by_expert(probs, routing_map, every_token)
+        rows_NH = permute(tokens.flatten(0, -2), sending)
+        return Exchange(tokens.shape, sending=sending), rows_NH, weights_N
+
+    def token_dispatch(
+        self, record: Exchange, hidden_states: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows for this rank's experts and their weights, by rank (expert tensor parallel
+        first, then expert parallel), then by expert."""
+        self._agree_on_splits(record)
+        rows, weights = (
+            all_to_all(self.ep_group, x, record.received, record.sent)
+            for x in (hidden_states, probs)
+        )
+        if self.tp_size > 1:
+            rows = _gather_uneven(rows, record.gathered, self.tp_group)
+            weights = _gather_uneven(weights, record.gathered, self.tp_group)
+        return rows, weights
+
+    def _agree_on_splits(self, record: Exchange) -> None:
+        own_E = record.sending.counts_E
+        all_RE = own_E.new_empty(self.tp_ep_group.size(), own_E.numel())
+        if self.tp_ep_group.size() > 1:
+            dist.all_gather_into_tensor(all_RE, own_E, group=self.tp_ep_group)
+        else:
+            all_RE.copy_(own_E)
+        # The group counts expert tensor parallel ranks fastest; rows come by them first.
+        counts = all_RE.view(self.ep_size, self.tp_size, self.ep_size, self.num_local_experts)
+        here = counts[:, :, self.ep_group.rank()].transpose(0, 1)  # [ETP, EP, X]
+        record.counts_RX = here.flatten(0, 1)
+        record.sent = own_E.view(self.ep_size, -1).sum(dim=1).tolist()
+        received = here.sum(dim=2).tolist()  # [ETP][EP]
+        record.received = received[self.tp_group.rank()]
+        record.gathered = [sum(rows) for rows in received]
 
     def dispatch_postprocess(
-        self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
+        self, record: Exchange, hidden_states: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gather over the expert tensor ranks, then sort by expert."""
-        if self.tp_size > 1:
-            sizes = _as_list(self.output_splits_tp)
-            global_input_tokens = _gather_uneven(global_input_tokens, sizes, self.tp_group)
-            global_probs = _gather_uneven(global_probs, sizes, self.tp_group)
-        self.tokens_per_expert = self._maybe_dtoh_and_synchronize(
-            "before_permutation_2", self.tokens_per_expert
+        """Sort by expert."""
+        counts_RX = record.counts_RX
+        assert counts_RX is not None
+        if self.num_local_experts == 1:
+            return hidden_states, counts_RX.sum(dim=0), probs
+        experts = torch.arange(self.num_local_experts, device=counts_RX.device)
+        expert_of_row = experts.repeat(counts_RX.size(0)).repeat_interleave(
+            counts_RX.flatten(), output_size=hidden_states.size(0)
         )
-        if self.num_local_experts > 1:
-            global_input_tokens, global_probs = sort_chunks_by_idxs(
-                global_input_tokens,
-                self.num_global_tokens_per_local_expert.ravel(),
-                self.sort_input_by_local_experts,
-                probs=global_probs,
-                fused=self.config.moe_permute_fusion,
-            )
-        counts = self._maybe_dtoh_and_synchronize("before_finish", self.tokens_per_expert)
-        self.tokens_per_expert = None
-        return global_input_tokens, counts, global_probs
+        permutation = plan(expert_of_row[:, None], self.num_local_experts)
+        record.permutation = permutation
+        weights_N = probs.index_select(0, permutation.order_N)
+        return permute(hidden_states, permutation), permutation.counts_E, weights_N
 
-    def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Undo the sort, then sum over the expert tensor ranks."""
-        if self.num_local_experts > 1:
-            hidden_states, _ = sort_chunks_by_idxs(
-                hidden_states,
-                self.num_global_tokens_per_local_expert.T.ravel(),
-                self.restore_output_by_local_experts,
-                fused=self.config.moe_permute_fusion,
-            )
+    def combine_preprocess(self, record: Exchange, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Undo the sort."""
+        if record.permutation is None:
+            return hidden_states
+        return unpermute(hidden_states, record.permutation)
+
+    def token_combine(self, record: Exchange, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The experts' output of this rank's choices, in the order in which they were sent."""
         if self.tp_size > 1:
-            sizes = _as_list(self.output_splits_tp)
-            hidden_states = _reduce_scatter_uneven(hidden_states, sizes, self.tp_group)
-        return hidden_states
+            hidden_states = _reduce_scatter_uneven(hidden_states, record.gathered, self.tp_group)
+        return all_to_all(self.ep_group, hidden_states, record.sent, record.received)
 
-
-def _as_list(splits: Any) -> Any:
-    """A list of numbers from a tensor or array of them; lists and None as they are."""
-    return splits.tolist() if hasattr(splits, "tolist") else splits
+    def combine_postprocess(self, record: Exchange, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Sum each token's rows and restore its place."""
+        return unpermute(hidden_states, record.sending).view(record.hidden_shape)
 
 
 def _gather_uneven(x: torch.Tensor, sizes: list[int], group: dist.ProcessGroup) -> torch.Tensor:

@@ -1,0 +1,78 @@
+"""What every dispatcher is: six stages, of which two communicate, and a record that goes along.
+
+Shapes: T tokens of this rank, H hidden, E experts, X of them on this rank, N rows.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from pangu.moe.config import MoETransformerConfig
+from pangu.ops.permute import Permutation
+
+
+@dataclass
+class DispatchRecord:
+    """What the stages of one micro-batch leave to each other. It is made anew by each call, since
+    two micro-batches may be under way in the same layer."""
+
+    hidden_shape: torch.Size  # of the layer's input
+    permutation: Permutation | None = None  # of the rows that the experts see
+
+
+Record = TypeVar("Record", bound=DispatchRecord)
+
+
+class Dispatcher(ABC, Generic[Record]):
+    """Moves tokens to their experts and back; the stages are called in the order written here.
+
+    A dispatcher itself holds sizes and groups alone, nothing of a call.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: MoETransformerConfig,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        self.num_local_experts = num_local_experts
+        self.config = config
+        self.ep_group = pg_collection.ep
+        self.tp_group = pg_collection.expt_tp
+        self.tp_ep_group = pg_collection.tp_ep
+        self.ep_size, self.tp_size = self.ep_group.size(), self.tp_group.size()
+
+    @abstractmethod
+    def dispatch_preprocess(
+        self, tokens: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[Record, torch.Tensor, torch.Tensor]:
+        """From tokens `[..., H]`, map and weights `[T, E]`: the record, and what is to be sent."""
+
+    @abstractmethod
+    def token_dispatch(
+        self, record: Record, hidden_states: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Send to the ranks that hold the experts; what this rank received. Communicates."""
+
+    @abstractmethod
+    def dispatch_postprocess(
+        self, record: Record, hidden_states: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows `[N, H]` sorted by expert, rows per expert `[X]`, weights `[N]`."""
+
+    @abstractmethod
+    def combine_preprocess(self, record: Record, hidden_states: torch.Tensor) -> torch.Tensor:
+        """From the experts' output `[N, H]`: what is to be sent back."""
+
+    @abstractmethod
+    def token_combine(self, record: Record, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Send back; what this rank received. Communicates."""
+
+    @abstractmethod
+    def combine_postprocess(self, record: Record, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The sum of each token's experts, in the shape of the layer's input."""
