@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.tensor_parallel import random
 
+from pangu.checkpoint import model_files
 from pangu.engines.megatron.optimizer_state import MAIN, MOMENTS, Part
 
 Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
@@ -80,7 +81,8 @@ def load(path: Path, chunks: list[Any], everything: list[Part] | None) -> None:
     if everything is not None:
         _check_every_parameter_has_a_part(chunks, by_parameter)
         trained = {n: e for n, e in entries.items() if e.data in by_parameter}
-        moments = {moment: trained for moment in MOMENTS}
+        # A model without a training run behind it: AdamW starts from zero moments.
+        moments = {} if model_files.holds_model(path) else dict.fromkeys(MOMENTS, trained)
     account(path, entries, moments, weights_only=everything is None)
 
     def put_weight(target: torch.Tensor, whole: torch.Tensor) -> None:
@@ -100,6 +102,8 @@ def load(path: Path, chunks: list[Any], everything: list[Part] | None) -> None:
 
 def load_random_states(path: Path) -> None:
     """Random states of this rank; the layout must be the one that wrote them."""
+    if model_files.holds_model(path):
+        return
     loaded = dist_checkpointing.load({_RANDOM: _random_state_entry(None)}, str(path))
     _set_random_states(loaded[_RANDOM])
 
@@ -124,9 +128,9 @@ def account(
     for other in everywhere:
         needed |= other
     saved = {
-        entry.key: tuple(entry.global_shape)
-        for entry in dist_checkpointing.load_tensors_metadata(str(path)).values()
-        if not (weights_only and entry.key.startswith(OPTIMIZER_PREFIX))
+        key: shape
+        for key, shape in _saved_shapes(path).items()
+        if not (weights_only and key.startswith(OPTIMIZER_PREFIX))
     }
     wrong = [
         *(f"{key} is missing" for key in sorted(needed.keys() - saved.keys())),
@@ -140,6 +144,13 @@ def account(
     if wrong:
         shown = "; ".join(wrong[:20]) + (f"; and {len(wrong) - 20} more" if wrong[20:] else "")
         raise CheckpointMismatch(f"{path} does not fit this model: {shown}")
+
+
+def _saved_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    if model_files.holds_model(path):
+        return model_files.shapes(path)
+    saved = dist_checkpointing.load_tensors_metadata(str(path)).values()
+    return {entry.key: tuple(entry.global_shape) for entry in saved}
 
 
 def _shapes(entries: dict[str, Sharded], prefix: str) -> dict[str, tuple[int, ...]]:
@@ -173,6 +184,10 @@ def _load_into(
         return torch.empty(tensor.shape, dtype=dtype)
 
     wanted = {n: _with_data(e, empty(e.data), prefix) for n, e in entries.items()}
+    if model_files.holds_model(path):
+        for name, whole in model_files.read(path, wanted):
+            put(entries[name].data, whole)
+        return
     # Also checks that the ranks together read each element of each tensor once.
     loaded = dist_checkpointing.load(wanted, str(path), validate_access_integrity=True)
     for name, entry in entries.items():

@@ -1,0 +1,65 @@
+"""Bring models in and take them out: `python -m pangu.convert import|export PATH --out DIR`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
+Out = Annotated[Path, typer.Option("--out", help="a new folder")]
+
+
+@app.command("import")
+def import_(
+    path: Annotated[Path, typer.Argument(help="a folder of safetensors, or a .gguf file")],
+    out: Out,
+) -> None:
+    """A Hugging Face model or a .gguf file becomes a folder that train, generate and the planner
+    take: checkpoint.resume=DIR, checkpoint=DIR, experiment=DIR/model.yaml."""
+    from pangu.weights.convert import import_model
+
+    config = import_model(path, out, _bar)
+    print(f"{config.model.name} is in {out}; plan or train it with experiment={out}/model.yaml")
+
+
+@app.command()
+def export(
+    path: Annotated[Path, typer.Argument(help="a folder that import or compress wrote")],
+    out: Out,
+) -> None:
+    """A folder of ours becomes a Hugging Face model: safetensors, config.json, tokenizer."""
+    from pangu.weights.convert import export_model
+
+    kind = export_model(path, out, _bar)
+    print(f"{kind.name} is in {out}")
+
+
+def _bar(links: Iterable) -> Iterable:
+    from tqdm import tqdm
+
+    return tqdm(links, unit="tensor", leave=False, file=sys.stderr)
+
+
+def main(arguments: list[str]) -> int:
+    """The exit code: 0 done, 2 a mistake of the user's."""
+    from pangu.checkpoint.tensor_files import WeightsError
+
+    try:
+        return app(arguments, standalone_mode=False) or 0
+    except WeightsError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except typer.Exit as leave:
+        return leave.exit_code
+    except Exception as error:
+        if not hasattr(error, "show"):  # click's own: wrong words on the command line
+            raise
+        error.show()
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,71 @@
+"""How likely a model finds a text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.models.gpt import GPTModel
+
+from pangu import backends
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Of `tokens` predicted tokens: the sum of -log p in nats, and its standard error from window
+    to window (tokens of one window are not independent)."""
+
+    nats: float
+    tokens: int
+    windows: int
+    standard_error: float  # of the mean nats per token
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean nats per token."""
+        return math.exp(self.nats / self.tokens)
+
+
+def token_nats(model: GPTModel, ids: torch.Tensor) -> torch.Tensor:
+    """-log p of each token but the first of its row: ids `[batch, seq]` → `[batch, seq - 1]`,
+    float32."""
+    device = backends.current().device
+    ids = ids.to(device)
+    positions = torch.arange(ids.size(1), device=device).expand_as(ids)
+    mtp = model.mtp_process
+    model.mtp_process = False  # its heads want labels
+    try:
+        with torch.no_grad():
+            logits = model.eval()(ids, positions, None).float()
+    finally:
+        model.mtp_process = mtp
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none"
+    )
+
+
+def windows(ids: Sequence[int], size: int) -> list[Sequence[int]]:
+    """Windows of `size` tokens one after the other, a shorter last one if it predicts anything."""
+    cut = [ids[start : start + size] for start in range(0, len(ids), size)]
+    return [window for window in cut if len(window) > 1]
+
+
+def text_likelihood(
+    model: GPTModel,
+    ids: Sequence[int],
+    size: int,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> Likelihood:
+    """Every token of `ids` but the first of each window of `size` tokens."""
+    sums, counts = [], []
+    for window in progress(windows(ids, size)):
+        nats = token_nats(model, torch.tensor([window]))
+        sums.append(nats.double().sum().item())
+        counts.append(nats.numel())
+    mean = sum(sums) / sum(counts)
+    # The variance of a ratio of sums over windows.
+    spread = sum((s - mean * c) ** 2 for s, c in zip(sums, counts, strict=True))
+    error = math.sqrt(spread) / sum(counts) if len(sums) > 1 else float("nan")
+    return Likelihood(sum(sums), sum(counts), len(sums), error)

@@ -1,0 +1,171 @@
+"""Models in and out of Hugging Face's format, one tensor at a time.
+
+Every tensor of both sides is accounted for exactly once; the stored dtype stays.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from configs.compose import load, read_file
+from configs.schema import Config
+from configs.violation import ConfigError
+from pangu.checkpoint.tensor_files import Safetensors, Source, WeightsError, read_json
+from pangu.data import DataError
+from pangu.data.tokenizer import load_tokenizer
+from pangu.weights import architectures, model_folder, tensor_names
+from pangu.weights.architectures import ARCHITECTURES, Architecture
+from pangu.weights.gguf_file import Gguf
+from pangu.weights.links import Link
+from pangu.weights.writer import ModelFolder
+
+Progress = Callable[[Iterable[Link]], Iterable[Link]]
+# Buffers that old files hold and the model computes anew.
+_COMPUTED = ("rotary_emb.inv_freq",)
+
+
+def import_model(path: Path, out: Path, progress: Progress = iter) -> Config:
+    """Write the model of a Hugging Face folder, or of a `.gguf` file, as a folder of ours.
+
+    Raises:
+        WeightsError: the model cannot be read, is of an unknown class, or its tensors are not
+            exactly those of its configuration; nothing is left at `out`.
+    """
+    gguf = path.suffix == ".gguf"
+    if not path.exists():
+        raise WeightsError(f"{path} does not exist")
+    source: Gguf | Safetensors = Gguf(path) if gguf else Safetensors(path)
+    fields = source.fields if isinstance(source, Gguf) else read_json(path / "config.json")
+    kind = architectures.architecture_of(fields)
+    config = _config(fields, path.stem if gguf else path.resolve().name)
+    wanted = tensor_names.links(config, kind, set(source.names()))
+    account(wanted, source, tensor_names.copies(config), str(path))
+    with ModelFolder(out) as folder:
+        for link in progress(wanted):
+            folder.add(link.ours, link.join([_read(source, name) for name in link.theirs]))
+        folder.finish()
+        kept = folder.partial / model_folder.HUGGING_FACE
+        _keep_companions(source, path, kept)
+        _keep_tokenizer(kept, folder.partial / model_folder.TOKENIZER, fields)
+        model_folder.describe(folder, config)
+        model_folder.seal(folder)
+    return config
+
+
+def _config(fields: architectures.Fields, name: str) -> Config:
+    model, moe = architectures.model_of(fields, name)
+    config = load([])
+    config.model, config.moe = model, moe
+    config.train.seq_length = min(config.train.seq_length, model.max_position_embeddings)
+    return config
+
+
+def _read(source: Source, name: str) -> torch.Tensor:
+    tensor = source.read(name)
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise WeightsError(f"{name} holds numbers that are not finite")
+    return tensor
+
+
+def account(wanted: list[Link], source: Source, copies: dict[str, str], where: str) -> None:
+    """Compare names and shapes of what is needed with what is there.
+
+    Raises:
+        WeightsError: naming every tensor that is missing or extra.
+    """
+    needed = [name for link in wanted for name in link.theirs]
+    there = set(source.names())
+    missing = [name for name in needed if name not in there]
+    extra = there - set(needed)
+    for copy in extra & copies.keys():
+        if not torch.equal(source.read(copy), source.read(copies[copy])):
+            raise WeightsError(f"{where}: {copy} should be a copy of {copies[copy]} and is not")
+    extra -= copies.keys()
+    odd = sorted(name for name in extra if not name.endswith(_COMPUTED))
+    if missing or odd:
+        parts = [f"{_some(missing)} missing"] if missing else []
+        parts += [f"{_some(odd)} extra"] if odd else []
+        raise WeightsError(f"{where} is not the model of its configuration: {'; '.join(parts)}")
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:5])
+    return f"{shown} and {len(names) - 5} more are" if len(names) > 5 else f"{shown} is"
+
+
+def _keep_companions(source: Source, path: Path, kept: Path) -> None:
+    if not isinstance(source, Gguf):
+        model_folder.copy_companions(path, kept)
+        return
+    from pangu.weights.gguf_tokenizer import write_tokenizer
+
+    kept.mkdir()
+    (kept / "config.json").write_text(json.dumps(source.fields, indent=1) + "\n")
+    write_tokenizer(source, kept)
+
+
+def _keep_tokenizer(kept: Path, target: Path, fields: architectures.Fields) -> None:
+    """Our tokenizer folder, where the model brings a tokenizer that we read."""
+    end = fields.get("eos_token_id")
+    end = end[0] if isinstance(end, list) else end
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (kept / name).is_file():
+            try:
+                load_tokenizer(kept / name, eod=end).save(target)
+            except DataError as error:
+                raise WeightsError(f"the tokenizer cannot be read: {error}") from None
+            return
+
+
+def export_model(path: Path, out: Path, progress: Progress = iter) -> Architecture:
+    """Write a folder of ours as a Hugging Face model; see `import_model`.
+
+    Raises:
+        WeightsError: it is no folder of ours, or no class of Hugging Face computes its model.
+    """
+    try:
+        config = read_file(path / model_folder.CONFIG, "model")
+    except ConfigError as error:
+        raise WeightsError(str(error)) from None
+    source = Safetensors(path)
+    kept = path / model_folder.HUGGING_FACE
+    fields = architectures.fields_of(config)
+    kind = ARCHITECTURES[fields["architectures"][0]]
+    wanted = tensor_names.links(config, kind)
+    _account_ours(wanted, source, path)
+    with ModelFolder(out) as folder:
+        dtypes = set()
+        for link in progress(wanted):
+            whole = source.read(link.ours)
+            dtypes.add(whole.dtype)
+            for name, part in zip(link.theirs, link.split(whole), strict=True):
+                # The parts may share one storage, which a file would hold as often.
+                folder.add(name, part.clone())
+        folder.finish()
+        if kept.is_dir():
+            model_folder.copy_companions(kept, folder.partial)
+        _write_config(folder.partial / "config.json", fields, dtypes)
+    return kind
+
+
+def _account_ours(wanted: list[Link], source: Source, path: Path) -> None:
+    needed, there = {link.ours for link in wanted}, set(source.names())
+    if needed != there:
+        odd = ", ".join(sorted(needed ^ there)[:5])
+        raise WeightsError(f"{path} does not hold the model of its config.yaml: see {odd}")
+
+
+def _write_config(file: Path, fields: architectures.Fields, dtypes: set[torch.dtype]) -> None:
+    """Our fields over those that the model came with, which hold more (token ids, …)."""
+    before = read_json(file) if file.is_file() else {}
+    if before.get("architectures") != fields["architectures"]:
+        before = {key: before[key] for key in before if key.endswith("_token_id")}
+    theta = {"rope_type": "default", "rope_theta": fields["rope_theta"]}
+    widths = sorted(dtypes, key=lambda dtype: dtype.itemsize)
+    dtype = str(widths[0]).removeprefix("torch.") if widths else "float32"
+    merged = before | fields | {"rope_parameters": theta, "dtype": dtype, "torch_dtype": dtype}
+    file.write_text(json.dumps(merged, indent=1) + "\n")

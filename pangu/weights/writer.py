@@ -1,0 +1,109 @@
+"""Writes a model's tensors in shards as they come.
+
+What is held in memory is one shard. The folder has its final name only when all of it is on the
+disk: a conversion that is killed, or runs out of room, leaves nothing that looks like a model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from safetensors.torch import save_file
+
+from pangu.checkpoint.tensor_files import INDEX, WeightsError
+
+SHARD_BYTES = 2**30
+
+
+class ModelFolder:
+    """A new folder `path` under its final name after a `with` block that did not fail.
+
+    Raises:
+        WeightsError: there is something at `path` already, or the disk is full.
+    """
+
+    def __init__(self, path: Path, shard_bytes: int = SHARD_BYTES) -> None:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise WeightsError(f"{path} exists: name a new folder")
+        self.path = path
+        self.partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        self._shard_bytes = shard_bytes
+        self._shard: dict[str, torch.Tensor] = {}
+        self._size = 0
+        self._total = 0
+        self._file_of: dict[str, int] = {}
+        self._shards = 0
+
+    def __enter__(self) -> ModelFolder:
+        try:
+            self.partial.mkdir(parents=True)
+        except OSError as error:
+            raise WeightsError(f"{self.path} cannot be made: {error.strerror}") from None
+        return self
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """The next tensor."""
+        if name in self._file_of:
+            raise WeightsError(f"{name} is written twice")
+        size = tensor.numel() * tensor.element_size()
+        if self._shard and self._size + size > self._shard_bytes:
+            self._flush()
+        self._shard[name] = tensor.contiguous()
+        self._file_of[name] = self._shards
+        self._size += size
+        self._total += size
+
+    def _flush(self) -> None:
+        save_file(self._shard, self.partial / _part(self._shards), metadata={"format": "pt"})
+        self._shard, self._size = {}, 0
+        self._shards += 1
+
+    def finish(self) -> None:
+        """Write the last shard and the index; other files may be added after it."""
+        self._flush()
+        count = self._shards
+        for number in range(count):
+            os.rename(self.partial / _part(number), self.partial / _shard_name(number, count))
+        table = {name: _shard_name(number, count) for name, number in self._file_of.items()}
+        index = {"metadata": {"total_size": self._total}, "weight_map": table}
+        (self.partial / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            for file in self.partial.rglob("*"):
+                _fsync(file)
+            _fsync(self.partial)
+            if self.path.is_dir():
+                self.path.rmdir()  # it is empty
+            self.partial.rename(self.path)
+            _fsync(self.path.parent)
+            return
+        shutil.rmtree(self.partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise WeightsError(f"{self.path} could not be written: {error}") from None
+
+
+def _part(number: int) -> str:
+    return f"part-{number:05d}.safetensors"
+
+
+def _shard_name(number: int, count: int) -> str:
+    return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
