@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from pangu.command_line import run
+
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
 Out = Annotated[Path, typer.Option("--out", help="a new folder")]
 
@@ -48,17 +50,7 @@ def main(arguments: list[str]) -> int:
     """The exit code: 0 done, 2 a mistake of the user's."""
     from pangu.checkpoint.tensor_files import WeightsError
 
-    try:
-        return app(arguments, standalone_mode=False) or 0
-    except WeightsError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except typer.Exit as leave:
-        return leave.exit_code
-    except Exception as error:
-        if not hasattr(error, "show"):  # click's own: wrong words on the command line
-            raise
-        error.show()
-    return 2
+    return run(app, arguments, WeightsError)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
+from pangu.command_line import run
+
 app = typer.Typer(add_completion=False, help=__doc__)
 
 
@@ -38,9 +40,7 @@ def evaluate(
     print(f"bits per byte  {report['bits_per_byte']:.4f}")
 
 
-def text_report(
-    folder: Path, text: Path, tokens: int, window: int, backend: str
-) -> dict[str, Any]:
+def text_report(folder: Path, text: Path, tokens: int, window: int, backend: str) -> dict[str, Any]:
     """Perplexity, bits per byte and tokens of a text.
 
     Raises:
@@ -65,9 +65,7 @@ def text_report(
         from pangu.inference.likelihood import text_likelihood, windows
 
         found = text_likelihood(model, ids, window, _bar)
-        size = sum(
-            len(tokenizer.decode(list(part)[1:]).encode()) for part in windows(ids, window)
-        )
+        size = sum(len(tokenizer.decode(list(part)[1:]).encode()) for part in windows(ids, window))
     mean = found.nats / found.tokens
     spread = found.standard_error
     interval = [math.exp(mean - spread), math.exp(mean + spread)]
@@ -92,17 +90,7 @@ def main(arguments: list[str]) -> int:
     """The exit code: 0 done, 2 a mistake of the user's."""
     from configs.violation import ConfigError
 
-    try:
-        return app(arguments, standalone_mode=False) or 0
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-    except typer.Exit as leave:
-        return leave.exit_code
-    except Exception as error:
-        if not hasattr(error, "show"):  # click's own: wrong words on the command line
-            raise
-        error.show()
-    return 2
+    return run(app, arguments, ConfigError)
 
 
 if __name__ == "__main__":

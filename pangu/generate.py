@@ -8,16 +8,10 @@ from __future__ import annotations
 import math
 import os
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
-
-from launch import environment
-
-if TYPE_CHECKING:
-    from configs.schema import Config
+from typing import Literal
 
 USAGE = """usage: python -m pangu.generate checkpoint=DIR [prompt=TEXT] [key=value] ...
 
@@ -53,8 +47,7 @@ def main(arguments: Sequence[str]) -> int:
 
     try:
         options = parse(arguments)
-        config = read_run_config(Path(options.checkpoint))
-        text = stream(options, config)
+        text = stream(options)
         sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
         for piece in text:
             print(piece, end="", flush=True)
@@ -117,34 +110,7 @@ def parse(arguments: Sequence[str]) -> Options:
     return found
 
 
-def read_run_config(folder: Path) -> Config:
-    """The configuration saved in a run or checkpoint folder, laid out for one process.
-
-    Raises:
-        ConfigError: there is none, or it is not one of this version.
-    """
-    from configs.compose import read_file
-    from configs.schema import BackendConfig, LaunchConfig, MemoryConfig, ParallelConfig
-    from configs.violation import ConfigError, Violation
-
-    file = folder / "config.yaml"
-    if not file.is_file():
-        reason = "is neither a run folder nor a checkpoint: it has no config.yaml"
-        raise ConfigError([Violation("checkpoint", folder, reason)])
-    config = read_file(file, "checkpoint")
-    return replace(
-        config,
-        parallel=ParallelConfig(),
-        memory=MemoryConfig(),
-        launch=LaunchConfig(),
-        moe=replace(config.moe, dispatcher="auto"),
-        backend=BackendConfig(),
-        devices=None,
-        run_dir=str(folder),
-    )
-
-
-def stream(options: Options, config: Config) -> Iterator[str]:
+def stream(options: Options) -> Iterator[str]:
     """The prompt and what the model adds to it, as pieces of text.
 
     Raises:
@@ -152,25 +118,13 @@ def stream(options: Options, config: Config) -> Iterator[str]:
             longer than the model was made for.
     """
     from configs.violation import ConfigError, Violation
-    from pangu.train import prepare_environment
+    from pangu.inference.alone import loaded
 
-    warnings.filterwarnings("ignore", module="megatron|torch")  # their own deprecations
-    prepare_environment(config, environment.read({}))
-    from pangu import backends
+    with loaded(Path(options.checkpoint), options.backend) as (model, tokenizer, config):
+        from pangu.data.tokenizer import StreamDecoder
+        from pangu.inference.decode import NotFinite, generate
+        from pangu.inference.sampling import Sampler
 
-    try:
-        backends.select(options.backend)
-    except RuntimeError as error:
-        raise ConfigError([Violation("backend", options.backend, str(error))]) from None
-    from pangu.data.tokenizer import StreamDecoder
-    from pangu.engines.megatron import process_groups
-    from pangu.inference.checkpoint import load_for_inference
-    from pangu.inference.decode import NotFinite, generate
-    from pangu.inference.sampling import Sampler
-
-    process_groups.initialize(config)
-    try:
-        model, tokenizer = load_for_inference(config, Path(options.checkpoint))
         prompt = tokenizer.encode(options.prompt) or [tokenizer.eod]
         longest = config.model.max_position_embeddings
         if len(prompt) + options.max_new_tokens > longest:
@@ -181,20 +135,20 @@ def stream(options: Options, config: Config) -> Iterator[str]:
         yield options.prompt
         decoder = StreamDecoder(tokenizer)
         sampler = Sampler(temperature=options.temperature, top_p=options.top_p, seed=options.seed)
-        for token in generate(
-            model,
-            prompt,
-            sampler,
-            max_new_tokens=options.max_new_tokens,
-            vocab_size=tokenizer.vocab_size,
-            eod=tokenizer.eod,
-        ):
-            yield decoder.push(token)
+        try:
+            for token in generate(
+                model,
+                prompt,
+                sampler,
+                max_new_tokens=options.max_new_tokens,
+                vocab_size=tokenizer.vocab_size,
+                eod=tokenizer.eod,
+            ):
+                yield decoder.push(token)
+        except NotFinite as error:
+            violation = Violation("checkpoint", options.checkpoint, str(error))
+            raise ConfigError([violation]) from None
         yield decoder.flush()
-    except NotFinite as error:
-        raise ConfigError([Violation("checkpoint", options.checkpoint, str(error))]) from None
-    finally:
-        process_groups.shutdown()
 
 
 if __name__ == "__main__":

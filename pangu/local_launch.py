@@ -10,10 +10,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from launch.environment import STARTED_BY, ProcessEnvironment
+
+if TYPE_CHECKING:
+    from configs.schema import Config
 
 # After one process failed: how long the others may take to report their own end, and then to
 # follow SIGTERM, in seconds.
@@ -119,3 +124,19 @@ def _show(log: Path, rank: int, code: int, lines: int = 40) -> None:
     tail = log.read_text(errors="replace").splitlines()[-lines:]
     print(f"\nrank {rank} failed with exit code {code}; the end of {log}:", file=sys.stderr)
     print("\n".join(f"  {line}" for line in tail), file=sys.stderr)
+
+
+def prepare_environment(config: Config, process: ProcessEnvironment) -> ProcessEnvironment:
+    """Set what torch and megatron-core read when they are imported."""
+    if not process.launched:
+        process = replace(process, master_port=free_port())
+    process.export(os.environ)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    share = max(1, (cores or 1) // process.local_world_size)
+    if config.backend.threads or "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(config.backend.threads or share)
+    # megatron-core overlaps communication by the order in which kernels are queued.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # With torch-npu but no CANN, `import torch` would fail; backend=npu imports it explicitly.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    return process

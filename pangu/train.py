@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -109,6 +108,8 @@ def _train(process: ProcessEnvironment, overrides: list[str]) -> int:
         return start_local(command, config.launch.processes, Path(config.run_dir) / "logs")
     if process.rank == 0:
         print_warnings(warnings(config))
+    from pangu.local_launch import prepare_environment
+
     process = prepare_environment(config, process)
     # The first import of torch: everything above has passed.
     from pangu.data import DataError
@@ -178,24 +179,6 @@ def _default_corpus_is_there(config: Config) -> bool:
             print(f"error: {error}", file=sys.stderr)
             return False
     return True
-
-
-def prepare_environment(config: Config, process: ProcessEnvironment) -> ProcessEnvironment:
-    """Set what torch and megatron-core read when they are imported."""
-    from pangu.local_launch import free_port
-
-    if not process.launched:
-        process = replace(process, master_port=free_port())
-    process.export(os.environ)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    share = max(1, (cores or 1) // process.local_world_size)
-    if config.backend.threads or "OMP_NUM_THREADS" not in os.environ:
-        os.environ["OMP_NUM_THREADS"] = str(config.backend.threads or share)
-    # megatron-core overlaps communication by the order in which kernels are queued.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    # With torch-npu but no CANN, `import torch` would fail; backend=npu imports it explicitly.
-    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
-    return process
 
 
 def _refuse(process: ProcessEnvironment, speaks: bool, why: Sequence[Violation] | str) -> int:

@@ -41,9 +41,9 @@ def token_nats(model: GPTModel, ids: torch.Tensor) -> torch.Tensor:
             logits = model.eval()(ids, positions, None).float()
     finally:
         model.mtp_process = mtp
-    return torch.nn.functional.cross_entropy(
-        logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none"
-    )
+    rows = logits[:, :-1].flatten(0, 1)
+    nats = torch.nn.functional.cross_entropy(rows, ids[:, 1:].flatten(), reduction="none")
+    return nats.view(ids.size(0), -1)
 
 
 def windows(ids: Sequence[int], size: int) -> list[Sequence[int]]:

@@ -12,7 +12,8 @@ import torch
 
 from configs.schema import ParallelConfig
 from pangu.checkpoint import manifest
-from pangu.generate import main, read_run_config
+from pangu.generate import main
+from pangu.inference.alone import read_run_config
 from pangu.report.run_files import read_metrics
 
 

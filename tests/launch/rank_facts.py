@@ -7,7 +7,7 @@ from pathlib import Path
 
 from configs.compose import load
 from launch import environment
-from pangu.train import prepare_environment
+from pangu.local_launch import prepare_environment
 
 
 def main() -> None:

@@ -13,7 +13,8 @@ import pytest
 from configs.compose import load
 from configs.violation import ConfigError
 from launch.environment import LauncherError, ProcessEnvironment, first_node, read, tasks_per_node
-from pangu.train import prepare_environment, resolve
+from pangu.local_launch import prepare_environment
+from pangu.train import resolve
 
 MSRUN = {
     "MS_ROLE": "MS_WORKER",

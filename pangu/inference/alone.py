@@ -1,0 +1,71 @@
+"""A trained model in this process alone, whatever layout it was saved in. No torch before it is
+loaded: a mistake answers at once."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from configs.compose import read_file
+from configs.schema import BackendConfig, Config, LaunchConfig, MemoryConfig, ParallelConfig
+from configs.violation import ConfigError, Violation
+from launch import environment
+from pangu.local_launch import prepare_environment
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+    from pangu.data.tokenizer import Tokenizer
+
+
+def read_run_config(folder: Path) -> Config:
+    """The configuration saved in a run or checkpoint folder, laid out for one process.
+
+    Raises:
+        ConfigError: there is none, or it is not one of this version.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
+        reason = "is neither a run folder nor a checkpoint: it has no config.yaml"
+        raise ConfigError([Violation("checkpoint", folder, reason)])
+    config = read_file(file, "checkpoint")
+    return replace(
+        config,
+        parallel=ParallelConfig(),
+        memory=MemoryConfig(),
+        launch=LaunchConfig(),
+        moe=replace(config.moe, dispatcher="auto"),
+        backend=BackendConfig(),
+        devices=None,
+        run_dir=str(folder),
+    )
+
+
+@contextlib.contextmanager
+def loaded(folder: Path, backend: str = "auto") -> Iterator[tuple[GPTModel, Tokenizer, Config]]:
+    """The model of a run, a checkpoint or an imported folder, with its tokenizer.
+
+    Raises:
+        ConfigError: the backend is missing, or the checkpoint cannot be used.
+    """
+    config = read_run_config(folder)
+    warnings.filterwarnings("ignore", module="megatron|torch")  # their own deprecations
+    prepare_environment(config, environment.read({}))
+    from pangu import backends
+
+    try:
+        backends.select(backend)
+    except RuntimeError as error:
+        raise ConfigError([Violation("backend", backend, str(error))]) from None
+    from pangu.engines.megatron import process_groups
+    from pangu.inference.checkpoint import load_for_inference
+
+    process_groups.initialize(config)
+    try:
+        yield (*load_for_inference(config, folder), config)
+    finally:
+        process_groups.shutdown()
