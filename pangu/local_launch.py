@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import ctypes
+import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from configs.violation import ConfigError, Violation
+from launch import port
 from launch.environment import STARTED_BY, ProcessEnvironment
+from pangu.parent import PARENT
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -23,27 +25,59 @@ if TYPE_CHECKING:
 # After one process failed: how long the others may take to report their own end, and then to
 # follow SIGTERM, in seconds.
 GRACE_SECONDS = 5.0
+# The exit code of a rank that waited in vain for another one: not itself the reason.
+PEER_LOST = 4
+_TAIL = 1 << 16  # bytes of metrics.jsonl that hold its last row
 
 
-def start_local(command: Sequence[str], processes: int, log_dir: Path) -> int:
+@dataclass(frozen=True)
+class Failure:
+    """The rank that failed first, and its exit code, -N for signal N."""
+
+    rank: int
+    code: int
+
+    @property
+    def exit_code(self) -> int:
+        """As a shell counts: 128 + N for signal N."""
+        return self.code if self.code > 0 else 128 - self.code
+
+    @property
+    def signal(self) -> str:
+        """The name of the signal that ended the rank, or ""."""
+        return signal.Signals(-self.code).name if self.code < 0 else ""
+
+
+def start_local(
+    command: Sequence[str], processes: int, run_dir: Path, kept_open: Sequence[int] = ()
+) -> int:
     """Run `command` once per rank and wait for all.
 
-    Rank 0 keeps the terminal; rank N writes `log_dir/rank_N.log`. SIGINT and SIGTERM are passed
-    on, for every rank to save and leave. When a process fails the others are ended.
+    Rank 0 keeps the terminal; rank N writes `run_dir/logs/rank_N.log`. SIGINT and SIGTERM are
+    passed on, for every rank to save and leave. When a process fails the others are ended, and the
+    last line says which rank failed, how and after which step. MASTER_PORT is used where it is
+    set, else a free one.
+
+    Args:
+        kept_open: file descriptors that every process has too.
 
     Returns:
-        The exit code of the first process that failed, 128 + N for signal N, or 0.
+        The exit code of the process that failed first, 128 + N for signal N, or 0.
+
+    Raises:
+        ConfigError: MASTER_PORT cannot be listened on.
     """
-    log_dir.mkdir(parents=True, exist_ok=True)
-    port = free_port()
+    logs = run_dir / "logs"
+    master_port = _master_port()
+    logs.mkdir(parents=True, exist_ok=True)
     children: list[subprocess.Popen[bytes]] = []
+    told = _pass_on_signals(children)
     for rank in range(processes):
-        environ = dict(os.environ)
-        ProcessEnvironment("local", rank, processes, rank, processes, "127.0.0.1", port).export(
-            environ
-        )
-        environ[STARTED_BY] = "local"
-        output = None if rank == 0 else (log_dir / f"rank_{rank}.log").open("wb")
+        environ = child_environment("local")
+        ProcessEnvironment(
+            "local", rank, processes, rank, processes, "127.0.0.1", master_port
+        ).export(environ)
+        output = None if rank == 0 else (logs / f"rank_{rank}.log").open("wb")
         # A session of its own: Ctrl-C reaches the children once, through us.
         children.append(
             subprocess.Popen(
@@ -53,40 +87,52 @@ def start_local(command: Sequence[str], processes: int, log_dir: Path) -> int:
                 stderr=None if rank == 0 else subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
+                pass_fds=tuple(kept_open),
             )
         )
         if output is not None:
             output.close()
-    _pass_on_signals(children)
-    rank, code = _wait(children)
-    # A user's mistake, or wish to stop, is the same on every rank, and rank 0 has the terminal.
-    wished = code in (2, 128 + signal.SIGINT, 128 + signal.SIGTERM)
-    if code and rank and not (wished and children[0].returncode in (code, 128 - code)):
-        _show(log_dir / f"rank_{rank}.log", rank, code)
-    return code
+    for number in told:  # before all were there
+        _signal(children, number)
+    failure = _wait(children)
+    if failure is None:
+        return 0
+    # What ends every rank alike, a mistake of the user's for one, rank 0 has said on the terminal.
+    said = failure.code > 0 and failure.code == children[0].returncode
+    wished = -failure.code in told
+    if not said and not wished:
+        _show(failure, logs / f"rank_{failure.rank}.log", _last_step(run_dir))
+    return failure.exit_code
 
 
-def die_with_parent() -> None:
-    """Have the kernel end this process when the one that started it is gone (Linux only), so that
-    a killed run leaves no rank behind that still writes into its folder."""
-    if sys.platform == "linux":
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+def child_environment(started_by: str) -> dict[str, str]:
+    """This process's environment, for one that it starts and that ends with it."""
+    return {**os.environ, STARTED_BY: started_by, PARENT: str(os.getpid())}
 
 
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+def _master_port() -> int:
+    text = os.environ.get("MASTER_PORT")
+    if text is None:
+        return port.free_port()
+    number = int(text) if text.isdecimal() else 0
+    if why := port.obstacle(number):
+        hint = f"unset it, or MASTER_PORT={port.free_port()}"
+        raise ConfigError([Violation("MASTER_PORT", text, why, hint)])
+    return number
 
 
-def _pass_on_signals(children: Sequence[subprocess.Popen[bytes]]) -> None:
+def _pass_on_signals(children: Sequence[subprocess.Popen[bytes]]) -> list[signal.Signals]:
+    """The signals that were sent to this process, as they come."""
+    told: list[signal.Signals] = []
+
     def forward(number: int, frame: FrameType | None) -> None:
-        _signal(children, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+        passed_on = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
+        told.append(passed_on)
+        _signal(children, passed_on)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, forward)
+    return told
 
 
 def _signal(children: Sequence[subprocess.Popen[bytes]], number: signal.Signals) -> None:
@@ -95,41 +141,74 @@ def _signal(children: Sequence[subprocess.Popen[bytes]], number: signal.Signals)
             child.send_signal(number)
 
 
-def _wait(children: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int]:
-    """The first rank that failed and its exit code; (0, 0) when none did."""
+def _wait(children: Sequence[subprocess.Popen[bytes]]) -> Failure | None:
+    """Wait for all; the failure that the others followed, if there was one."""
     while True:
         codes = [child.poll() for child in children]
-        for rank, code in enumerate(codes):
-            if code:
-                _end(children)
-                return rank, code if code > 0 else 128 - code
+        if any(codes):
+            break
         if None not in codes:
-            return 0, 0
+            return None
         time.sleep(0.05)
+    first = [Failure(rank, code) for rank, code in enumerate(codes) if code]
+    found = first + [Failure(rank, code) for rank, code in _end(children)]
+    # Who is killed says nothing; who misses it may be quicker to fail.
+    return min(found, key=lambda failure: (failure.code > 0, failure.code == PEER_LOST))
 
 
-def _end(children: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Let the other ranks report, then end them."""
+def _end(children: Sequence[subprocess.Popen[bytes]]) -> list[tuple[int, int]]:
+    """Let the other ranks report, then end them. Ranks that failed by themselves, and how."""
+    failed: list[tuple[int, int]] = []
     for number in (None, signal.SIGTERM, signal.SIGKILL):
         if number is not None:
             _signal(children, number)
         deadline = time.monotonic() + GRACE_SECONDS
-        while time.monotonic() < deadline:
-            if all(child.poll() is not None for child in children):
-                return
+        while time.monotonic() < deadline and any(child.poll() is None for child in children):
             time.sleep(0.05)
+        if number is None:
+            codes = [(rank, child.returncode) for rank, child in enumerate(children)]
+            failed = [(rank, code) for rank, code in codes if code]
+    return failed
 
 
-def _show(log: Path, rank: int, code: int, lines: int = 40) -> None:
-    tail = log.read_text(errors="replace").splitlines()[-lines:]
-    print(f"\nrank {rank} failed with exit code {code}; the end of {log}:", file=sys.stderr)
-    print("\n".join(f"  {line}" for line in tail), file=sys.stderr)
+def _show(failure: Failure, log: Path, last_step: int, lines: int = 40) -> None:
+    """The end of the failed rank's log, and, as the last line, who failed and how."""
+    rank, name = failure.rank, failure.signal
+    if rank and name != "SIGKILL":  # who is killed has not written why
+        tail = log.read_text(errors="replace").splitlines()[-lines:]
+        print(f"\nthe end of {log}:", file=sys.stderr)
+        print("\n".join(f"  {line}" for line in tail), file=sys.stderr)
+    how = f"was ended by {name}" if name else f"failed with exit code {failure.code}"
+    when = f"after step {last_step}" if last_step else "before its first step was done"
+    advice = ""
+    if name:
+        killer = "; where nobody sent it, the kernel did, out of memory: see dmesg"
+        advice = f"{killer if name == 'SIGKILL' else ''}. The same command goes on from the "
+        advice += "newest checkpoint"
+    print(f"rank {rank} {how} {when}{advice}", file=sys.stderr)
+
+
+def _last_step(run_dir: Path) -> int:
+    """The last step in `metrics.jsonl`; 0 without one."""
+    try:
+        with (run_dir / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+            lines = file.read().splitlines()
+    except OSError:
+        return 0
+    steps = [0]
+    for line in lines:
+        try:
+            steps.append(int(json.loads(line)["step"]))
+        except (ValueError, KeyError, TypeError):  # cut short, or foreign
+            continue
+    return max(steps)
 
 
 def prepare_environment(config: Config, process: ProcessEnvironment) -> ProcessEnvironment:
     """Set what torch and megatron-core read when they are imported."""
     if not process.launched:
-        process = replace(process, master_port=free_port())
+        process = replace(process, master_port=port.free_port())
     process.export(os.environ)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     share = max(1, (cores or 1) // process.local_world_size)

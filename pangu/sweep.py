@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import re
 import signal
 import subprocess
@@ -29,8 +28,9 @@ from configs.check import load_checked
 from configs.compose import groups, load
 from configs.schema import Config
 from configs.violation import ConfigError, Violation
-from launch.environment import STARTED_BY
 from pangu.data import files
+from pangu.local_launch import child_environment
+from pangu.run_lock import SWEEP, hold
 from pangu.violation_table import console, print_violations
 
 MARKER = "sweep_job.json"
@@ -67,9 +67,14 @@ def sweep(overrides: list[str]) -> int:
     """
     try:
         jobs = plan(overrides)
+        with hold(jobs[0].run_dir.parent, SWEEP):
+            return _run(jobs)
     except ConfigError as error:
         print_violations(error.violations)
         return 2
+
+
+def _run(jobs: list[Job]) -> int:
     runner = _Runner()
     outcomes: list[Outcome] = []
     for number, job in enumerate(jobs, start=1):
@@ -194,7 +199,7 @@ class _Runner:
         start = time.monotonic()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "pangu.train", *job.overrides],
-            env={**os.environ, STARTED_BY: "sweep"},
+            env=child_environment("sweep"),
             start_new_session=True,
         )
         if self.interrupted_by:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,8 @@ _RUN_FOLDERS = ("checkpoints", "logs", "tensorboard", "tokenizer")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The exit code: 0 done, 2 a mistake of the user's, 3 the run diverged, else a failure."""
+    """The exit code: 0 done, 1 the last steps are in no checkpoint, 2 a mistake of the user's,
+    3 the run diverged, 4 other ranks are lost, 128 + N ended by signal N."""
     # First of all, before any import that costs time or any file: see launch.environment.
     if environment.is_msrun_scheduler(os.environ):
         return 0
@@ -53,8 +55,9 @@ def main(arguments: Sequence[str]) -> int:
     except LauncherError as error:
         print(error, file=sys.stderr)
         return 2
-    if environment.STARTED_BY in os.environ:
-        from pangu.local_launch import die_with_parent
+    # torchrun leaves its processes behind when it is killed.
+    if {environment.STARTED_BY, "TORCHELASTIC_RUN_ID"} & os.environ.keys():
+        from pangu.parent import die_with_parent
 
         die_with_parent()
     options = [argument for argument in arguments if argument.startswith("-")]
@@ -84,9 +87,9 @@ def _sweep(process: ProcessEnvironment, overrides: list[str]) -> int:
 
 
 def _train(process: ProcessEnvironment, overrides: list[str]) -> int:
-    from configs.check import warnings
     from configs.violation import ConfigError
-    from pangu.violation_table import print_warnings
+    from pangu.data import DataError
+    from pangu.run_lock import hold
 
     try:
         config = resolve(process, overrides)
@@ -97,32 +100,46 @@ def _train(process: ProcessEnvironment, overrides: list[str]) -> int:
         return _refuse(process, speaks, error.violations)
     if process.rank == 0 and (unusable := unusable_folders(config)):
         return _refuse(process, True, unusable)
-    if not process.launched and config.launch.processes > 1:
-        from pangu.local_launch import start_local
-
-        if not _default_corpus_is_there(config):
-            return 2
-        if config.backend.name == "cpu":
-            os.environ.setdefault(*WHOLE_HEAP)
-        command = [sys.executable, "-m", "pangu.train", *overrides]
-        return start_local(command, config.launch.processes, Path(config.run_dir) / "logs")
-    if process.rank == 0:
-        print_warnings(warnings(config))
-    from pangu.local_launch import prepare_environment
-
-    process = prepare_environment(config, process)
-    # The first import of torch: everything above has passed.
-    from pangu.data import DataError
-    from pangu.training.run import run
-
+    # What pangu.train has started itself is covered by its own lock.
+    locks = process.rank == 0 and process.launcher != "local"
     try:
-        return run(config, process)
+        with hold(Path(config.run_dir)) if locks else nullcontext() as lock:
+            return _start(process, config, overrides, lock)
     except DataError as error:
         return _refuse(process, True, f"error: {error}")
     except ConfigError as error:
         # What only the run can find is the same on every rank of a node, but for a missing device.
         device = any(violation.key == "backend" for violation in error.violations)
         return _refuse(process, device or process.local_rank == 0, error.violations)
+
+
+def _start(
+    process: ProcessEnvironment, config: Config, overrides: list[str], lock: int | None
+) -> int:
+    """Start the ranks of this machine, or be one of them; `lock` is the run folder's."""
+    from configs.check import warnings
+    from pangu.violation_table import print_warnings
+
+    if not process.launched and config.launch.processes > 1:
+        from pangu.data.stdlib import prepare_standard_library
+        from pangu.local_launch import start_local
+
+        if config.data.name == "stdlib":  # where its progress is seen: before there are ranks
+            prepare_standard_library(config.data.cache_dir, config.model.vocab_size)
+        if config.backend.name == "cpu":
+            os.environ.setdefault(*WHOLE_HEAP)
+        command = [sys.executable, "-m", "pangu.train", *overrides]
+        kept_open = [] if lock is None else [lock]
+        return start_local(command, config.launch.processes, Path(config.run_dir), kept_open)
+    if process.rank == 0:
+        print_warnings(warnings(config))
+    from pangu.local_launch import prepare_environment
+
+    process = prepare_environment(config, process)
+    # The first import of torch: everything above has passed.
+    from pangu.training.run import run
+
+    return run(config, process)
 
 
 def resolve(process: ProcessEnvironment, overrides: list[str]) -> Config:
@@ -165,20 +182,6 @@ def unusable_folders(config: Config) -> list[Violation]:
             reason = f"{folder} cannot be written to: {error.strerror}"
             found.append(Violation(key, wanted[0], reason, "another folder"))
     return found
-
-
-def _default_corpus_is_there(config: Config) -> bool:
-    """Prepare the default corpus where its progress is seen: before there are ranks."""
-    from pangu.data import DataError
-    from pangu.data.stdlib import prepare_standard_library
-
-    if config.data.name == "stdlib":
-        try:
-            prepare_standard_library(config.data.cache_dir, config.model.vocab_size)
-        except DataError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return False
-    return True
 
 
 def _refuse(process: ProcessEnvironment, speaks: bool, why: Sequence[Violation] | str) -> int:

@@ -8,6 +8,7 @@ with sequence n, whatever its layout; in each step the replicas share consecutiv
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from pangu.data.files import Blend, blends
 from pangu.data.stdlib import prepare_standard_library
 from pangu.data.synthetic import SyntheticDataset
 from pangu.data.tokenizer import INFO_FILE, NumberTokenizer, Tokenizer, load_tokenizer
+from pangu.parent import die_with_parent
 
 _VALIDATION_SEED = 0  # the same held-out sequences whatever the run's seed
 _KEYS = ("tokens", "labels", "loss_mask", "position_ids", "document_ids")
@@ -225,11 +227,20 @@ def batches(
             dataset,
             batch_sampler=positions,
             num_workers=config.data.num_workers,
+            worker_init_fn=_begin_worker,
             collate_fn=_Collate(config.data.reset_attention_mask),
             # else the loader draws from the global state, which a checkpoint must find untouched
             generator=torch.Generator(),
         )
     )
+
+
+def _begin_worker(number: int) -> None:
+    """A process that reads batches ahead: it ends with the run, and not before."""
+    die_with_parent()
+    # Launchers signal whole process groups; the run may save, and validate, after it.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +13,10 @@ import torch.distributed as dist
 from configs.compose import to_yaml
 from configs.schema import Config
 from configs.violation import ConfigError, Violation
+from launch import port
 from launch.environment import ProcessEnvironment
 from pangu import backends
+from pangu.local_launch import PEER_LOST
 from pangu.training.resilience import Diverged, StopSignal, is_failed_collective, missing_ranks
 
 if TYPE_CHECKING:
@@ -24,7 +28,7 @@ def run(config: Config, process: ProcessEnvironment) -> int:
 
     The configuration must have been checked for `process.world_size` ranks.
     The exit code is 0 when the run reached its end, or was told to stop, and saved; 1 when its last
-    steps are in no checkpoint; 3 when it diverged.
+    steps are in no checkpoint; 3 when it diverged; 4 when other ranks are lost.
 
     Raises:
         ConfigError: this machine does not have the backend, or the run cannot start from the
@@ -42,8 +46,8 @@ def run(config: Config, process: ProcessEnvironment) -> int:
     from pangu.engines.megatron import process_groups
     from pangu.training.finish import finish
 
-    process_groups.initialize(config)
     try:
+        _join(config, process)
         try:
             trainer = build_trainer(config, stop)
         except OSError as error:
@@ -58,11 +62,45 @@ def run(config: Config, process: ProcessEnvironment) -> int:
         process_groups.say(f"the run has diverged: {error}")
         return 3
     except RuntimeError as error:
-        if is_failed_collective(error) and (sentence := missing_ranks()):
-            error.add_note(sentence)
-        raise
+        if not is_failed_collective(error):
+            raise
+        _say_lost(config, process, error)
+        return PEER_LOST
     finally:
         process_groups.shutdown()
+
+
+def _join(config: Config, process: ProcessEnvironment) -> None:
+    """Meet the other ranks.
+
+    Raises:
+        ConfigError: rank 0 cannot listen on the port that all were told.
+    """
+    from pangu.engines.megatron import process_groups
+
+    try:
+        process_groups.initialize(config)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        hint = f"for all ranks, another: {port.free_port()} is free here"
+        violation = Violation("MASTER_PORT", process.master_port, port.IN_USE, hint)
+        raise ConfigError([violation]) from None
+
+
+def _say_lost(config: Config, process: ProcessEnvironment, error: RuntimeError) -> None:
+    """Say which ranks are missing; where this rank waited for them goes into a file."""
+    log = Path(config.run_dir) / "logs" / f"rank_{process.rank}.traceback"
+    where = f"; traceback in {log}"
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("".join(traceback.format_exception(error)))
+    except OSError:
+        where = ""
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    missing = missing_ranks() if dist.is_initialized() else ""
+    line = f"error: rank {process.rank} waited in vain for another: {said[0]}{where}"
+    print("\n".join(filter(None, (line, missing))), file=sys.stderr, flush=True)
 
 
 def _unusable(config: Config, error: OSError) -> Exception:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pangu.local_launch import free_port
+from launch.port import free_port
 
 pytestmark = pytest.mark.distributed
 
@@ -164,7 +164,7 @@ def test_local_ranks_and_their_output(tmp_path: Path) -> None:
     child = "import os; print('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'])"
     output, _ = (process := spawn(tmp_path, child)).communicate(timeout=30)
     assert (process.returncode, output) == (0, "rank 0 of 2\n")
-    assert (tmp_path / "rank_1.log").read_text() == "rank 1 of 2\n"
+    assert (tmp_path / "logs/rank_1.log").read_text() == "rank 1 of 2\n"
 
 
 def test_a_failing_rank_ends_the_others_and_is_shown(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_sigterm_reaches_every_rank(tmp_path: Path) -> None:
     process = interrupted(tmp_path, signal.SIGTERM, leave)
     output, _ = process.communicate(timeout=30)
     assert (process.returncode, output) == (0, "saved\n")
-    assert (tmp_path / "rank_1.log").read_text() == "saved\n"
+    assert (tmp_path / "logs/rank_1.log").read_text() == "saved\n"
 
 
 def test_ctrl_c_before_the_ranks_listen_is_silent(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_ctrl_c_before_the_ranks_listen_is_silent(tmp_path: Path) -> None:
 def test_a_killed_start_leaves_no_rank_behind(tmp_path: Path) -> None:
     child = (
         "import os, time\n"
-        "from pangu.local_launch import die_with_parent\n"
+        "from pangu.parent import die_with_parent\n"
         "die_with_parent()\n"
         f"name = os.path.join({str(tmp_path)!r}, 'pid' + os.environ['RANK'])\n"
         "open(name + '.new', 'w').write(str(os.getpid())); os.rename(name + '.new', name)\n"

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pangu.local_launch import free_port
+from launch.port import free_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.end_to_end]
 
