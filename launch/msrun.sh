@@ -29,6 +29,8 @@ export PYTORCH_NPU_ALLOC_CONF=${PYTORCH_NPU_ALLOC_CONF:-expandable_segments:True
 # With several network cards, name the one between the nodes:
 # export HCCL_SOCKET_IFNAME=eth0 GLOO_SOCKET_IFNAME=eth0
 
+[ "$NODE_RANK" != 0 ] || python -m launch.port "$MASTER_PORT" "$((MASTER_PORT + 1))"
+
 # Without --node_rank msrun sets no RANK_ID, and without --join it returns at once.
 exec "${MSRUN:-msrun}" --worker_num $((PROCESSES * NNODES)) --local_worker_num "$PROCESSES" \
 	--node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" \

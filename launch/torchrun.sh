@@ -23,5 +23,8 @@ export PYTORCH_NPU_ALLOC_CONF=${PYTORCH_NPU_ALLOC_CONF:-expandable_segments:True
 # With several network cards, name the one between the nodes:
 # export HCCL_SOCKET_IFNAME=eth0 GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0
 
+# Node 0 listens; in use, the port is a sentence here and pages of traceback later.
+[ "$NODE_RANK" != 0 ] || python -m launch.port "$MASTER_PORT"
+
 exec torchrun --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$PROCESSES" \
 	--master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" -m pangu.train "$@"

@@ -62,6 +62,10 @@ def run(config: Config, process: ProcessEnvironment) -> int:
         process_groups.say(f"the run has diverged: {error}")
         return 3
     except RuntimeError as error:
+        if str(error).startswith("DataLoader worker"):
+            # Raised wherever this process happens to be when the kernel tells it.
+            print(f"error: a process that reads data ahead has ended: {error}", file=sys.stderr)
+            return 1
         if not is_failed_collective(error):
             raise
         _say_lost(config, process, error)

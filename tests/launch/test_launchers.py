@@ -183,6 +183,29 @@ def test_a_failing_rank_ends_the_others_and_is_shown(tmp_path: Path) -> None:
     assert (process.returncode, error) == (2, "yours\n"), "said once, by rank 0"
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_who_was_killed_and_when_is_said_last(tmp_path: Path, victim: int) -> None:
+    """Rank `victim` is killed, the other one fails for it, and is quicker to be seen."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 6}\n{"step": 7, "loss": 1}\n{"ste')
+    child = (
+        "import os, signal, time\n"
+        f"if os.environ['RANK'] == '{victim}':\n"
+        "    time.sleep(1); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "print('waited in vain'); os._exit(4)\n"
+    )
+    output, error = (process := spawn(tmp_path, child)).communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGKILL
+    (line,) = error.splitlines()
+    assert line.startswith(f"rank {victim} was ended by SIGKILL after step 7; where nobody sent it")
+    assert output == ("waited in vain\n" if victim else "")
+
+    crash = child.replace("SIGKILL", "SIGSEGV").replace("time.sleep(1);", "print('near');")
+    _, error = (process := spawn(tmp_path, crash)).communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGSEGV
+    last = error.splitlines()[-1]
+    assert last.startswith(f"rank {victim} was ended by SIGSEGV after step 7. The same command")
+
+
 def interrupted(folder: Path, received: signal.Signals, leave: str) -> subprocess.Popen[str]:
     """Two ranks that were sent a signal; they answer it with what the code defines as `leave`."""
     child = (
