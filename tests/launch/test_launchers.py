@@ -250,6 +250,26 @@ def test_a_killed_start_leaves_no_rank_behind(tmp_path: Path) -> None:
     wait_for(lambda: not any(alive(pid) for pid in pids))
 
 
+def test_a_killed_torchrun_leaves_no_rank_behind(tmp_path: Path) -> None:
+    child = (
+        "import os, time\n"
+        "from pangu.parent import die_with_parent\n"
+        "die_with_parent()\n"
+        f"name = os.path.join({str(tmp_path)!r}, 'pid' + os.environ['RANK'])\n"
+        "open(name + '.new', 'w').write(str(os.getpid())); os.rename(name + '.new', name)\n"
+        "time.sleep(60)\n"
+    )
+    command = ["torchrun", "--nproc-per-node=2", f"--master-port={free_port()}", "--no-python"]
+    process = subprocess.Popen([*command, sys.executable, "-c", child], env=environ())
+    wait_for(lambda: (tmp_path / "pid0").exists() and (tmp_path / "pid1").exists(), 60)
+    pids = [int((tmp_path / f"pid{rank}").read_text()) for rank in range(2)]
+    time.sleep(1)
+    assert all(alive(pid) for pid in pids), "torchrun's threads come and go"
+    process.kill()
+    process.communicate(timeout=30)
+    wait_for(lambda: not any(alive(pid) for pid in pids))
+
+
 def alive(pid: int) -> bool:
     """Whether a process runs; a zombie that nobody has waited for does not."""
     try:
