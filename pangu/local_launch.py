@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from configs.violation import ConfigError, Violation
 from launch import port
 from launch.environment import STARTED_BY, ProcessEnvironment
-from pangu.parent import PARENT
+from pangu.processes import PARENT, PEER_LOST
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 # After one process failed: how long the others may take to report their own end, and then to
 # follow SIGTERM, in seconds.
 GRACE_SECONDS = 5.0
-# The exit code of a rank that waited in vain for another one: not itself the reason.
-PEER_LOST = 4
 _TAIL = 1 << 16  # bytes of metrics.jsonl that hold its last row
 
 

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     # torchrun leaves its processes behind when it is killed.
     if {environment.STARTED_BY, "TORCHELASTIC_RUN_ID"} & os.environ.keys():
-        from pangu.parent import die_with_parent
+        from pangu.processes import die_with_parent
 
         die_with_parent()
     options = [argument for argument in arguments if argument.startswith("-")]

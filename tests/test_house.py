@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1]
 HOUSE = (
     {"configs"},
     {"simulator"},
-    {"pangu/processes", "pangu/violation_table", "pangu/machine_check"},
+    {"pangu/processes", "pangu/run_lock", "pangu/violation_table", "pangu/machine_check"},
     {"pangu/backends"},
     {"pangu/ops"},
     {"pangu/moe"},
@@ -27,8 +27,6 @@ LEVEL = {name: level for level, names in enumerate(HOUSE) for name in names}
 KNOWN = {
     ("pangu/backends", "pangu/engines"),
     ("pangu/inference", "pangu/checkpoint"),
-    ("pangu/checkpoint", "pangu/local_launch"),
-    ("pangu/calibration", "pangu/local_launch"),
     ("pangu/training", "launch"),
     ("entry points", "entry points"),  # generate asks train for the environment
     ("pangu", "behind the simulator's door"),

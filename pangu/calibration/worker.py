@@ -17,7 +17,7 @@ from configs.schema import Config
 from pangu import backends
 from pangu.calibration import messages, operators
 from pangu.calibration.samples import Device
-from pangu.parent import die_with_parent
+from pangu.processes import die_with_parent
 
 QUICK_SIZES = [2**12, 2**18, 2**20]
 

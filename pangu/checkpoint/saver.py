@@ -44,7 +44,7 @@ from pangu.data.tokenizer import Tokenizer
 from pangu.engines.megatron import optimizer_state
 from pangu.engines.megatron.optimizer_state import Part
 from pangu.engines.megatron.process_groups import from_rank_0, say
-from pangu.parent import die_with_parent
+from pangu.processes import die_with_parent
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from pangu.data.files import Blend, blends
 from pangu.data.stdlib import prepare_standard_library
 from pangu.data.synthetic import SyntheticDataset
 from pangu.data.tokenizer import INFO_FILE, NumberTokenizer, Tokenizer, load_tokenizer
-from pangu.parent import die_with_parent
+from pangu.processes import die_with_parent
 
 _VALIDATION_SEED = 0  # the same held-out sequences whatever the run's seed
 _KEYS = ("tokens", "labels", "loss_mask", "position_ids", "document_ids")

@@ -16,7 +16,7 @@ from configs.violation import ConfigError, Violation
 from launch import port
 from launch.environment import ProcessEnvironment
 from pangu import backends
-from pangu.local_launch import PEER_LOST
+from pangu.processes import PEER_LOST
 from pangu.training.resilience import Diverged, StopSignal, is_failed_collective, missing_ranks
 
 if TYPE_CHECKING:

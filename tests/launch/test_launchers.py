@@ -236,7 +236,7 @@ def test_ctrl_c_before_the_ranks_listen_is_silent(tmp_path: Path) -> None:
 def test_a_killed_start_leaves_no_rank_behind(tmp_path: Path) -> None:
     child = (
         "import os, time\n"
-        "from pangu.parent import die_with_parent\n"
+        "from pangu.processes import die_with_parent\n"
         "die_with_parent()\n"
         f"name = os.path.join({str(tmp_path)!r}, 'pid' + os.environ['RANK'])\n"
         "open(name + '.new', 'w').write(str(os.getpid())); os.rename(name + '.new', name)\n"
@@ -253,7 +253,7 @@ def test_a_killed_start_leaves_no_rank_behind(tmp_path: Path) -> None:
 def test_a_killed_torchrun_leaves_no_rank_behind(tmp_path: Path) -> None:
     child = (
         "import os, time\n"
-        "from pangu.parent import die_with_parent\n"
+        "from pangu.processes import die_with_parent\n"
         "die_with_parent()\n"
         f"name = os.path.join({str(tmp_path)!r}, 'pid' + os.environ['RANK'])\n"
         "open(name + '.new', 'w').write(str(os.getpid())); os.rename(name + '.new', name)\n"

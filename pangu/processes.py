@@ -1,4 +1,4 @@
-"""Processes that end with the one that has started them."""
+"""What the processes of a run owe each other: to end with it, and to say whose fault an end is."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import sys
 
 # The number of the process that started this one, where `multiprocessing` does not know.
 PARENT = "PANGU_PARENT"
+# The exit code of a rank that waited in vain for another one: not itself the reason.
+PEER_LOST = 4
 
 
 def die_with_parent() -> None:
