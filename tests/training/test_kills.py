@@ -8,6 +8,7 @@ import sys
 import pytest
 from drills.kills import KILLS, MODEL, Drill, Kill, drill, losses, wait_for
 
+RENDEZVOUS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
 SHORT = (
     Kill("launcher", signal.SIGKILL, "step"),
     Kill("rank 0", signal.SIGKILL, "validation"),
@@ -36,7 +37,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(tmp_pa
         for environ in (
             {},
             # by a launcher
-            {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"},
+            {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} | RENDEZVOUS,
         ):
             alone = ["launch.processes=1"] if environ else []
             second = subprocess.run(
