@@ -169,7 +169,7 @@ def write(out: Path, tree: dict[str, Any], device: Device, processes: int) -> No
     """Write the preset, once the simulator has accepted it."""
     import yaml
 
-    from simulator.hardware import load_hardware
+    from simulator.api import load_hardware
 
     load_hardware(tree)
     header = (

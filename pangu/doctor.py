@@ -9,32 +9,19 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 from rich.table import Table
 from rich.text import Text
 
 from configs.check import examine, warnings
-from configs.layout import layers_per_virtual_stage
 from configs.process_groups import process_groups
 from configs.schema import Config
 from pangu import machine_check
 from pangu.data import files
 from pangu.violation_table import console, print_violations, print_warnings
-from simulator.counts.layer import blocks
-from simulator.counts.records import shapes
-from simulator.evaluate import expected_load
-from simulator.layout import from_config
-from simulator.memory import (
-    Memory,
-    StageParameters,
-    block_activations,
-    rank_memory,
-    stage_contents,
-    stage_parameters,
-)
-from simulator.parameters import count_parameters
+from simulator.api import Rank, count_parameters, pipeline_ranks
 
 Precision = Literal["auto", "fp32", "fp64", "bf16", "fp16", "fp8", "int8", "fp4"]
 
@@ -136,52 +123,29 @@ def show_parameters(config: Config) -> None:
         table.add_column(heading, justify="right")
     for heading in ("weights", "gradients", "optimizer", "activations", "peak"):
         table.add_column(heading, justify="right")
-    alike: dict[tuple[str, ...], list[Stage]] = {}
-    for stage in stages(config):
-        alike.setdefault(stage.contents(), []).append(stage)
-    for contents, members in alike.items():
-        fullest = max(members, key=lambda stage: float(stage.memory.peak))
-        ranks = shortened([stage.rank for stage in members], most=3)
-        table.add_row(ranks, *contents, *fullest.gibibytes())
+    alike: dict[tuple[str, ...], list[Rank]] = {}
+    for rank in pipeline_ranks(config):
+        alike.setdefault(held(rank), []).append(rank)
+    for cells, members in alike.items():
+        fullest = max(members, key=lambda rank: float(rank.memory.peak))
+        ranks = shortened([rank.rank for rank in members], most=3)
+        table.add_row(ranks, *cells, *gibibytes(fullest))
     table.caption = "per rank: parameters, and the simulator's forecast of the fullest in GiB, "
     table.caption += config.backend.precision
     console().print(table)
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One pipeline rank: layers of its chunks, parameters and forecast memory on one device."""
-
-    rank: int
-    layers: list[int]
-    parameters: StageParameters
-    memory: Memory
-
-    def contents(self) -> tuple[str, ...]:
-        """Layers and parameters, as cells of a table."""
-        parameters = (self.parameters.dense, self.parameters.experts, self.parameters.total)
-        return " + ".join(map(str, self.layers)), *(_billions(float(n)) for n in parameters)
-
-    def gibibytes(self) -> tuple[str, ...]:
-        """Memory, as cells of a table."""
-        m = self.memory
-        parts = (m.weights, m.gradients, m.optimizer, m.activations + m.temporary, m.peak)
-        return tuple(f"{float(value) / 2**30:.2f}" for value in parts)
+def held(rank: Rank) -> tuple[str, ...]:
+    """Layers and parameters of a pipeline rank, as cells of a table."""
+    parameters = (rank.parameters.dense, rank.parameters.experts, rank.parameters.total)
+    return " + ".join(map(str, rank.layers)), *(_billions(float(n)) for n in parameters)
 
 
-def stages(config: Config) -> list[Stage]:
-    """All pipeline ranks. Needs a configuration without violations."""
-    s = shapes(config, from_config(config))
-    counted = blocks(s, expected_load(s))
-    kept = block_activations(s, counted)
-    pp = config.parallel.pipeline_model_parallel_size
-    layers = layers_per_virtual_stage(config)
-    found = []
-    for rank in range(pp):
-        contents = stage_contents(s, rank, config.parallel.virtual_pipeline_model_parallel_size)
-        memory = rank_memory(s, counted, kept, rank, contents)
-        found.append(Stage(rank, layers[rank::pp], stage_parameters(s, contents), memory))
-    return found
+def gibibytes(rank: Rank) -> tuple[str, ...]:
+    """Its memory, as cells of a table."""
+    m = rank.memory
+    parts = (m.weights, m.gradients, m.optimizer, m.activations + m.temporary, m.peak)
+    return tuple(f"{float(value) / 2**30:.2f}" for value in parts)
 
 
 def precision(config: Config) -> Precision:

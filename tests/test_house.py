@@ -29,7 +29,6 @@ KNOWN = {
     ("pangu/inference", "pangu/checkpoint"),
     ("pangu/training", "launch"),
     ("entry points", "entry points"),  # generate asks train for the environment
-    ("pangu", "behind the simulator's door"),
 }
 
 

@@ -11,8 +11,15 @@ import numpy as np
 
 from pangu.calibration.framework import Framework
 from pangu.calibration.samples import Device, Sample
-from simulator.hardware import Attention, Hardware, Launch, Link, Matmul, Overlap
-from simulator.operators import attention_seconds, grouped_matmul_seconds, matmul_seconds
+from simulator.api import (
+    Attention,
+    Hardware,
+    Launch,
+    Link,
+    Matmul,
+    Overlap,
+    operator_seconds,
+)
 
 # One tile of one element: no quantisation. Where a device has many matrix units, blocks as GPU
 # libraries choose them, with the part of the efficiency that each is known to keep.
@@ -113,6 +120,11 @@ def _flops(sample: Sample) -> float:
     return 2.0 * sample.shape["m"] * sample.shape["n"] * sample.shape["k"]
 
 
+def _seconds(hw: Hardware, sample: Sample, device: Device) -> Any:
+    """What `hw` would take for the operator of a sample."""
+    return operator_seconds(hw, sample.kind, **sample.shape, dtype=device.precision)
+
+
 def _matmul(hw: Hardware, device: Device) -> Matmul:
     """Efficiency by size, the depth that leaves the least scatter around it, and the part that
     weight gradients keep."""
@@ -125,19 +137,19 @@ def _matmul(hw: Hardware, device: Device) -> Matmul:
     for depth in DEPTHS:
         curve = replace(hw.matmul, depth_half=depth)
         trial = replace(hw, matmul=curve, memory_bandwidth_gbps=1e9)
-        wanted = matmul_seconds(trial, m, n, k, dtype=device.precision) / seconds
+        product: dict[str, Any] = {"m": m, "n": n, "k": k, "dtype": device.precision}
+        wanted = operator_seconds(trial, "matmul", **product) / seconds
         knots, values = _curve(size, wanted)
         curve = replace(curve, size=knots, efficiency=values)
-        scatter = _scatter(
-            matmul_seconds(replace(hw, matmul=curve), m, n, k, dtype=device.precision) / seconds
-        )
+        fitted = replace(hw, matmul=curve)
+        scatter = _scatter(operator_seconds(fitted, "matmul", **product) / seconds)
         if best is None or scatter < best[0]:
             best = scatter, curve
     assert best is not None
     curve = best[1]
     added = [sample for sample in products if sample.shape.get("weight_gradient")]
     fitted = replace(hw, matmul=curve)
-    kept = [matmul_seconds(fitted, **s.shape, dtype=device.precision) / s.seconds for s in added]
+    kept = [_seconds(fitted, s, device) / s.seconds for s in added]
     return replace(curve, weight_gradient=float(np.median(kept)))
 
 
@@ -158,9 +170,7 @@ def _scatter(ratio: Any) -> float:
 
 def _grouped(hw: Hardware, device: Device) -> float:
     samples = _of(device.samples, "grouped_matmul")
-    kept = [
-        grouped_matmul_seconds(hw, **s.shape, dtype=device.precision) / s.seconds for s in samples
-    ]
+    kept = [_seconds(hw, s, device) / s.seconds for s in samples]
     return float(np.median(kept))
 
 
@@ -172,12 +182,7 @@ def _attention(hw: Hardware, device: Device) -> Attention:
     for half_length, half_head in itertools.product(HALF_LENGTHS, HALF_HEADS):
         curve = Attention(1.0, 1.0, half_length, half_head)
         trial = replace(hw, attention=curve)
-        ratio = np.array(
-            [
-                attention_seconds(trial, **s.shape, dtype=device.precision) / s.seconds
-                for s in samples
-            ]
-        )
+        ratio = np.array([_seconds(trial, s, device) / s.seconds for s in samples])
         forth, back = np.median(ratio[~backward]), np.median(ratio[backward])
         scatter = _scatter(ratio / np.where(backward, back, forth))
         if best is None or scatter < best[0]:

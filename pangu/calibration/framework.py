@@ -13,13 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from configs.compose import load
 from pangu.report.run_files import METRICS, read_metrics
-from simulator.evaluate import prepare
-from simulator.layout import from_config
-from simulator.predict import predict
+from simulator.api import LayerCount, count_layer, predict
 
 SHORT_RUN = [
     "model=moge_tiny",
@@ -89,13 +85,13 @@ def measure(
     message, overhead = 0.0, _overhead(backend, 1, base, quick, say)
     if processes > 1:
         together, base = _depths([*backend, steps], processes, say)
-        messages = _messages(_expert_parallel(processes))
+        messages = _counted(_expert_parallel(processes)).messages
         message = max(_per_layer(together) - per_layer, 0.0) / messages
         # Processes that talk all the time leave more holes than such as talk little.
         overhead = (overhead + _overhead(backend, processes, base, quick, say)) / 2
-    in_layer, outside = _operators()
-    operator = per_layer / in_layer
-    step = max(alone[0] - DEPTHS[0] * per_layer - outside * operator, 0.0)
+    counted = _counted(1)
+    operator = per_layer / counted.operators
+    step = max(alone[0] - DEPTHS[0] * per_layer - counted.end_operators * operator, 0.0)
     return Framework(operator, step, message, base, overhead)
 
 
@@ -156,27 +152,10 @@ def _per_layer(seconds: list[float]) -> float:
     return max((seconds[1] - seconds[0]) / (DEPTHS[1] - DEPTHS[0]), 0.0)
 
 
-def _messages(expert_parallel: int) -> float:
-    """Messages that the simulator counts in one layer of the narrow model."""
+def _counted(expert_parallel: int) -> LayerCount:
+    """What the simulator counts in the narrow model."""
     size = f"parallel.expert_model_parallel_size={expert_parallel}"
-    config = load([*NARROW, "hardware=a100", size, f"devices={expert_parallel}"])
-    block = prepare(config, from_config(config)).blocks.moe
-    assert block is not None
-    return float(
-        sum(m.count for m in block.messages if m.group in ("ep", "expert") and np.any(m.bytes))
-    )
-
-
-def _operators() -> tuple[int, int]:
-    """Operators that the simulator counts in one layer of the narrow model, and at its ends."""
-    config = load([*NARROW, "hardware=a100"])
-    blocks = prepare(config, from_config(config)).blocks
-    assert blocks.moe is not None
-    layer, *ends = (
-        sum(1 for operator in block.operators if np.any(operator.bytes) and operator.count)
-        for block in (blocks.moe, blocks.embedding, blocks.head)
-    )
-    return layer, sum(ends)
+    return count_layer(load([*NARROW, "hardware=a100", size, f"devices={expert_parallel}"]))
 
 
 def _run(overrides: list[str]) -> list[dict[str, float]]:

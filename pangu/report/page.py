@@ -12,8 +12,7 @@ import numpy as np
 from pangu.report.plots import smooth
 from pangu.report.run_data import RunData
 from pangu.report.run_files import perplexity, short
-from simulator.page import fill
-from simulator.parameters import count_parameters
+from simulator.api import count_parameters, fill_page
 
 TEMPLATE = Path(__file__).with_name("page.html")
 _MOST_POINTS = 1500  # per curve: more than a screen has pixels
@@ -32,7 +31,7 @@ _CURVES = {
 def write_page(run: RunData) -> Path:
     """Write `<run_dir>/report.html`."""
     path = run.folder / "report.html"
-    path.write_text(fill(TEMPLATE, _data(run)), encoding="utf-8")
+    path.write_text(fill_page(TEMPLATE, _data(run)), encoding="utf-8")
     return path
 
 

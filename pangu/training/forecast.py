@@ -8,7 +8,7 @@ from typing import Any
 
 from configs.schema import Config
 from configs.violation import ConfigError
-from simulator.predict import Prediction, predict
+from simulator.api import Prediction, predict
 
 WARM_UP = 2  # steps of a run that are slower than the rest: first allocations, first messages
 

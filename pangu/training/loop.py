@@ -29,7 +29,7 @@ from pangu.training.forecast import announce, compare, forecast
 from pangu.training.metrics import MetricsFile, describe_run, step_row
 from pangu.training.progress import Progress
 from pangu.training.resilience import Diverged, SkippedSteps, StopSignal
-from simulator.predict import Prediction
+from simulator.api import Prediction
 
 LOAD_INTERVAL = 100  # steps over which an expert that nobody chose counts as dead
 

@@ -16,7 +16,7 @@ from pangu import backends
 from pangu.engines.megatron.step import StepResult
 from pangu.moe.load import RoutingLoad, device_imbalance, dropped_tokens, expert_imbalance
 from pangu.report.run_files import METRICS, read_metrics, replace_text, short
-from simulator.parameters import count_parameters, model_flops_per_token
+from simulator.api import count_parameters, model_flops_per_token
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

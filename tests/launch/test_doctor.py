@@ -16,8 +16,8 @@ from configs.compose import load
 from configs.violation import Violation
 from pangu import machine_check
 from pangu.data import files
-from pangu.doctor import stages
 from pangu.violation_table import table
+from simulator.api import pipeline_ranks
 from simulator.parameters import count_parameters
 
 ROOT = Path(__file__).parents[2]
@@ -103,7 +103,7 @@ def test_parameters_per_rank_add_up(model: str) -> None:
     layout = "parallel.pipeline_model_parallel_size=2"
     noop = "parallel.num_noop_layers=1" if model == "pangu_ultra_moe" else "seed=1"
     config = load([f"model={model}", layout, noop, "devices=8", EP4, "backend.precision=fp32"])
-    ranks = stages(config)
+    ranks = pipeline_ranks(config)
     count = count_parameters(config)
     # The last stage has an embedding of its own, as its head or for multi-token prediction.
     second = config.model.tie_embeddings or config.model.mtp_num_layers

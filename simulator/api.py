@@ -1,0 +1,88 @@
+"""The planner's only door for `pangu`: what a run will take, what its model is, and what a machine
+that was measured is like.
+
+- before a run: `predict` (a `Prediction`), `pipeline_ranks` where no machine is named;
+- behind MFU and reports: `model_flops_per_token`, `count_parameters`, `fill_page`;
+- for calibration: `Hardware` and its parts, `load_hardware`, `operator_seconds`, `count_layer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from configs.schema import Config
+from simulator import operators
+from simulator.counts.records import Counts
+from simulator.evaluate import prepare
+from simulator.hardware import Attention, Hardware, Launch, Link, Matmul, Overlap, load_hardware
+from simulator.layout import from_config
+from simulator.page import fill as fill_page
+from simulator.parameters import count_parameters, model_flops_per_token
+from simulator.predict import Prediction, predict
+from simulator.ranks import Rank, pipeline_ranks
+
+__all__ = [
+    "Attention",
+    "Hardware",
+    "Launch",
+    "LayerCount",
+    "Link",
+    "Matmul",
+    "Overlap",
+    "Prediction",
+    "Rank",
+    "count_layer",
+    "count_parameters",
+    "fill_page",
+    "load_hardware",
+    "model_flops_per_token",
+    "operator_seconds",
+    "pipeline_ranks",
+    "predict",
+]
+
+_SECONDS: dict[str, Callable[..., Any]] = {
+    "matmul": operators.matmul_seconds,
+    "grouped_matmul": operators.grouped_matmul_seconds,
+    "attention": operators.attention_seconds,
+}
+
+
+def operator_seconds(hardware: Hardware, kind: str, *, dtype: str, **shape: Any) -> Any:
+    """Seconds of one operator of `kind` (matmul, grouped_matmul, attention) and `shape` (names and
+    units of `simulator.operators`; arrays broadcast) on `hardware`."""
+    return _SECONDS[kind](hardware, **shape, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class LayerCount:
+    """How many operators and expert-exchange messages a micro-batch meets in one MoE layer, and
+    operators at the model's ends (embedding, and head with the loss)."""
+
+    operators: int
+    messages: int
+    end_operators: int
+
+
+def count_layer(config: Config) -> LayerCount:
+    """Counts of one MoE layer of a configuration that names a machine.
+
+    Raises:
+        ConfigError: it names none.
+    """
+    blocks = prepare(config, from_config(config)).blocks
+    assert blocks.moe is not None, "calibration runs a model with experts"
+    exchanged = (m for m in blocks.moe.messages if m.group in ("ep", "expert") and np.any(m.bytes))
+    return LayerCount(
+        _launched(blocks.moe),
+        int(sum(float(message.count) for message in exchanged)),
+        _launched(blocks.embedding) + _launched(blocks.head),
+    )
+
+
+def _launched(counts: Counts) -> int:
+    return sum(1 for each in counts.operators if np.any(each.bytes) and each.count)
