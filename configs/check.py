@@ -14,8 +14,8 @@ from typing import Any, Literal
 from configs.compose import compose_dict, from_dict
 from configs.layout import num_virtual_stages
 from configs.layout_rules import batch, pipeline, ranks, sequence, widths
-from configs.problem import EP, Problem, with_value
-from configs.run_rules import BOUNDS, bounds, data, memory, optimizer, trainer_limits
+from configs.problem import EP, Problem, get, with_value
+from configs.run_rules import bounds, data, memory, optimizer, trainer_limits
 from configs.schema import Config
 from configs.shape_rules import attention, experts
 from configs.violation import ConfigError, Violation
@@ -33,6 +33,7 @@ class Started:
     option: str
 
 
+_TRIED = 32  # values of one key, which all rules are asked about
 RULES = (attention, experts, ranks, widths, pipeline, sequence, batch, memory, optimizer, data)
 
 
@@ -163,11 +164,8 @@ def _forget(tree: dict[str, Any], path: list[str]) -> None:
 
 
 def _problems(config: Config, purpose: Purpose) -> list[Problem]:
-    found = list(bounds(config))
+    config, found = bounds(config)  # with which the other rules can divide
     broken = {problem.key for problem in found}
-    for key in broken & BOUNDS.keys():
-        # Only so that the other rules can divide.
-        config = with_value(config, key, max(1, int(BOUNDS[key][0])))
     for rule in (*RULES, trainer_limits) if purpose == "train" else RULES:
         found += [problem for problem in rule(config) if problem.key not in broken]
     return found
@@ -179,7 +177,7 @@ def _suggestion(
     """The candidates that mend this problem and leave the fewest, rather none that is new."""
     mending: list[tuple[int, bool, str, Any]] = []
     for key, values in problem.candidates.items():
-        for value in values:
+        for value in _nearest(list(values), get(config, key), _TRIED):
             left = {p.rule for p in _problems(with_value(config, key, value), purpose)}
             if problem.rule not in left:
                 mending.append((len(left), not left <= rules, key, value))

@@ -127,13 +127,13 @@ def pipeline(config: Config) -> Iterator[Problem]:
     layout, key = parallel.pipeline_layout, "parallel.pipeline_layout"
     if layout is None and slots % stages:
         reason = f"{slots} layers do not fill PP x VPP = {pp} x {vpp} = {stages} stages evenly"
-        uneven = [layers // stages + (stage < layers % stages) for stage in range(stages)]
         options: dict[str, list[Any]] = {
             "parallel.num_noop_layers": [-layers % stages],
             VPP: divisors(slots),
             PP: divisors(slots),
-            key: [uneven] if stages <= 16 else [],
         }
+        if stages <= 16:
+            options[key] = [[layers // stages + (i < layers % stages) for i in range(stages)]]
         size = PP if pp > 1 else VPP
         yield Problem("stages", size, get(config, size), reason, options)
     if layout is not None and len(layout) != stages:

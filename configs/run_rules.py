@@ -1,112 +1,28 @@
-"""Rules about single values, memory policy, optimizer and data, and what the trainer can run."""
+"""Rules about memory policy, optimizer and data, and what the trainer can run."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from configs.change_rules import ALLOWABLE
 from configs.layout import num_virtual_stages
-from configs.problem import CP, EP, ETP, PP, TP, VPP, Problem, get
+from configs.limits import bounded
+from configs.problem import Problem, get
 from configs.schema import Config
 
-# Smallest and largest allowed value; None is no limit. A value that is null is not checked.
-BOUNDS: dict[str, tuple[float, float | None]] = {
-    **dict.fromkeys((TP, PP, VPP, CP, EP, ETP), (1, None)),
-    "model.num_layers": (1, None),
-    "model.hidden_size": (1, None),
-    "model.num_attention_heads": (1, None),
-    "model.vocab_size": (1, None),
-    "model.max_position_embeddings": (1, None),
-    "model.ffn_hidden_size": (0, None),
-    "model.num_query_groups": (0, None),
-    "model.kv_channels": (0, None),
-    "model.num_experts": (0, None),
-    "model.moe_ffn_hidden_size": (0, None),
-    "model.shared_expert_ffn_hidden_size": (0, None),
-    "model.num_dense_layers": (0, None),
-    "model.mtp_num_layers": (0, None),
-    "model.q_lora_rank": (0, None),
-    "model.rotary_base": (1, None),
-    "model.norm_epsilon": (0, None),
-    "model.init_std": (0, None),
-    "moe.top_k": (1, None),
-    "moe.num_expert_groups": (1, None),
-    "moe.topk_group": (0, None),
-    "moe.aux_loss_coefficient": (0, None),
-    "moe.z_loss_coefficient": (0, None),
-    "moe.expert_bias_update_rate": (0, None),
-    "parallel.num_noop_layers": (0, None),
-    "parallel.zero_stage": (0, 3),
-    "memory.recompute_num_layers": (1, None),
-    "data.num_workers": (0, None),
-    "optimizer.lr": (0, None),
-    "optimizer.min_lr": (0, None),
-    "optimizer.warmup_steps": (0, None),
-    "optimizer.decay_steps": (0, None),
-    "optimizer.adam_beta1": (0, 0.999999),
-    "optimizer.adam_beta2": (0, 0.999999),
-    "optimizer.adam_eps": (0, None),
-    "optimizer.weight_decay": (0, None),
-    "optimizer.clip_grad": (0, None),
-    "backend.threads": (0, None),
-    "backend.peak_tflops": (0, None),
-    "launch.processes": (1, None),
-    "launch.nodes": (1, None),
-    "train.steps": (1, None),
-    "train.micro_batch_size": (1, None),
-    "train.global_batch_size": (1, None),
-    "train.seq_length": (1, None),
-    "train.validate_every": (0, None),
-    "train.validation_batches": (0, None),
-    "train.log_every": (1, None),
-    "train.max_skipped_steps": (0, None),
-    "train.max_rollbacks": (0, None),
-    "checkpoint.save_every": (0, None),
-    "checkpoint.keep_last": (1, None),
-    "checkpoint.max_restarts": (1, None),
-    "checkpoint.keep_every": (0, None),
-    "inference.batch_size": (0, None),
-    "inference.input_length": (1, None),
-    "inference.output_length": (1, None),
-    "inference.draft_tokens": (0, None),
-    "inference.acceptance_rate": (0, 1),
-    "devices": (1, None),
-    "seed": (0, 2**32 - 1),
-}
-PHASE_BOUNDS: dict[str, tuple[float, float | None]] = {
-    "steps": (1, None),
-    "lr": (0, None),
-    "min_lr": (0, None),
-    "warmup_steps": (0, None),
-}
 
-
-def bounds(config: Config) -> Iterator[Problem]:
-    for key, limits in BOUNDS.items():
-        if (value := get(config, key)) is not None and (wrong := _outside(value, *limits)):
-            reason, nearest = wrong
-            yield Problem(f"bounds:{key}", key, value, reason, {key: [nearest]})
-    for index, phase in enumerate(config.optimizer.phases):
-        for name, limits in PHASE_BOUNDS.items():
-            if wrong := _outside(value := getattr(phase, name), *limits):
-                key, (reason, nearest) = f"optimizer.phases[{index}].{name}", wrong
-                yield Problem(f"bounds:{key}", key, value, reason, hint=f"{key}={nearest}")
-    if not 0 < config.launch.timeout_minutes < math.inf:
-        key = "launch.timeout_minutes"
-        reason = "a collective needs some time"
-        yield Problem("bounds:timeout", key, config.launch.timeout_minutes, reason, {key: [10.0]})
-
-
-def _outside(value: float, low: float, high: float | None) -> tuple[str, float] | None:
-    """Why a value is out of bounds, and the nearest that is not."""
-    if math.isfinite(value) and low <= value <= (math.inf if high is None else high):
-        return None
-    finite = "" if math.isfinite(value) else "finite, and "
-    limits = f"at least {low}" if high is None else f"from {low} to {high}"
-    return f"must be {finite}{limits}", high if high is not None and value > high else low
+def bounds(config: Config) -> tuple[Config, list[Problem]]:
+    """Numbers outside their limits, and the configuration with others in their places."""
+    mended, found = bounded(config)
+    problems = []
+    for one in found:
+        plain = one.key.endswith("]") or one.key.startswith(("optimizer.phases", "data."))
+        key, values = one.key, {} if plain else {one.key: [one.nearest]}
+        hint = f"{key}={one.nearest}" if plain else ""
+        problems.append(Problem(f"bounds:{key}", key, one.value, one.reason, values, hint))
+    return mended, problems
 
 
 def memory(config: Config) -> Iterator[Problem]:
@@ -180,12 +96,6 @@ def data(config: Config) -> Iterator[Problem]:
         hint = "data.blend={path/of/corpus: 1.0}, written by python -m pangu.data.prepare"
         reason = "an indexed corpus needs at least one prefix of .bin/.idx files"
         yield Problem("blend", "data.blend", {}, reason, hint=hint)
-    for name in ("blend", "validation_blend"):
-        weights = getattr(source, name)
-        bad = {path: weight for path, weight in weights.items() if not 0 < weight < math.inf}
-        if bad:
-            reason, hint = "weights must be positive", "a number above 0, or leave the corpus out"
-            yield Problem(f"{name} weights", f"data.{name}", bad, reason, hint=hint)
 
 
 def trainer_limits(config: Config) -> Iterator[Problem]:

@@ -1,13 +1,29 @@
 """The configuration tree as dataclasses: what every key means, its unit and its default.
 
-YAML files beside this module fill it in; `configs.compose` reads them and `configs.check`
-finds what cannot work. No torch here: the trainer and the simulator both start from this file.
+YAML files beside this module fill it in; `configs.compose` reads them and `configs.check` finds
+what cannot work. Every number has its limits in its type (`configs.limits`). No torch here: the
+trainer and the simulator both start from this file.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from configs.limits import (
+    Amount,
+    Count,
+    Efficiency,
+    Experts,
+    Layers,
+    Limits,
+    Part,
+    Positive,
+    Ranks,
+    Scale,
+    Steps,
+    Width,
+)
 
 
 @dataclass
@@ -19,47 +35,47 @@ class ModelConfig:
     """
 
     name: str
-    num_layers: int
-    hidden_size: int
-    num_attention_heads: int
-    vocab_size: int
-    ffn_hidden_size: int = 0  # width of the dense layers' MLP; unused when every layer is MoE
-    num_query_groups: int = 0  # KV heads of GQA; 0 = as many as query heads
-    kv_channels: int = 0  # head size; 0 = hidden_size / num_attention_heads
-    max_position_embeddings: int = 4096
+    num_layers: Annotated[int, Limits(1, 10_000)]
+    hidden_size: Annotated[int, Limits(1, 2**24)]
+    num_attention_heads: Annotated[int, Limits(1, 2**16)]
+    vocab_size: Annotated[int, Limits(1, 2**24)]
+    ffn_hidden_size: Width = 0  # width of the dense layers' MLP; unused when every layer is MoE
+    num_query_groups: Width = 0  # KV heads of GQA; 0 = as many as query heads
+    kv_channels: Width = 0  # head size; 0 = hidden_size / num_attention_heads
+    max_position_embeddings: Count = 4096
 
     attention: Literal["gqa", "mla"] = "gqa"
-    q_lora_rank: int = 0  # MLA; 0 = no low-rank query projection
-    kv_lora_rank: int = 0
-    qk_head_dim: int = 0  # MLA head size without rotation
-    qk_pos_emb_head_dim: int = 0  # MLA head size with rotation
-    v_head_dim: int = 0
+    q_lora_rank: Width = 0  # MLA; 0 = no low-rank query projection
+    kv_lora_rank: Width = 0
+    qk_head_dim: Width = 0  # MLA head size without rotation
+    qk_pos_emb_head_dim: Width = 0  # MLA head size with rotation
+    v_head_dim: Width = 0
     add_qkv_bias: bool = False
     add_attention_output_bias: bool = False
     qk_layernorm: bool = False
-    rotary_base: float = 10000.0
+    rotary_base: Annotated[float, Limits(1, 1e18)] = 10000.0
     position_embedding: Literal["rope", "learned"] = "rope"
 
     activation: Literal["swiglu", "gelu"] = "swiglu"
     add_mlp_bias: bool = False
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
-    norm_epsilon: float = 1e-5
+    norm_epsilon: Part = 1e-5
     tie_embeddings: bool = False
 
-    num_experts: int = 0
-    moe_ffn_hidden_size: int = 0
-    shared_expert_ffn_hidden_size: int = 0  # one ungated MLP beside the routed experts; 0 = none
-    num_dense_layers: int = 0  # leading layers with a dense MLP
-    mtp_num_layers: int = 0  # multi-token prediction depth
+    num_experts: Experts = 0
+    moe_ffn_hidden_size: Width = 0
+    shared_expert_ffn_hidden_size: Width = 0  # one ungated MLP beside the routed experts; 0 = none
+    num_dense_layers: Layers = 0  # leading layers with a dense MLP
+    mtp_num_layers: Layers = 0  # multi-token prediction depth
 
     # Depth-scaled sandwich norm (Pangu Ultra): a second norm after each sublayer, whose gain
     # starts at c/sqrt(num_layers).
     sandwich_norm: bool = False
-    sandwich_attention_gain: float = 0.283
-    sandwich_mlp_gain: float = 0.432
+    sandwich_attention_gain: Scale = 0.283
+    sandwich_mlp_gain: Scale = 0.432
     # "tiny" is TinyInit: std = sqrt(1 / (2 * hidden_size * num_layers)), embedding std 0.5.
     init: Literal["normal", "tiny"] = "normal"
-    init_std: float = 0.02
+    init_std: Scale = 0.02
 
 
 RouterType = Literal["moge", "top_k", "group_limited", "expert_choice", "forced_balance"]
@@ -76,20 +92,20 @@ class MoEConfig:
     """
 
     router: RouterType = "top_k"
-    top_k: int = 1
-    num_expert_groups: int = 1
-    topk_group: int = 0  # group_limited: how many groups a token may use
+    top_k: Annotated[int, Limits(1, 2**16)] = 1
+    num_expert_groups: Annotated[int, Limits(1, 2**16)] = 1
+    topk_group: Experts = 0  # group_limited: how many groups a token may use
     score_function: Literal["softmax", "sigmoid"] = "softmax"
     # top_k only: softmax over the chosen logits (the MoGE paper's baseline, Mixtral) or over all.
     softmax_after_top_k: bool = False
     renormalize: bool = False  # chosen weights sum to 1
-    scaling_factor: float = 1.0  # multiplies the chosen weights
+    scaling_factor: Scale = 1.0  # multiplies the chosen weights
     router_scale: bool = False  # learned factor per expert, initialised to 1 (released Pangu Pro)
     expert_bias: bool = False  # bias-balanced, aux-loss-free: the bias moves the choice only
-    expert_bias_update_rate: float = 1e-3
+    expert_bias_update_rate: Scale = 1e-3
     aux_loss_scope: AuxLossScope = "micro_batch"
-    aux_loss_coefficient: float = 1e-2
-    z_loss_coefficient: float = 0.0
+    aux_loss_coefficient: Scale = 1e-2
+    z_loss_coefficient: Scale = 0.0
     dispatcher: Literal["auto", "local", "allgather", "alltoall", "moge"] = "auto"
 
 
@@ -100,23 +116,24 @@ class ParallelConfig:
     Data parallelism is what is left: world / (tensor * pipeline * context).
     """
 
-    tensor_model_parallel_size: int = 1
+    tensor_model_parallel_size: Ranks = 1
     sequence_parallel: bool = True  # takes effect when tensor_model_parallel_size > 1
-    pipeline_model_parallel_size: int = 1
-    virtual_pipeline_model_parallel_size: int = 1  # model chunks per pipeline rank
+    pipeline_model_parallel_size: Ranks = 1
+    # Model chunks per pipeline rank.
+    virtual_pipeline_model_parallel_size: Annotated[int, Limits(1, 10_000)] = 1
     # Layers of each virtual stage in order of depth (chunk-major), or null for an even split.
     # 0 is allowed: stages that hold only the embedding or the head. Where the last stage but one
     # holds none, multi-token prediction stands there, and the loss alone on the last.
-    pipeline_layout: list[int] | None = None
+    pipeline_layout: list[Layers] | None = None
     # Identity layers that fill an uneven depth up to the next multiple of the stages.
-    num_noop_layers: int = 0
-    context_parallel_size: int = 1
+    num_noop_layers: Layers = 0
+    context_parallel_size: Ranks = 1
     context_parallel_type: Literal["all_to_all", "ring"] = "all_to_all"
-    expert_model_parallel_size: int = 1
-    expert_tensor_parallel_size: int = 1
+    expert_model_parallel_size: Ranks = 1
+    expert_tensor_parallel_size: Ranks = 1
     # 0: plain data parallelism; 1: optimizer state sharded (megatron-core's distributed
     # optimizer); 2: gradients too; 3: weights too.
-    zero_stage: int = 1
+    zero_stage: Annotated[int, Limits(0, 3)] = 1
     schedule: Literal["1f1b", "gpipe", "zero_bubble", "1f1b_overlap"] = "1f1b"
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
@@ -138,7 +155,7 @@ class MemoryConfig:
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     recompute_modules: list[RecomputeModule] = field(default_factory=lambda: ["core_attn"])
     recompute_method: Literal["uniform", "block"] = "uniform"
-    recompute_num_layers: int = 1
+    recompute_num_layers: Annotated[int, Limits(1, 10_000)] = 1
 
 
 @dataclass
@@ -151,14 +168,14 @@ class DataConfig:
 
     name: Literal["stdlib", "indexed", "synthetic"] = "stdlib"
     cache_dir: str = "data"
-    blend: dict[str, float] = field(default_factory=dict)
-    validation_blend: dict[str, float] = field(default_factory=dict)
+    blend: dict[str, Positive] = field(default_factory=dict)
+    validation_blend: dict[str, Positive] = field(default_factory=dict)
     tokenizer: str = ""  # path of the tokenizer that wrote the corpus
     # Document-aware masking: attention stays inside a document, positions restart with it.
     reset_attention_mask: bool = False
     reset_position_ids: bool = False
     eod_mask_loss: bool = False
-    num_workers: int = 0
+    num_workers: Annotated[int, Limits(0, 1024)] = 0
 
 
 @dataclass
@@ -167,13 +184,13 @@ class Phase:
     annealing phases. Starts where the one before it ended."""
 
     name: str
-    steps: int
-    lr: float
-    min_lr: float
+    steps: Steps
+    lr: Scale
+    min_lr: Scale
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup_steps: int = 0
-    global_batch_size: int | None = None  # sequences; null keeps train.global_batch_size
-    seq_length: int | None = None  # tokens; null keeps train.seq_length
+    warmup_steps: Amount = 0
+    global_batch_size: Count | None = None  # sequences; null keeps train.global_batch_size
+    seq_length: Count | None = None  # tokens; null keeps train.seq_length
 
 
 @dataclass
@@ -181,16 +198,16 @@ class OptimizerConfig:
     """AdamW and its learning rate. `lr` is the peak, per step; `phases` replaces the single
     schedule."""
 
-    lr: float = 3e-4
-    min_lr: float = 3e-5
+    lr: Scale = 3e-4
+    min_lr: Scale = 3e-5
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup_steps: int = 0
-    decay_steps: int | None = None  # wsd: length of the final decay; null = a tenth of the steps
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_grad: float = 1.0
+    warmup_steps: Amount = 0
+    decay_steps: Amount | None = None  # wsd: length of the final decay; null = a tenth of the steps
+    adam_beta1: Annotated[float, Limits(0, 0.999999)] = 0.9
+    adam_beta2: Annotated[float, Limits(0, 0.999999)] = 0.95
+    adam_eps: Scale = 1e-8
+    weight_decay: Scale = 0.1
+    clip_grad: Scale = 1.0
     phases: list[Phase] = field(default_factory=list)
 
 
@@ -200,34 +217,34 @@ class BackendConfig:
 
     name: Literal["auto", "cpu", "cuda", "npu"] = "auto"
     precision: Literal["auto", "fp32", "fp64", "bf16", "fp16", "fp8", "int8", "fp4"] = "auto"
-    threads: int = 0  # CPU threads per process; 0 = cores / processes
+    threads: Annotated[int, Limits(0, 4096)] = 0  # CPU threads per process; 0 = cores / processes
     # null: measured with the device's own name; the peak behind MFU, in TFLOPS
-    peak_tflops: float | None = None
+    peak_tflops: Positive | None = None
 
 
 @dataclass
 class LaunchConfig:
     """How many processes. `processes` is per node; torchrun, msrun and Slurm set their own."""
 
-    processes: int = 1
-    nodes: int = 1
-    timeout_minutes: float = 10.0  # of every collective
+    processes: Annotated[int, Limits(1, 1024)] = 1
+    nodes: Ranks = 1
+    timeout_minutes: Annotated[float, Limits(0, 1e6, positive=True)] = 10.0  # of every collective
 
 
 @dataclass
 class TrainConfig:
     """Length and batch of a run; batch sizes are in sequences, `seq_length` in tokens."""
 
-    steps: int = 100
-    micro_batch_size: int = 1
-    global_batch_size: int = 8
-    seq_length: int = 256
-    validate_every: int = 50
-    validation_batches: int = 8  # global batches
-    log_every: int = 1
+    steps: Steps = 100
+    micro_batch_size: Count = 1
+    global_batch_size: Count = 8
+    seq_length: Count = 256
+    validate_every: Amount = 50
+    validation_batches: Amount = 8  # global batches
+    log_every: Count = 1
     # Non-finite steps in a row before rolling back, and rollbacks before giving up (exit 3).
-    max_skipped_steps: int = 5
-    max_rollbacks: int = 2
+    max_skipped_steps: Amount = 5
+    max_rollbacks: Amount = 2
 
 
 Dtype = Literal["bf16", "fp16", "fp8", "int8", "fp4", "int4"]
@@ -239,15 +256,16 @@ class InferenceConfig:
     sequences of one copy of the model, 0 finds the largest within memory and `latency_limit_ms`
     per output token."""
 
-    batch_size: int = 0
-    input_length: int = 2048
-    output_length: int = 2048
+    batch_size: Amount = 0
+    input_length: Count = 2048
+    output_length: Count = 2048
     weight_dtype: Dtype = "bf16"  # W8A8 is int8 and int8, W4A8 is int4 and int8
     compute_dtype: Dtype = "bf16"
     kv_dtype: Dtype = "bf16"
-    draft_tokens: int = 0  # proposed per step by multi-token prediction
-    acceptance_rate: float = 0.8  # of each drafted token, those before it being accepted
-    latency_limit_ms: float | None = None
+    # Proposed per step by multi-token prediction.
+    draft_tokens: Annotated[int, Limits(0, 1024)] = 0
+    acceptance_rate: Part = 0.8  # of each drafted token, those before it being accepted
+    latency_limit_ms: Positive | None = None
 
 
 @dataclass
@@ -285,27 +303,27 @@ class SimulationConfig:
     balanced_context: bool = True
     # Mean part of its causal past that a token attends to: less than 1 where packed documents are
     # masked from each other.
-    attention_span: float = 1.0
+    attention_span: Efficiency = 1.0
     fp8_attention: bool = False  # scores and weighted values in float8, as the matrix products
     # ZeRO-3 as FSDP and Megatron run it, or as DeepSpeed did in 2021: rings that know nothing of
     # nodes, and weights gathered a third time for recomputation (arXiv 2104.07857, section 4.1).
     sharding: Literal["fsdp", "deepspeed_2021"] = "fsdp"
     # Zipf exponent of how often experts are chosen by a top-k router; 0: alike.
-    expert_popularity_exponent: float = 0.0
+    expert_popularity_exponent: Annotated[float, Limits(0, 10)] = 0.0
     swap_modules: list[RecomputeModule] = field(default_factory=list)  # activations kept on host
     swap_optimizer: bool = False  # optimizer state kept on host between steps
 
 
 @dataclass
 class CheckpointConfig:
-    save_every: int = 0  # steps; 0 saves only at the end
-    keep_last: int = 2
-    keep_every: int = 0  # steps whose multiples are never deleted; 0 = none
+    save_every: Amount = 0  # steps; 0 saves only at the end
+    keep_last: Count = 2
+    keep_every: Amount = 0  # steps whose multiples are never deleted; 0 = none
     resume: str = "auto"  # auto | never | a folder: of another run, or of one checkpoint
     async_save: bool = True
     save_at_end: bool = True
     # Starts from one checkpoint that do not get as far as the next, before resume=auto refuses.
-    max_restarts: int = 5
+    max_restarts: Count = 5
     # Keys that may differ from the checkpoint's although they change what the model computes.
     allow_changes: list[str] = field(default_factory=list)
 
@@ -327,8 +345,8 @@ class Config:
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     hardware: dict[str, Any] | None = None  # a preset of configs/hardware, read by the simulator
-    devices: int | None = None
-    seed: int = 1234
+    devices: Ranks | None = None
+    seed: Annotated[int, Limits(0, 2**32 - 1)] = 1234
     run_dir: str = "runs/default"
 
     @property

@@ -6,7 +6,6 @@ Figures keep the unit that their name carries in the file; the properties give S
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -15,6 +14,17 @@ from typing import Any, Literal, cast
 from omegaconf import OmegaConf
 from pydantic import TypeAdapter, ValidationError
 
+from configs.limits import (
+    Amount,
+    Count,
+    Efficiency,
+    Kept,
+    NotNegative,
+    Part,
+    Positive,
+    Ranks,
+    bounded,
+)
 from configs.violation import ConfigError, Violation
 
 PRESETS = Path(__file__).parent.parent / "configs" / "hardware"
@@ -57,13 +67,13 @@ class Link:
     """
 
     name: str
-    devices: int
-    bandwidth_gbps: float
-    latency_us: float
-    efficiency: dict[Kind, float]
+    devices: Amount
+    bandwidth_gbps: Positive
+    latency_us: NotNegative
+    efficiency: dict[Kind, Efficiency]
     topology: Literal["switch", "mesh"] = "switch"
-    devices_per_port: int = 1
-    half_mib: float = 0.0
+    devices_per_port: Count = 1
+    half_mib: NotNegative = 0.0
 
     @property
     def bandwidth(self) -> float:
@@ -83,19 +93,19 @@ class Matmul:
     this that is kept in a step, where products alternate with other work under a power limit.
     """
 
-    size: list[float]
-    efficiency: list[float]
-    units: int
-    tiles: list[tuple[int, int, float]]
-    depth_half: float = 0.0
-    wave_loss: float = 1.0  # part of the last wave's idle cores that is really lost
+    size: list[Positive]
+    efficiency: list[Efficiency]
+    units: Count
+    tiles: list[tuple[Count, Count, Efficiency]]
+    depth_half: NotNegative = 0.0
+    wave_loss: Part = 1.0  # part of the last wave's idle cores that is really lost
     # Part of the above that one launch over many experts keeps; experts `grouped_half` wide keep
     # half of it (short products, ragged rows).
-    grouped: float = 1.0
-    grouped_half: float = 0.0
-    weight_gradient: float = 1.0  # … that products adding to a float32 buffer keep
-    dtype: dict[str, float] = field(default_factory=dict)  # … that another dtype keeps
-    in_training: float = 1.0
+    grouped: Kept = 1.0
+    grouped_half: NotNegative = 0.0
+    weight_gradient: Kept = 1.0  # … that products adding to a float32 buffer keep
+    dtype: dict[str, Kept] = field(default_factory=dict)  # … that another dtype keeps
+    in_training: Kept = 1.0
 
 
 @dataclass(frozen=True)
@@ -106,12 +116,12 @@ class Attention:
     reading keys and values keeps, which is what decoding a token spends its time on;
     `in_training` as with `Matmul`."""
 
-    forward: float
-    backward: float
-    half_length: float
-    half_head: float = 16.0
-    cache: float = 1.0
-    in_training: float = 1.0
+    forward: Efficiency
+    backward: Efficiency
+    half_length: NotNegative
+    half_head: NotNegative = 16.0
+    cache: Kept = 1.0
+    in_training: Kept = 1.0
 
 
 @dataclass(frozen=True)
@@ -120,11 +130,11 @@ class Launch:
     needs to issue one (`host`; the device waits when the host is slower). `step` is what the
     framework spends once per step, whatever the size of the model."""
 
-    matmul: float
-    vector: float
-    collective: float
-    host: float
-    step: float = 0.0
+    matmul: NotNegative
+    vector: NotNegative
+    collective: NotNegative
+    host: NotNegative
+    step: NotNegative = 0.0
 
 
 @dataclass(frozen=True)
@@ -140,10 +150,10 @@ class Overlap:
     copy engines they do not.
     """
 
-    independent: float = 1.0
-    beside: float = 1.0
-    fused: float = 1.0
-    exchange: float = 1.0
+    independent: Part = 1.0
+    beside: Part = 1.0
+    fused: Part = 1.0
+    exchange: Part = 1.0
 
 
 @dataclass(frozen=True)
@@ -164,25 +174,25 @@ class Hardware:
 
     name: str
     description: str
-    peak_tflops: dict[str, float]  # dense matrix peak by dtype
-    vector_tflops: float
-    memory_gib: float
-    memory_bandwidth_gbps: float  # GB/s
-    memory_efficiency: float
+    peak_tflops: dict[str, Positive]  # dense matrix peak by dtype
+    vector_tflops: Positive
+    memory_gib: Positive
+    memory_bandwidth_gbps: Positive  # GB/s
+    memory_efficiency: Efficiency
     links: list[Link]
     matmul: Matmul
     attention: Attention
     launch_us: Launch
     overlap: Overlap
     evidence: dict[str, str]
-    devices_per_node: int = 8
-    host_link_gbps: float = 0.0  # GB/s to host memory, one way per device; 0 = unknown
+    devices_per_node: Ranks = 8
+    host_link_gbps: NotNegative = 0.0  # GB/s to host memory, one way per device; 0 = unknown
     sequential_collectives: bool = False
-    communicator_buffer_mb: float = 200.0
-    process_base_bytes: float = 0.0
-    memory_overhead: float = 0.0
-    power_w: float | None = None
-    price_per_hour: float | None = None  # of one device, in whatever currency
+    communicator_buffer_mb: NotNegative = 200.0
+    process_base_bytes: NotNegative = 0.0
+    memory_overhead: NotNegative = 0.0
+    power_w: Positive | None = None
+    price_per_hour: Positive | None = None  # of one device, in whatever currency
     backend: Literal["cpu", "cuda", "npu"] = "cuda"
 
     @property
@@ -236,7 +246,11 @@ def load_hardware(tree: dict[str, Any] | Hardware | None) -> Hardware:
                 for item in error.errors()
             ]
         ) from None
-    violations = _impossible("hardware", tree) + _inconsistent(hardware)
+    violations = [
+        Violation(f"hardware.{wrong.key}", wrong.value, wrong.reason)
+        for wrong in bounded(hardware)[1]
+    ]
+    violations += _inconsistent(hardware)
     if violations:
         raise ConfigError(violations)
     return hardware
@@ -275,35 +289,6 @@ def _adapter() -> TypeAdapter[Hardware]:
 
 def _error(key: str, value: Any, reason: str, suggestion: str = "") -> ConfigError:
     return ConfigError([Violation(key, value, reason, suggestion)])
-
-
-# Figures that may be 0; every other number of a preset must be positive.
-_MAY_BE_ZERO = {
-    "devices",
-    "half_mib",
-    "depth_half",
-    "grouped_half",
-    "half_length",
-    "half_head",
-    "latency_us",
-}
-_MAY_BE_ZERO |= {"host_link_gbps", "matmul", "vector", "collective", "host", "step"}
-_MAY_BE_ZERO |= {"process_base_bytes", "memory_overhead", "communicator_buffer_mb"}
-_MAY_BE_ZERO |= {"independent", "beside", "fused", "exchange"}
-
-
-def _impossible(key: str, value: Any) -> list[Violation]:
-    """Numbers that no machine has: negative, infinite, NaN, zero."""
-    if isinstance(value, dict):
-        return [v for name, item in value.items() for v in _impossible(f"{key}.{name}", item)]
-    if isinstance(value, (list, tuple)):
-        return [v for item in value for v in _impossible(key, item)]
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return []
-    zero_allowed = key.rsplit(".", 1)[-1] in _MAY_BE_ZERO
-    if math.isfinite(value) and (value > 0 or (value == 0 and zero_allowed)):
-        return []
-    return [Violation(key, value, "must be a positive, finite number")]
 
 
 _GRADED: tuple[str, ...] = ("peak_tflops", "vector_tflops", "memory_gib", "memory_bandwidth_gbps")

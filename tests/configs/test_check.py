@@ -166,8 +166,8 @@ UNREADABLE = [
     ("optimizer.lr=nan", "optimizer.lr", "finite", "optimizer.lr=0"),
     ("optimizer.min_lr=inf", "optimizer.min_lr", "finite", "optimizer.min_lr=0"),
     ("optimizer.adam_beta2=1", "optimizer.adam_beta2", "0.999999", "optimizer.adam_beta2=0.999"),
-    ("seed=-1", "seed", "from 0", "seed=0"),
-    ("data.blend={a: nan}", "data.blend", "positive", "above 0"),
+    ("seed=-1", "seed", "at least 0", "seed=0"),
+    ("data.blend={a: nan}", "data.blend.a", "finite", "data.blend.a=1.0"),
 ]
 
 
