@@ -60,8 +60,10 @@ Amount = Annotated[int, Limits(0, 2**31 - 1)]  # 0: none, never
 Steps = Annotated[int, Limits(1, 10**9)]
 Scale = Annotated[float, Limits(0, 1e38)]  # what float32 holds
 Part = Annotated[float, Limits(0, 1)]
-Efficiency = Annotated[float, Limits(0, 1, positive=True)]
-Kept = Annotated[float, Limits(0, 1.5, positive=True)]  # of what another figure says
+PartAboveZero = Annotated[float, Limits(0, 1, positive=True)]
+# Of a peak: measured ones scatter, and come out above 1 where the peak was measured too.
+Efficiency = Annotated[float, Limits(0, 1.5, positive=True)]
+Kept = Annotated[float, Limits(0, 10, positive=True)]  # of what another figure says
 Positive = Annotated[float, Limits(0, 1e18, positive=True)]
 NotNegative = Annotated[float, Limits(0, 1e18)]
 
@@ -118,10 +120,11 @@ def _bounded(value: Any, hint: Any, key: str, found: list[Broken]) -> Any:
 
 
 def _bounded_fields(tree: Any, key: str, found: list[Broken]) -> Any:
-    changed = {}
+    kind: type = type(tree)
+    changed, hints = {}, _hints(kind)
     for field in fields(tree):
         old, before = getattr(tree, field.name), len(found)
-        hint = _hints(type(tree))[field.name]
+        hint = hints[field.name]
         new = _bounded(old, hint, f"{key}.{field.name}" if key else field.name, found)
         if len(found) > before:  # a default disturbs the rules about other keys least
             changed[field.name] = new if field.default is MISSING else field.default

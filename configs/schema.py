@@ -13,11 +13,11 @@ from typing import Annotated, Any, Literal
 from configs.limits import (
     Amount,
     Count,
-    Efficiency,
     Experts,
     Layers,
     Limits,
     Part,
+    PartAboveZero,
     Positive,
     Ranks,
     Scale,
@@ -303,7 +303,7 @@ class SimulationConfig:
     balanced_context: bool = True
     # Mean part of its causal past that a token attends to: less than 1 where packed documents are
     # masked from each other.
-    attention_span: Efficiency = 1.0
+    attention_span: PartAboveZero = 1.0
     fp8_attention: bool = False  # scores and weighted values in float8, as the matrix products
     # ZeRO-3 as FSDP and Megatron run it, or as DeepSpeed did in 2021: rings that know nothing of
     # nodes, and weights gathered a third time for recomputation (arXiv 2104.07857, section 4.1).

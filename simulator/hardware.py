@@ -21,6 +21,7 @@ from configs.limits import (
     Kept,
     NotNegative,
     Part,
+    PartAboveZero,
     Positive,
     Ranks,
     bounded,
@@ -70,7 +71,7 @@ class Link:
     devices: Amount
     bandwidth_gbps: Positive
     latency_us: NotNegative
-    efficiency: dict[Kind, Efficiency]
+    efficiency: dict[Kind, PartAboveZero]
     topology: Literal["switch", "mesh"] = "switch"
     devices_per_port: Count = 1
     half_mib: NotNegative = 0.0

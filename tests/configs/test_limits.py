@@ -9,7 +9,7 @@ import pytest
 
 from configs.check import violations
 from configs.compose import load
-from configs.limits import Efficiency, Limits, bounded, numbers
+from configs.limits import Limits, PartAboveZero, bounded, numbers
 from configs.schema import Config
 from simulator.hardware import Hardware, load_hardware
 
@@ -85,9 +85,10 @@ def test_numbers_of_the_tree(override: str, key: str, reason: str, purpose: str)
 
 FIGURES = [
     ("overlap.independent=5", "hardware.overlap.independent=5.0: must be at most 1"),
-    ("memory_efficiency=2", "hardware.memory_efficiency=2.0: must be at most 1"),
-    ("attention.forward=2", "hardware.attention.forward=2.0: must be at most 1"),
-    ("matmul.efficiency=[2,1,1,1]", r"hardware.matmul.efficiency\[0\]=2.0: must be at most 1"),
+    ("memory_efficiency=2", "hardware.memory_efficiency=2.0: must be at most 1.5"),
+    ("attention.forward=2", "hardware.attention.forward=2.0: must be at most 1.5"),
+    ("matmul.efficiency=[2,1,1,1]", r"hardware.matmul.efficiency\[0\]=2.0: must be at most 1.5"),
+    ("links.0.efficiency.broadcast=2", r"hardware.links\[0\].efficiency.broadcast=2.0: must be at"),
     ("matmul.tiles=[[0,1,0.5]]", r"hardware.matmul.tiles\[0\]\[0\]=0: must be at least 1"),
     ("peak_tflops.bf16=inf", "hardware.peak_tflops.bf16=inf: must be finite"),
     ("vector_tflops=0", "hardware.vector_tflops=0.0: must be more than 0"),
@@ -112,5 +113,5 @@ class _Inner:
 class _Unlimited:
     steps: int = 1
     sizes: list[float] = field(default_factory=list)
-    part: Efficiency = 0.5
+    part: PartAboveZero = 0.5
     inner: _Inner = field(default_factory=_Inner)
