@@ -8,7 +8,8 @@ ROOT = Path(__file__).parents[1]
 HOUSE = (
     {"configs"},
     {"simulator"},
-    {"pangu/processes", "pangu/run_lock", "pangu/violation_table", "pangu/machine_check"},
+    {"pangu/processes", "pangu/run_lock", "pangu/violation_table", "pangu/machine_check"}
+    | {"pangu/command_line"},
     {"pangu/backends"},
     {"pangu/ops"},
     {"pangu/moe"},
@@ -27,6 +28,8 @@ LEVEL = {name: level for level, names in enumerate(HOUSE) for name in names}
 KNOWN = {
     ("pangu/backends", "pangu/engines"),
     ("pangu/inference", "pangu/checkpoint"),
+    ("pangu/inference", "launch"),
+    ("pangu/inference", "pangu/local_launch"),
     ("pangu/training", "launch"),
     ("entry points", "entry points"),  # generate asks train for the environment
 }

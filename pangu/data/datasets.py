@@ -8,7 +8,10 @@ with sequence n, whatever its layout; in each step the replicas share consecutiv
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,11 +239,22 @@ def batches(
 
 
 def _begin_worker(number: int) -> None:
-    """A process that reads batches ahead: it ends with the run, and not before."""
+    """A process that reads batches ahead: it ends with the run, and not before it.
+
+    Launchers signal whole process groups, and the run may validate and save after it. Only its
+    own process can end it: torch does so where an error has ended the run.
+    """
     die_with_parent()
-    # Launchers signal whole process groups; the run may save, and validate, after it.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_told_by(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        continue
+    os._exit(0)
 
 
 @dataclass(frozen=True)
