@@ -176,6 +176,9 @@ class DataConfig:
     reset_position_ids: bool = False
     eod_mask_loss: bool = False
     num_workers: Annotated[int, Limits(0, 1024)] = 0
+    # Read the corpus through before the run, against its checksums: true at every start, null once
+    # per file of up to 2 GiB, false never. Its structure is always checked.
+    verify: bool | None = None
 
 
 @dataclass

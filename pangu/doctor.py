@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
         print(__doc__)
         return 0
     config, wrong = examine(list(arguments))
-    absent = files.missing(config) if config is not None else []
+    absent = files.faults(config) if config is not None else []
     # Files need not be on the machine where a cluster is planned.
     planned = config is not None and config.devices is not None
     found = wrong if planned else [*wrong, *absent]

@@ -110,7 +110,7 @@ def plan(overrides: list[str]) -> list[Job]:
         except ConfigError as error:
             wrong = error.violations
         else:
-            wrong = files.missing(config)
+            wrong = files.faults(config)
             jobs.append(Job(name, arguments, config))
         found += [(name, violation) for violation in wrong]
     if found:

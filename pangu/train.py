@@ -158,7 +158,7 @@ def resolve(process: ProcessEnvironment, overrides: list[str]) -> Config:
     if config is not None:
         name = config.backend.name
         found += [Violation("backend", name, sentence) for sentence in impossible(name)]
-        found += files.missing(config)
+        found += files.faults(config, just_read=environment.STARTED_BY in os.environ)
     if config is None or found:
         raise ConfigError(found)
     return config

@@ -3,6 +3,7 @@
     DIR/train.bin, train.idx             Megatron indexed dataset, one document per input document
     DIR/validation.bin, validation.idx   its held-out part, absent when nothing was held out
     DIR/tokenizer.json … , tokenizer_info.json
+    DIR/SHA256SUMS                       checksums of all other files, as `sha256sum` writes them
     DIR/corpus.json                      documents, tokens and text bytes of each part, and the
                                          files that are no text
 
@@ -30,6 +31,7 @@ from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from pangu.data import DataError
+from pangu.data.checksums import write_checksums
 from pangu.data.sources import NoText, Piece, SourceFile, cut, find_files, is_held_out
 from pangu.data.tokenizer import Tokenizer, load_tokenizer, train_byte_level_bpe
 
@@ -106,6 +108,7 @@ def prepare(job: Preparation) -> CorpusInfo:
         try:
             info = _write_corpus(job, files, partial)
             (partial / INFO_FILE).write_text(json.dumps(asdict(info), indent=2))
+            write_checksums(partial)
             _flush_to_disk(partial)
             partial.rename(job.output)
         finally:

@@ -25,6 +25,7 @@ from configs.schema import Config
 from configs.violation import ConfigError, Violation
 from pangu.data import DataError
 from pangu.data.files import Blend, blends
+from pangu.data.index_file import read_structure
 from pangu.data.stdlib import prepare_standard_library
 from pangu.data.synthetic import SyntheticDataset
 from pangu.data.tokenizer import INFO_FILE, NumberTokenizer, Tokenizer, load_tokenizer
@@ -148,12 +149,10 @@ def _check_tokenizers(blend: dict[str, float]) -> list[Violation]:
 
 
 def _check_blend(key: str, blend: dict[str, float], seq_length: int) -> list[Violation]:
-    from pangu.data.indexed import count_tokens
-
     violations = []
     for prefix in blend:
         try:
-            tokens = count_tokens(prefix)
+            tokens = read_structure(prefix).tokens
         except DataError as error:
             violations.append(Violation(key, prefix, str(error)))
             continue
@@ -268,12 +267,12 @@ class _Collate:
 
 def sequences_held(dataset: Any, seq_length: int) -> int | None:
     """Sequences of a corpus until they repeat; None where they never do (synthetic ones)."""
-    from pangu.data.indexed import SequenceDataset, count_tokens
+    from pangu.data.indexed import SequenceDataset
 
     parts = getattr(dataset, "datasets", [dataset])
     files = [part.dataset_path for part in parts if isinstance(part, SequenceDataset)]
     # Each sequence's last label is the next one's first token.
-    return sum((count_tokens(file) - 1) // seq_length for file in files) if files else None
+    return sum((read_structure(file).tokens - 1) // seq_length for file in files) if files else None
 
 
 def token_rows(dataset: Any, count: int) -> np.ndarray:

@@ -19,6 +19,12 @@ HELD_OUT = 0.05
 MAX_VOCAB_SIZE = 16384
 
 
+def standard_library_folder(cache_dir: str | Path, vocab_size: int) -> Path:
+    """Where the corpus for a model of `vocab_size` tokens is, or will be."""
+    bpe = min(vocab_size, MAX_VOCAB_SIZE)
+    return Path(cache_dir) / f"stdlib-python{platform.python_version()}-bpe{bpe}"
+
+
 def prepare_standard_library(cache_dir: str | Path, vocab_size: int) -> Path:
     """The folder of the prepared corpus, prepared now if it is not there yet (half a minute).
 
@@ -28,13 +34,11 @@ def prepare_standard_library(cache_dir: str | Path, vocab_size: int) -> Path:
     Raises:
         DataError: when this Python came without its source, or preparation failed.
     """
-    vocab_size = min(vocab_size, MAX_VOCAB_SIZE)
-    name = f"stdlib-python{platform.python_version()}-bpe{vocab_size}"
-    folder = Path(cache_dir) / name
+    folder = standard_library_folder(cache_dir, vocab_size)
     if is_complete(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f".{name}.first-use.lock"):
+    with FileLock(folder.parent / f".{folder.name}.first-use.lock"):
         if is_complete(folder):
             return folder
         source = Path(sysconfig.get_path("stdlib"))
@@ -44,7 +48,8 @@ def prepare_standard_library(cache_dir: str | Path, vocab_size: int) -> Path:
                 "python -m pangu.data.prepare and train on it with data=indexed"
             )
         command = [sys.executable, "-m", "pangu.data.prepare", str(source), "--pattern", "*.py"]
-        command += ["--train-tokenizer", str(vocab_size), "--held-out", str(HELD_OUT)]
+        bpe = min(vocab_size, MAX_VOCAB_SIZE)
+        command += ["--train-tokenizer", str(bpe), "--held-out", str(HELD_OUT)]
         # A process of its own: the preparation starts workers, which must not inherit or import
         # what a training process has loaded.
         done = subprocess.run(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pangu.data import DataError
+from pangu.data.checksums import SUMS_FILE, expected_digest
 
 INFO_FILE = "tokenizer_info.json"
 # Names under which published tokenizers keep the token that ends a document.
@@ -209,17 +210,33 @@ def locate_tokenizer(path: str | Path) -> tuple[Path, str, int | None]:
     if file.is_dir():
         if not (file / INFO_FILE).is_file():
             raise DataError(f"{file} holds no tokenizer ({INFO_FILE} is missing)")
-        try:
-            info = json.loads((file / INFO_FILE).read_text())
-            file, kind, eod = file / info["file"], info["kind"], info["eod"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{file / INFO_FILE} is damaged: {error!r}") from error
+        file, kind, eod = _saved(file)
     else:
         kind = _KIND_OF_SUFFIX.get(file.suffix, "")
     if not file.is_file():
         raise DataError(f"there is no tokenizer file {file}")
     if kind not in _KINDS:
         raise DataError(f"{file} is neither a tokenizer.json, a .model nor a .tiktoken file")
+    return file, kind, eod
+
+
+def _saved(folder: Path) -> tuple[Path, str, int]:
+    """What `Tokenizer.save` wrote there, if it is still the same."""
+    path = folder / INFO_FILE
+    try:
+        content = path.read_bytes()
+        info = json.loads(content)
+        file, kind, eod = folder / info["file"], str(info["kind"]), info["eod"]
+        if not isinstance(eod, int) or not 0 <= eod < info["vocab_size"]:
+            raise ValueError(f"its end-of-document token is {eod!r}")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DataError(f"{path} is damaged: {error!r}") from error
+    for part, digest, source in (
+        (path, expected_digest(path), SUMS_FILE),
+        (file, info.get("sha256"), INFO_FILE),
+    ):
+        if part.is_file() and digest and hashlib.sha256(part.read_bytes()).hexdigest() != digest:
+            raise DataError(f"{part} is damaged: its content is not what {folder / source} says")
     return file, kind, eod
 
 

@@ -13,7 +13,8 @@ from configs.schema import Config
 from configs.violation import ConfigError
 from pangu.data import DataError
 from pangu.data.datasets import Datasets, batches, build_datasets, token_rows
-from pangu.data.indexed import SequenceConfig, SequenceDataset, count_tokens
+from pangu.data.index_file import read_structure
+from pangu.data.indexed import SequenceConfig, SequenceDataset
 from pangu.data.tokenizer import load_tokenizer
 
 SEQ = 32
@@ -58,7 +59,7 @@ def test_sequences_are_whole_documents_in_order(corpus: Path, tmp_path: Path) ->
 
     config = config_of(corpus, tmp_path)
     datasets = build(config, train=1)
-    tokens = count_tokens(corpus / "train")
+    tokens = read_structure(corpus / "train").tokens
     assert len(datasets.train) == (tokens - 1) // SEQ
     rows = token_rows(datasets.train, len(datasets.train))
     source = IndexedDataset(str(corpus / "train"))
@@ -175,7 +176,7 @@ def test_a_corpus_written_anew_gets_a_new_index(corpus: Path, tmp_path: Path) ->
     for suffix in (".bin", ".idx"):
         (folder / f"train{suffix}").write_bytes((corpus / f"validation{suffix}").read_bytes())
     second = build(config_of(folder, tmp_path), train=1)
-    assert len(second.train) == (count_tokens(corpus / "validation") - 1) // SEQ
+    assert len(second.train) == (read_structure(corpus / "validation").tokens - 1) // SEQ
     assert len(second.train) < len(first.train)
 
 
