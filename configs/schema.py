@@ -279,12 +279,23 @@ class SimulationConfig:
     # TransformerEngine keeps a placeholder gradient of every weight shape and fuses norms.
     transformer_engine: bool = False
     fused_attention: bool = True  # scores never reach memory
+    flash_attention_2: bool = False  # its rates, where later kernels are faster (Hopper)
     # Latent attention through a kernel that knows one width: values padded to the keys'.
     padded_values: bool = False
-    fused_cross_entropy: bool = True  # the gradient overwrites the logits
+    fused_cross_entropy: bool = False  # the gradient overwrites the 16-bit logits
+    # Otherwise logits in float32, overwritten by their exponentials and by the gradient where the
+    # vocabulary is not cut (`pangu.ops.cross_entropy`); else megatron-core's own passes.
+    inplace_cross_entropy: bool = True
+    # On NVIDIA: PyTorch's kernels for norms, rotary embedding, the router and what sorts and sums
+    # rows, and an optimizer step in several passes; else fused ones as TransformerEngine's.
+    torch_kernels: bool = True
     # Norms, rotary embedding and activations in one kernel each; eager code runs them in several.
     fused_kernels: bool = True
     grouped_experts: bool = True  # all experts of a rank in one product; else one by one
+    # Experts' products on a few streams of their own (TransformerEngine's grouped linear).
+    expert_streams: bool = False
+    # The host issues a layer's kernels one by one, or replays graphs of them.
+    launch: Literal["eager", "captured"] = "eager"
     # Float8 wants every expert's rows in multiples: copied into padded tensors and back.
     padded_experts: bool = False
     # Experts' products, activation, biases and quantisation in a pair of kernels, forward and back.
@@ -294,6 +305,8 @@ class SimulationConfig:
     # (PyTorch's non-reentrant checkpoints since 2.1): the last product and its sum are left out.
     recompute_stops_early: bool = False
     fp32_gradients: bool = True  # main gradients accumulated and reduced in float32
+    # Weight gradients are added to the main gradients inside their product; else afterwards.
+    gradient_accumulation_fusion: bool = False
     tp_comm_overlap: bool = False  # tensor-parallel collectives fused with their matrix products
     # How tokens reach experts in other nodes: flat all-to-all; Pangu's hierarchy (all-gather
     # between nodes, all-to-all inside); or each token once per destination node (DeepEP).

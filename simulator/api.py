@@ -17,8 +17,9 @@ import numpy as np
 from configs.schema import Config
 from simulator import operators
 from simulator.counts.records import Counts
-from simulator.evaluate import prepare
+from simulator.evaluate import Parts, prepare
 from simulator.hardware import Attention, Hardware, Launch, Link, Matmul, Overlap, load_hardware
+from simulator.host import issue_seconds
 from simulator.layout import from_config
 from simulator.page import fill as fill_page
 from simulator.parameters import count_parameters, model_flops_per_token
@@ -61,11 +62,12 @@ def operator_seconds(hardware: Hardware, kind: str, *, dtype: str, **shape: Any)
 @dataclass(frozen=True)
 class LayerCount:
     """How many operators and expert-exchange messages a micro-batch meets in one MoE layer, and
-    operators at the model's ends (embedding, and head with the loss)."""
+    operators at the model's ends (embedding, and head with the loss). Where a device of its own
+    computes, operators are what its host calls (`simulator.host`)."""
 
-    operators: int
+    operators: float
     messages: int
-    end_operators: int
+    end_operators: float
 
 
 def count_layer(config: Config) -> LayerCount:
@@ -74,15 +76,19 @@ def count_layer(config: Config) -> LayerCount:
     Raises:
         ConfigError: it names none.
     """
-    blocks = prepare(config, from_config(config)).blocks
+    parts = prepare(config, from_config(config))
+    blocks = parts.blocks
     assert blocks.moe is not None, "calibration runs a model with experts"
     exchanged = (m for m in blocks.moe.messages if m.group in ("ep", "expert") and np.any(m.bytes))
     return LayerCount(
-        _launched(blocks.moe),
+        _calls(parts, blocks.moe),
         int(sum(float(message.count) for message in exchanged)),
-        _launched(blocks.embedding) + _launched(blocks.head),
+        _calls(parts, blocks.embedding) + _calls(parts, blocks.head),
     )
 
 
-def _launched(counts: Counts) -> int:
-    return sum(1 for each in counts.operators if np.any(each.bytes) and each.count)
+def _calls(parts: Parts, counts: Counts) -> float:
+    if parts.hardware.backend == "cpu":
+        return sum(1 for each in counts.operators if np.any(each.bytes) and each.count)
+    issue = issue_seconds(parts.hardware, parts.shapes, counts)
+    return float(issue.forward + issue.backward) * 1e6 / parts.hardware.launch_us.host

@@ -36,6 +36,7 @@ from simulator.pipeline import Ranks, RankSeconds, distinct_ranks, hidden_second
 from simulator.seconds import BlockSeconds, StageBlocks, price_blocks
 
 Array = Any
+HOST_NORM = 7.0  # of host and device seconds; calibrated on the runs of one node
 BUCKET_ELEMENTS = 40e6  # megatron-core's smallest gradient bucket
 
 
@@ -218,28 +219,16 @@ def tokens_per_step(config: Config, layout: Layout) -> Array:
 
 
 def rank_seconds(parts: Parts, contents: list[StageContent]) -> RankSeconds:
-    """One micro-batch through chunks of one rank, with recomputation and sharded weights."""
-    layout, priced = parts.layout, parts.seconds
-    dense_layers = total(content.dense for content in contents)
-    moe_layers = total(content.moe for content in contents)
-    counts = (
-        (priced.dense, dense_layers),
-        (priced.moe, moe_layers),
-        (priced.embedding, total(content.embedding for content in contents)),
-        (priced.mtp, total(content.mtp for content in contents)),
-        (priced.head, total(content.head for content in contents)),
-    )
-    repeated_dense: Array = 0.0
-    repeated_moe: Array = 0.0
-    for content in contents:
-        first = np.where(layout.block_recompute, layout.recompute_layers, content.layers)
-        some = np.minimum(first, content.dense)
-        repeated_dense = repeated_dense + some
-        repeated_moe = repeated_moe + np.minimum(first - some, content.moe)
+    """One micro-batch through chunks of one rank, with recomputation and sharded weights, where
+    the device may wait for its host."""
+    layout = parts.layout
+    counts = rank_blocks(parts, contents)
+    repeated = repeated_layers(layout, contents)
+    (dense, dense_layers), (moe, moe_layers) = counts[:2]
     again = np.where(
         layout.full_recompute,
-        repeated_dense * priced.dense.again + repeated_moe * priced.moe.again,
-        dense_layers * priced.dense.recompute(layout) + moe_layers * priced.moe.recompute(layout),
+        repeated[0] * dense.again + repeated[1] * moe.again,
+        dense_layers * dense.recompute(layout) + moe_layers * moe.recompute(layout),
     )
     dense_wait = layer_waits(parts, "dense")
     moe_wait = layer_waits(parts, "moe")
@@ -253,7 +242,60 @@ def rank_seconds(parts: Parts, contents: list[StageContent]) -> RankSeconds:
     )
     computing = forward + backward + weight - exchanged
     hideable = np.minimum(exchanged * parts.hardware.overlap.exchange, computing)
-    return RankSeconds(forward, backward, weight, hideable)
+    issuing = issuing_seconds(layout, counts, repeated)
+    waits = [
+        waiting(host, device)
+        for host, device in zip(issuing, (forward, backward + weight), strict=True)
+    ]
+    return RankSeconds(
+        forward + waits[0], backward + waits[1], weight, hideable, waits[0] + waits[1]
+    )
+
+
+def waiting(host: Array, device: Array) -> Array:
+    """Seconds that the device waits for a host that takes `host` to issue its `device` seconds.
+
+    Neither is ahead for long: short kernels starve the device, long ones fill its queue, and where
+    both take alike, a part of a pass is lost.
+    """
+    longer = np.maximum(np.maximum(host, device), 1e-12)
+    both = (host / longer) ** HOST_NORM + (device / longer) ** HOST_NORM
+    return np.maximum(longer * both ** (1.0 / HOST_NORM) - device, 0.0)
+
+
+def rank_blocks(parts: Parts, contents: list[StageContent]) -> list[tuple[BlockSeconds, Array]]:
+    """The building blocks of a rank and how many of each; dense and MoE layers come first."""
+    names = ("dense", "moe", "embedding", "mtp", "head")
+    return [
+        (getattr(parts.seconds, name), total(getattr(content, name) for content in contents))
+        for name in names
+    ]
+
+
+def repeated_layers(layout: Layout, contents: list[StageContent]) -> tuple[Array, Array]:
+    """Dense and MoE layers that recomputation of whole layers repeats."""
+    dense: Array = 0.0
+    moe: Array = 0.0
+    for content in contents:
+        first = np.where(layout.block_recompute, layout.recompute_layers, content.layers)
+        some = np.minimum(first, content.dense)
+        dense = dense + some
+        moe = moe + np.minimum(first - some, content.moe)
+    return dense, moe
+
+
+def issuing_seconds(
+    layout: Layout, counts: list[tuple[BlockSeconds, Array]], repeated: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    """What the host takes to issue one micro-batch, forward and backward."""
+    (dense, dense_layers), (moe, moe_layers) = counts[:2]
+    again = np.where(
+        layout.full_recompute,
+        repeated[0] * dense.host_forward + repeated[1] * moe.host_forward,
+        dense_layers * dense.host_recompute(layout) + moe_layers * moe.host_recompute(layout),
+    )
+    forward = total(count * block.host_forward for block, count in counts)
+    return forward, total(count * block.host_backward for block, count in counts) + again
 
 
 def layer_waits(parts: Parts, kind: LayerKind) -> tuple[Array, Array]:
@@ -326,6 +368,14 @@ def send_seconds(parts: Parts) -> Array:
     return collective_seconds(parts.hardware, "send_recv", size, layout.pp, layout.stride("pp"))
 
 
+def optimizer_bytes(s: Shapes) -> float:
+    """Bytes that norm, clipping and update move for each parameter. PyTorch's fused AdamW moves 28
+    alone; the norm 4, scaling by tokens and by the norm 8 each, 16-bit weights 6."""
+    if s.torch_kernels:
+        return 54.0
+    return 34.0 if s.element < 4 else 32.0
+
+
 def data_parallel(parts: Parts, parameters: StageParameters, seconds: RankSeconds) -> DataParallel:
     """Gradient reduction, optimizer step and parameter gathering of one rank."""
     layout, hw, s = parts.layout, parts.hardware, parts.shapes
@@ -360,7 +410,7 @@ def data_parallel(parts: Parts, parameters: StageParameters, seconds: RankSecond
     reduce = reduce + collective_seconds(hw, "all_reduce", table, np.minimum(layout.pp, 2), far)
     # Norm and update read gradients, master weights and moments and write them back; the
     # gradient buffer is then cleared.
-    update = (34.0 if s.element < 4 else 32.0) * held
+    update = optimizer_bytes(s) * held
     clear: Array = np.where(layout.zero >= 2, held, parameters.total)
     optimizer = vector_seconds(hw, update + clear * element)
     if s.traits.swap_optimizer:  # states stream in and out, both ways at once

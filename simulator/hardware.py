@@ -104,6 +104,9 @@ class Matmul:
     # half of it (short products, ragged rows).
     grouped: Kept = 1.0
     grouped_half: NotNegative = 0.0
+    # The same for experts' products on a few streams; null: as in one launch.
+    streams: Kept = 1.0
+    streams_half: NotNegative | None = None
     weight_gradient: Kept = 1.0  # … that products adding to a float32 buffer keep
     dtype: dict[str, Kept] = field(default_factory=dict)  # … that another dtype keeps
     in_training: Kept = 1.0
@@ -115,7 +118,8 @@ class Attention:
     long sequences and heads of 128; half of it is reached at `half_length` keys. Narrower heads
     keep d/(d + `half_head`) relative to 128's. `cache` is the part of the memory efficiency that
     reading keys and values keeps, which is what decoding a token spends its time on;
-    `in_training` as with `Matmul`."""
+    `in_training` as with `Matmul`; `flash_2` is the part of the rates that FlashAttention 2
+    reaches."""
 
     forward: Efficiency
     backward: Efficiency
@@ -123,6 +127,7 @@ class Attention:
     half_head: NotNegative = 16.0
     cache: Kept = 1.0
     in_training: Kept = 1.0
+    flash_2: Kept = 1.0
 
 
 @dataclass(frozen=True)

@@ -58,23 +58,29 @@ def grouped_matmul_seconds(
     *,
     dtype: str = "bf16",
     weight_gradient: bool = False,
+    added: bool = True,
+    streams: bool = False,
     weight_bytes: float | None = None,
 ) -> Array:
     """One launch over `groups` experts with `m_per_group` rows each, weights [k, n] apiece.
 
     Experts fill waves of tiles together but pad their rows apart, and every expert that has a
-    row loads its weights. `weight_gradient`: products [k, rows] x [rows, n], added to float32.
+    row loads its weights. `weight_gradient`: products [k, rows] x [rows, n], `added` to float32.
+    `streams`: product after product on a few streams instead of one launch.
     """
     groups, rows, n, k = (np.asarray(x, dtype=float) for x in (groups, m_per_group, n, k))
     a, b, depth = (k, n, rows) if weight_gradient else (rows, n, k)
     element = ELEMENT_BYTES[dtype]
     weight = element if weight_bytes is None else weight_bytes
     activations = groups * rows * (n + k) * element
-    weights = groups * n * k * (8.0 if weight_gradient else weight)
+    weights = groups * n * k * (8.0 if weight_gradient and added else weight)
     narrow = np.minimum(n, k)
-    peak = hw.peak(dtype) * hw.matmul.dtype.get(dtype, 1.0) * hw.matmul.grouped
-    peak = peak * narrow / (narrow + hw.matmul.grouped_half)
-    if weight_gradient:
+    curve = hw.matmul
+    part, half = curve.grouped, curve.grouped_half
+    if streams and curve.streams_half is not None:
+        part, half = curve.streams, curve.streams_half
+    peak = hw.peak(dtype) * curve.dtype.get(dtype, 1.0) * part * narrow / (narrow + half)
+    if weight_gradient and added:
         peak *= hw.matmul.weight_gradient
     compute = 2.0 * groups * rows * n * k / (peak * _efficiency(hw, groups, a, b, depth))
     moved = activations + weights * np.minimum(rows, 1.0)
@@ -95,6 +101,7 @@ def attention_seconds(
     fused: bool = True,
     passes: float = 1.0,
     backward: bool = False,
+    flash_2: bool = False,
     dtype: str = "bf16",
     kv_heads: Array | None = None,
     kv_bytes: float | None = None,
@@ -121,6 +128,8 @@ def attention_seconds(
     head = np.minimum(qk_dim, v_dim)
     head_factor = head / (head + curve.half_head) * (128.0 + curve.half_head) / 128.0
     best = curve.in_training * (curve.backward if backward else curve.forward)
+    if flash_2:
+        best = best * curve.flash_2
     reached = best * np.minimum(head_factor, 1.05)
     reached = reached * seq_kv / (seq_kv + curve.half_length)
     if dtype == "fp8":
@@ -180,20 +189,21 @@ def _unfused_attention(
     backward: bool,
     dtype: str,
 ) -> Array:
-    """Two batched products around a fused scale-mask-softmax and a dropout (Megatron's
-    `core_attn`); backward runs each product's two gradients."""
+    """Two batched products around a scale-mask-softmax and a dropout (Megatron's `core_attn`);
+    backward runs each product's two gradients. Megatron's fused causal softmax reads what the
+    mask leaves, half of the scores, and writes all of them."""
     element = ELEMENT_BYTES[dtype]
     elements = matrices * seq_q * seq_kv
     if not backward:
         scores = matmul_seconds(hw, seq_q, seq_kv, qk_dim, batch=matrices, dtype=dtype)
         output = matmul_seconds(hw, seq_q, v_dim, seq_kv, batch=matrices, dtype=dtype)
-        softmax = vector_seconds(hw, 2 * passes * element * elements)
+        softmax = vector_seconds(hw, (1.5 if passes == 1.0 else 2 * passes) * element * elements)
         dropout = vector_seconds(hw, (2 * element + 1) * elements)
         return scores + softmax + dropout + output
     d_probabilities = matmul_seconds(hw, seq_q, seq_kv, v_dim, batch=matrices, dtype=dtype)
     d_value = matmul_seconds(hw, seq_kv, v_dim, seq_q, batch=matrices, dtype=dtype)
     d_query = matmul_seconds(hw, seq_q, qk_dim, seq_kv, batch=matrices, dtype=dtype)
     d_key = matmul_seconds(hw, seq_kv, qk_dim, seq_q, batch=matrices, dtype=dtype)
-    softmax = vector_seconds(hw, 3 * passes * element * elements)
+    softmax = vector_seconds(hw, (2.0 if passes == 1.0 else 3 * passes) * element * elements)
     dropout = vector_seconds(hw, (2 * element + 1) * elements)
     return d_probabilities + d_value + d_query + d_key + softmax + dropout

@@ -24,13 +24,15 @@ class RankSeconds:
     """One pipeline rank's seconds for one micro-batch, summed over its chunks.
 
     `hideable` is what the overlapped schedule saves when a forward pass of one micro-batch runs
-    beside a backward pass of another.
+    beside a backward pass of another. `waiting` is the part of forward and input gradient in which
+    the device waits for its host.
     """
 
     forward: Array
     input_gradient: Array
     weight_gradient: Array
     hideable: Array
+    waiting: Array = 0.0
 
     @property
     def backward(self) -> Array:

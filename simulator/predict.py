@@ -226,10 +226,11 @@ def _ranks(parts: Parts) -> list[_Rank]:
 def _rank(parts: Parts, contents: list[StageContent]) -> _Rank:
     seconds = rank_seconds(parts, contents)
     parameters = stage_parameters(parts.shapes, contents)
-    units = [
-        UnitSeconds(*(float(value) for value in vars(rank_seconds(parts, [chunk])).values()))
-        for chunk in contents
-    ]
+    units = []
+    for chunk in contents:
+        unit = rank_seconds(parts, [chunk])
+        passes = (unit.forward, unit.input_gradient, unit.weight_gradient, unit.hideable)
+        units.append(UnitSeconds(*(float(value) for value in passes)))
     end = data_parallel(parts, parameters, seconds)
     return _Rank(contents, units, seconds, float(parameters.total), end)
 
@@ -309,13 +310,12 @@ def _breakdown(
         for line in block.lines:
             key = GROUP_LINES[line.group] if line.group else OPERATOR_LINES[line.kind]
             add(key, count * float(line.exposed))
-        passes = float(block.forward + block.input_gradient + block.weight_gradient)
-        add("launch gaps", count * (passes - sum(float(line.exposed) for line in block.lines)))
     kinds: tuple[LayerKind, ...] = ("dense", "moe")
     for kind in kinds:
         layers = sum(float(getattr(content, kind)) for content in held.contents)
         if layers:
             add("sharded weights and swapping", layers * float(sum(layer_waits(parts, kind))))
+    add("waiting for the host", float(held.seconds.waiting))
     known = sum(result.values())
     result["recomputation"] = float(held.seconds.both) * count_of - known
     result["gradient reduction"] = float(held.end.reduce)

@@ -13,6 +13,7 @@ from simulator.collectives import collective_seconds
 from simulator.counts.layer import Blocks
 from simulator.counts.records import Counts, Message, Operator, Shapes, total
 from simulator.hardware import Hardware
+from simulator.host import issue_seconds
 from simulator.layout import Layout
 from simulator.operators import (
     attention_seconds,
@@ -50,10 +51,12 @@ class Line:
 
 @dataclass(frozen=True)
 class BlockSeconds:
-    """Seconds of one block for one micro-batch, exposed communication included.
+    """Seconds of one block for one micro-batch on the device, exposed communication included.
 
-    `experts_forward` and `experts_backward` are the exposed seconds of expert dispatch and
-    combine, which the overlapped schedule can hide behind the other direction's computing.
+    `host_forward` and `host_backward` are what the host takes to issue it meanwhile
+    (`simulator.host`). `experts_forward` and `experts_backward` are the exposed seconds of expert
+    dispatch and combine, which the overlapped schedule can hide behind the other direction's
+    computing.
     """
 
     forward: Array = 0.0
@@ -64,14 +67,18 @@ class BlockSeconds:
     experts_backward: Array = 0.0
     # Forward seconds that selective recomputation of a module ("a|b": of either) repeats.
     repeatable: dict[str, Array] = field(default_factory=dict)
+    host_forward: Array = 0.0
+    host_backward: Array = 0.0
+    host_repeatable: dict[str, Array] = field(default_factory=dict)
     lines: list[Line] = field(default_factory=list)
 
     def recompute(self, layout: Layout) -> Array:
         """Seconds of selective recomputation; whole layers repeat `again` instead."""
-        result: Array = 0.0
-        for modules, seconds in self.repeatable.items():
-            result = result + _again(layout, modules) * seconds
-        return result
+        return _repeated(layout, self.repeatable)
+
+    def host_recompute(self, layout: Layout) -> Array:
+        """What the host takes to issue that."""
+        return _repeated(layout, self.host_repeatable)
 
     def backward(self, layout: Layout) -> Array:
         return self.input_gradient + self.weight_gradient + self.recompute(layout)
@@ -103,7 +110,6 @@ def block_seconds(hw: Hardware, s: Shapes, counts: Counts) -> BlockSeconds:
     """Price a block. Messages beside an operator show only what outlasts it."""
     times: dict[str, Array] = {}
     passes: dict[str, Array] = {"forward": 0.0, "input_gradient": 0.0, "weight_gradient": 0.0}
-    issued: dict[str, Array] = {"forward": 0, "input_gradient": 0, "weight_gradient": 0}
     repeatable: dict[str, Array] = {}
     experts: dict[str, Array] = {"forward": 0.0, "input_gradient": 0.0, "weight_gradient": 0.0}
     lines = []
@@ -117,7 +123,6 @@ def block_seconds(hw: Hardware, s: Shapes, counts: Counts) -> BlockSeconds:
             seconds = seconds * np.where(s.layout.ring, 2.0 - 1.0 / s.layout.cp, 1.0)
         times[f"{operator.name}:{operator.phase}"] = seconds
         passes[operator.phase] = passes[operator.phase] + seconds
-        issued[operator.phase] += 1
         again = _again(s.layout, operator.recompute)
         if operator.recompute:
             repeatable[operator.recompute] = repeatable.get(operator.recompute, 0.0) + seconds
@@ -144,7 +149,6 @@ def block_seconds(hw: Hardware, s: Shapes, counts: Counts) -> BlockSeconds:
             times[message.beside] = times[message.beside] - hidden
         times[f"{message.name}:{message.phase}"] = seconds
         passes[message.phase] = passes[message.phase] + exposed
-        issued[message.phase] = issued[message.phase] + np.where(seconds > 0, 1, 0)
         again = _again(s.layout, message.recompute)
         if message.recompute:
             repeatable[message.recompute] = repeatable.get(message.recompute, 0.0) + seconds
@@ -162,8 +166,7 @@ def block_seconds(hw: Hardware, s: Shapes, counts: Counts) -> BlockSeconds:
                 repeated=again,
             )
         )
-    for phase, count in issued.items():  # the device waits where the host is slower
-        passes[phase] = np.maximum(passes[phase], count * hw.launch_us.host * 1e-6)
+    issued = issue_seconds(hw, s, counts)
     end = total(line.exposed for line in lines if line.phase == "forward" and line.name in LAST)
     return BlockSeconds(
         passes["forward"],
@@ -173,8 +176,18 @@ def block_seconds(hw: Hardware, s: Shapes, counts: Counts) -> BlockSeconds:
         experts["forward"],
         experts["input_gradient"],
         repeatable,
+        issued.forward,
+        issued.backward,
+        issued.repeatable,
         lines,
     )
+
+
+def _repeated(layout: Layout, seconds: dict[str, Array]) -> Array:
+    result: Array = 0.0
+    for modules, each in seconds.items():
+        result = result + _again(layout, modules) * each
+    return result
 
 
 def _again(layout: Layout, modules: str) -> Array:

@@ -85,11 +85,11 @@ def measure(
     message, overhead = 0.0, _overhead(backend, 1, base, quick, say)
     if processes > 1:
         together, base = _depths([*backend, steps], processes, say)
-        messages = _counted(_expert_parallel(processes)).messages
+        messages = _counted(_expert_parallel(processes), backend[0]).messages
         message = max(_per_layer(together) - per_layer, 0.0) / messages
         # Processes that talk all the time leave more holes than such as talk little.
         overhead = (overhead + _overhead(backend, processes, base, quick, say)) / 2
-    counted = _counted(1)
+    counted = _counted(1, backend[0])
     operator = per_layer / counted.operators
     step = max(alone[0] - DEPTHS[0] * per_layer - counted.end_operators * operator, 0.0)
     return Framework(operator, step, message, base, overhead)
@@ -152,10 +152,11 @@ def _per_layer(seconds: list[float]) -> float:
     return max((seconds[1] - seconds[0]) / (DEPTHS[1] - DEPTHS[0]), 0.0)
 
 
-def _counted(expert_parallel: int) -> LayerCount:
+def _counted(expert_parallel: int, backend: str) -> LayerCount:
     """What the simulator counts in the narrow model."""
-    size = f"parallel.expert_model_parallel_size={expert_parallel}"
-    return count_layer(load([*NARROW, "hardware=a100", size, f"devices={expert_parallel}"]))
+    sizes = [f"parallel.expert_model_parallel_size={expert_parallel}"]
+    sizes += [f"devices={expert_parallel}", f"hardware.{backend}"]
+    return count_layer(load([*NARROW, "hardware=a100", *sizes]))
 
 
 def _run(overrides: list[str]) -> list[dict[str, float]]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from simulator.counts.records import Counts, Message, Operator, Saved, Shapes, matmul, vector
 from simulator.counts.tensor_parallel import after_row, before_column
+from simulator.counts.torch_kernels import norm, rope
 from simulator.parameters import attention_linears, qk_size, query_groups, v_size
 
 Array = Any
@@ -25,7 +26,7 @@ def attention(s: Shapes) -> Counts:
         operators=[
             *matmul(s, output, s.tokens, tp),
             *vector("attention.residual", 3 * stream, stream),
-            *_sandwich(s, "attention.post_norm", stream),
+            *(norm(s, "attention.post_norm", s.shard, hidden) if s.model.sandwich_norm else []),
         ],
         messages=after_row(s, output.name, hidden),
         saved=[Saved("attention.post_norm input", stream)] if s.model.sandwich_norm else [],
@@ -34,24 +35,23 @@ def attention(s: Shapes) -> Counts:
     return projections + _core(s) + after
 
 
-def _sandwich(s: Shapes, name: str, stream: Array) -> list[Operator]:
-    return vector(name, 2 * stream, 3 * stream) if s.model.sandwich_norm else []
-
-
 def _grouped_query(s: Shapes) -> Counts:
     linear = attention_linears(s.model)[0]
     hidden, element, tp = s.model.hidden_size, s.element, s.layout.tp
     stream = s.shard * hidden * element
     heads = linear.local_outputs(tp)  # queries, keys and values of this rank
-    rope = 2 * s.tokens * heads * element
+    every = s.tokens * heads * element
+    values = np.maximum(query_groups(s.model) / tp, 1) * v_size(s.model)
+    rotated = every - s.tokens * values * element
     operators = [
-        *vector("attention.norm", 2 * stream, 3 * stream, "layernorm"),
+        *norm(s, "attention.norm", s.shard, hidden, "layernorm"),
         *matmul(s, linear, s.tokens, tp),
     ]
     if s.model.position_embedding == "rope":
-        operators += vector("attention.rope", rope, rope)
+        operators += rope(s, every, rotated)
     if s.model.qk_layernorm:
-        operators += vector("attention.qk_norm", rope, 1.5 * rope)
+        size = qk_size(s.model)
+        operators += norm(s, "attention.qk_norm", rotated / (size * element), size)
     saved = [
         Saved("attention.norm input", stream),
         Saved("attention.norm output", s.shard * hidden * s.linear_element, ("layernorm",)),
@@ -74,7 +74,7 @@ def _latent(s: Shapes) -> Counts:
     query = s.tokens * heads * qk_size(model) * element
     value = s.tokens * heads * model.v_head_dim * element
     key_value = s.tokens * heads * (model.qk_head_dim + model.v_head_dim) * element
-    operators = vector("attention.norm", 2 * stream, 3 * stream, "layernorm")
+    operators = norm(s, "attention.norm", s.shard, hidden, "layernorm")
     messages: list[Message] = []
     compressed = s.shard * (model.q_lora_rank + model.kv_lora_rank) * element
     for linear in attention_linears(model)[:-1]:
@@ -120,6 +120,7 @@ def _core(s: Shapes) -> Counts:
         "kv_heads": np.maximum(kv_heads / layout.cp, 1),
         "fused": s.traits.fused_attention,
         "passes": s.vector_passes,
+        "flash_2": s.traits.flash_attention_2,
         "dtype": "bf16" if s.dtype in ("fp8", "int8") and not s.traits.fp8_attention else s.dtype,
     }
     pairs = layout.micro_batch * heads / layout.cp * s.seq_length**2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from simulator.counts.records import Counts, Saved, Shapes, matmul, vector
 from simulator.counts.tensor_parallel import after_row, before_column
+from simulator.counts.torch_kernels import norm
 from simulator.parameters import mlp_linears
 
 
@@ -14,9 +15,9 @@ def dense_mlp(s: Shapes) -> Counts:
     # Recomputing the whole MLP repeats the norm only where it is recomputed itself.
     around = Counts(
         operators=[
-            *vector("mlp.norm", 2 * stream, 3 * stream, "layernorm"),
+            *norm(s, "mlp.norm", s.shard, hidden, "layernorm"),
             *vector("mlp.residual", 3 * stream, stream),
-            *(vector("mlp.post_norm", 2 * stream, 3 * stream) if s.model.sandwich_norm else []),
+            *(norm(s, "mlp.post_norm", s.shard, hidden) if s.model.sandwich_norm else []),
         ],
         saved=[
             Saved("mlp.norm input", stream),

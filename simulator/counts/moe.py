@@ -21,9 +21,13 @@ from simulator.counts.records import (
     grouped_matmul,
     vector,
 )
+from simulator.counts.torch_kernels import SCAN_BYTES_PER_ROW, gathered, norm, summed
 from simulator.parameters import mlp_linears
 
 Array = Any
+
+
+SHORT_KERNELS = 16  # over scores, forward and backward each
 
 
 def moe(s: Shapes, load: Array = 1.0) -> Counts:
@@ -32,10 +36,10 @@ def moe(s: Shapes, load: Array = 1.0) -> Counts:
     stream = s.shard * hidden * element
     counts = Counts(
         operators=[
-            *vector("moe.norm", 2 * stream, 3 * stream, "layernorm"),
+            *norm(s, "moe.norm", s.shard, hidden, "layernorm"),
             *_router(s),
             *vector("moe.residual", 3 * stream, stream),
-            *(vector("moe.post_norm", 2 * stream, 3 * stream) if s.model.sandwich_norm else []),
+            *(norm(s, "moe.post_norm", s.shard, hidden) if s.model.sandwich_norm else []),
         ],
         saved=[
             Saved("moe.norm input", stream),
@@ -60,13 +64,15 @@ def routed_rows(s: Shapes, load: Array = 1.0) -> Array:
 
 def _router(s: Shapes) -> list[Operator]:
     """Logits in float32, scores, choice and the auxiliary loss: some passes over
-    `[shard, experts]`."""
+    `[shard, experts]`. PyTorch's kernels are many short ones, with hidden states cast to float32
+    for products that run outside the matrix units, and a scan of every row (of every group) that
+    settles ties."""
     scores = 4.0 * s.shard * s.model.num_experts
     shape = {
         "m": s.shard,
         "n": s.model.num_experts,
         "k": s.model.hidden_size,
-        "dtype": "fp32" if s.dtype == "fp32" else "bf16",
+        "dtype": "fp32" if s.dtype == "fp32" or s.torch_kernels else "bf16",
     }
     flops = 2.0 * s.shard * s.model.num_experts * s.model.hidden_size
     read = s.shard * s.model.hidden_size * s.element + scores
@@ -75,7 +81,17 @@ def _router(s: Shapes) -> list[Operator]:
         Operator("moe.router", phase, "matmul", flops, read, shape, "moe" * (phase == "forward"))
         for phase in names
     ]
-    return [*logits, *vector("moe.choice", 6 * scores, 4 * scores, "moe")]
+    if not s.torch_kernels:
+        return [*logits, *vector("moe.choice", 6 * scores, 4 * scores, "moe")]
+    wide = 6.0 * s.shard * s.model.hidden_size
+    scanned = s.shard * (s.moe.num_expert_groups if s.moe.router == "moge" else 1)
+    return [
+        *logits,
+        *vector("moe.router cast", wide, 2 * wide, "moe"),
+        *vector("moe.choice", 2 * scores, 2 * scores, "moe", SHORT_KERNELS),
+        *vector("moe.plan", 16.0 * s.shard * s.moe.top_k, 0.0, "moe", SHORT_KERNELS),
+        *vector("moe.ties", SCAN_BYTES_PER_ROW * scanned, 0.0, "moe"),
+    ]
 
 
 def _experts(s: Shapes, load: Array) -> Counts:
@@ -89,10 +105,12 @@ def _experts(s: Shapes, load: Array) -> Counts:
     inner = rows * fc1.local_outputs(layout.etp) * element
     outer = rows * fc2.local_inputs(layout.etp)
     stream = s.shard * hidden * element
-    regroup = np.where(experts > 1, 2 * received, 0.0)  # by expert, after the exchange
+    # By expert, after the exchange; gathered tokens and such that stay are sorted once.
+    again = (experts > 1) & np.logical_not(sorted_once(s))
+    regroup = np.where(again, 2 * received, 0.0)
     padded = vector("experts.padding", 4 * received, 4 * received, module)
     operators = [
-        *vector("moe.permute", stream + sent, stream + sent, module),
+        *vector("moe.permute", gathered(s, stream, sent), summed(s, stream, sent), module),
         *vector("moe.sort", regroup, regroup, module),
         *(padded if s.traits.padded_experts else []),
         *grouped_matmul(s, fc1, experts, rows / experts, layout.etp, module),
@@ -100,7 +118,7 @@ def _experts(s: Shapes, load: Array) -> Counts:
         *grouped_matmul(s, fc2, experts, rows / experts, layout.etp, module),
         *_bias(s, rows * hidden),
         *vector("moe.unsort", regroup, regroup, module),
-        *vector("moe.unpermute", stream + sent, stream + sent, module),
+        *vector("moe.unpermute", summed(s, stream, sent), gathered(s, stream, sent), module),
     ]
     exchange = regroup / 2
     peak = received + np.maximum(exchange, inner + outer * element) + 2 * stream
@@ -152,6 +170,13 @@ def gathers(moe: MoEConfig, dispatch: str, ep: Array) -> Array:
     whole = (moe.router == "moge") & (moe.num_expert_groups % np.asarray(ep) == 0)
     few = (moe.router != "expert_choice") & (dispatch == "flat") & (np.asarray(ep) <= moe.top_k)
     return {"auto": whole | few, "moge": whole, "allgather": True}.get(moe.dispatcher, False)
+
+
+def sorted_once(s: Shapes) -> Array:
+    """Whether rows are sorted by expert where they are made: no token travels, or all do."""
+    layout = s.layout
+    alone = (layout.ep * layout.etp == 1) & (s.moe.dispatcher in ("auto", "local"))
+    return alone | gathers(s.moe, s.traits.dispatch, layout.ep)
 
 
 def _exchange(s: Shapes, sent: Array, load: Array) -> list[Message]:

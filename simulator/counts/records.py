@@ -109,6 +109,7 @@ class Shapes:
     dtype: str  # of matrix products
     domain: int  # devices that reach each other over the fast links: a node, or a rack
     communicator_bytes: float  # that the collective library keeps for every group
+    backend: str = "cuda"  # of the machine
 
     @property
     def element(self) -> float:
@@ -124,6 +125,11 @@ class Shapes:
     def vector_passes(self) -> float:
         """Passes over memory for one of a fused vector operator."""
         return 1.0 if self.traits.fused_kernels else EAGER_PASSES
+
+    @property
+    def torch_kernels(self) -> bool:
+        """Whether PyTorch's own CUDA kernels run where others have fused ones."""
+        return self.traits.torch_kernels and self.backend == "cuda"
 
     @property
     def tokens(self) -> Array:
@@ -149,6 +155,7 @@ def shapes(config: Config, layout: Layout) -> Shapes:
         precision,
         max(machine.get("devices_per_node", 8), links[0]["devices"] if links else 0),
         machine.get("communicator_buffer_mb", 200.0) * 1e6,
+        machine.get("backend", "cuda"),
     )
 
 
@@ -160,7 +167,9 @@ def matmul(
     flops = 2.0 * rows * inputs * outputs
     element = s.linear_element
     read = rows * inputs + inputs * outputs + rows * outputs
-    weight = (rows * inputs + rows * outputs) * element + 8.0 * inputs * outputs
+    added = s.traits.gradient_accumulation_fusion
+    written = 8.0 if added else s.element
+    weight = (rows * inputs + rows * outputs) * element + written * inputs * outputs
     operators = []
     for phase, m, n, k in (
         ("forward", rows, outputs, inputs),
@@ -175,12 +184,25 @@ def matmul(
                 "matmul",
                 flops,
                 weight if last else read * element,
-                {"m": m, "n": n, "k": k, "dtype": s.dtype, "weight_gradient": last},
+                {"m": m, "n": n, "k": k, "dtype": s.dtype, "weight_gradient": last and added},
                 recompute if phase == "forward" else "",
                 count,
             )
         )
+    operators += _added_gradient(s, linear.name, inputs * outputs, count)
     return operators + _quantised(s, linear.name, rows, inputs, outputs, recompute, count)
+
+
+def _added_gradient(s: Shapes, name: str, elements: Array, count: Array = 1) -> list[Operator]:
+    """What adds a weight's gradient to the main gradients where its product does not: in another
+    precision it is copied first."""
+    if s.traits.gradient_accumulation_fusion:
+        return []
+    main = 4.0 if s.traits.fp32_gradients else s.element
+    copied = s.element + main if main != s.element else 0.0
+    moved = elements * (copied + 3 * main)
+    title = f"{name} gradient added"
+    return [Operator(title, "weight_gradient", "vector", 0, moved, {"bytes": moved}, "", count)]
 
 
 def _quantised(
@@ -204,7 +226,9 @@ def grouped_matmul(
     flops = 2.0 * experts * rows * inputs * outputs
     element = s.linear_element
     moved = experts * (rows * inputs + inputs * outputs + rows * outputs) * element
-    added = experts * (rows * (inputs + outputs) * element + 8.0 * inputs * outputs)
+    fused = s.traits.gradient_accumulation_fusion
+    written = 8.0 if fused else s.element
+    added = experts * (rows * (inputs + outputs) * element + written * inputs * outputs)
     operators = []
     for phase, n, k in (
         ("forward", outputs, inputs),
@@ -213,6 +237,7 @@ def grouped_matmul(
     ):
         last = phase == "weight_gradient"
         shape = {"groups": experts, "m_per_group": rows, "n": n, "k": k, "dtype": s.dtype}
+        shape |= {"streams": s.traits.expert_streams}
         operators.append(
             Operator(
                 linear.name,
@@ -220,10 +245,11 @@ def grouped_matmul(
                 "grouped_matmul",
                 flops,
                 added if last else moved,
-                shape | {"weight_gradient": last},
+                shape | {"weight_gradient": last, "added": fused},
                 recompute if phase == "forward" else "",
             )
         )
+    operators += _added_gradient(s, linear.name, experts * inputs * outputs)
     if s.traits.fused_experts:  # between the two products, casts are theirs
         inputs, outputs = (inputs, 0.0) if linear.split == "column" else (0.0, outputs)
     return operators + _quantised(s, linear.name, experts * rows, inputs, outputs, recompute, 1)

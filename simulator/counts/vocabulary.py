@@ -9,6 +9,7 @@ import numpy as np
 
 from simulator.counts.records import Counts, Message, Saved, Shapes, matmul, vector
 from simulator.counts.tensor_parallel import before_column
+from simulator.counts.torch_kernels import norm
 from simulator.parameters import Linear, mtp_projection
 
 Array = Any
@@ -46,20 +47,16 @@ def head(s: Shapes) -> Counts:
     # Quantised training keeps the projection on the vocabulary in 16 bits.
     wide = replace(s, dtype="bf16") if s.dtype in ("fp8", "fp4", "int8") else s
     logits = s.tokens * s.model.vocab_size / tp
-    # Fused: read the logits, write the gradient over them. Otherwise megatron-core's passes:
-    # to float32, maximum, subtract, exponential, sum, divide; backward scale and cast.
-    forward, backward = (6.0, 2.0 * element) if s.traits.fused_cross_entropy else (38.0, 14.0)
+    forward, backward, held = _loss_passes(s)
     scalars = 3 * 4.0 * s.tokens
-    peak = logits * (element if s.traits.fused_cross_entropy else element + 8.0)
-    if s.dtype == "fp32":  # ours overwrites the logits; the engine's, over TP, keeps a copy
-        peak = logits * element * np.where(tp > 1, 2, 1)
+    peak = logits * held
     gathered = np.where((s.layout.tp > 1) & s.layout.sequence_parallel, 1, 0)
     states = s.tokens * hidden * element
     # The gathered input, its gradient, and the placeholder of the matrix's gradient.
     peak = peak + states * (1 + gathered) + linear.matrix(tp) * element
     return Counts(
         operators=[
-            *vector("head.norm", 2 * stream, 3 * stream),
+            *norm(s, "head.norm", s.shard, hidden),
             *matmul(wide, linear, s.tokens, tp),
             *vector("head.loss", forward * logits, backward * logits),
         ],
@@ -70,6 +67,21 @@ def head(s: Shapes) -> Counts:
         saved=[Saved("head.norm input", stream), Saved("head.norm output", stream)],
         backward_peak=peak,
     )
+
+
+def _loss_passes(s: Shapes) -> tuple[Array, Array, Array]:
+    """Bytes for each logit: moved forward, moved backward, held at once.
+
+    Fused: read the logits, write the gradient over them. In place: to float32, maximum, subtract,
+    exponential, sum; backward scale and cast. megatron-core's own subtracts and divides in copies.
+    """
+    element, tp = s.element, s.layout.tp
+    if s.dtype == "fp32":  # block by block in cache; the engine's, over TP, keeps a copy
+        return 6.0, 2.0 * element, element * np.where(tp > 1, 2, 1)
+    if s.traits.fused_cross_entropy:
+        return 6.0, 2.0 * element, element
+    ours = (tp == 1) & s.traits.inplace_cross_entropy
+    return np.where(ours, 30.0, 38.0), 14.0, element + np.where(ours, 4.0, 8.0)
 
 
 def mtp_entrance(s: Shapes) -> Counts:
@@ -84,7 +96,7 @@ def mtp_entrance(s: Shapes) -> Counts:
     projection = mtp_projection(s.model)
     return embedding(s) + Counts(
         operators=[
-            *vector("mtp.norm", 4 * stream, 6 * stream),
+            *norm(s, "mtp.norm", 2 * s.shard, hidden),
             *matmul(s, projection, s.tokens, s.layout.tp),
         ],
         messages=[

@@ -31,6 +31,7 @@ from simulator.validation.machines import NotPredictable, machine, precision
 from simulator.validation.recipes import recipe
 from simulator.validation.recomputation import memory_policy, recompute_words
 from simulator.validation.table import Row
+from simulator.validation.version import attends_with_flash_2
 
 
 @dataclass
@@ -50,6 +51,10 @@ WITHOUT_FLASH = ("Bloom", "Baichuan-13B")
 # Groups of experts, and how many of them a token may use.
 GROUPS = {"DeepSeek-V3": (8, 4), "DeepSeekV3": (8, 4), "DeepSeek-V2": (8, 3)}
 VOCABULARIES = {"Mixtral": 32768, "Llama": 128256, "Qwen": 151936, "GPT": 51200}
+
+# Microsoft's fork of Megatron in 2022: unfused attention, no sequence parallelism, float16
+# gradients reduced whole, pipeline sends cut over tensor-parallel ranks.
+DEEPSPEED = "Megatron-DeepSpeed"
 
 
 def case(row: Row) -> Case:
@@ -202,7 +207,7 @@ def _parallel(row: Row, assumed: list[str]) -> ParallelConfig:
     modern = row.mentions("Megatron-Bridge", "NeMo", "ModelZoo", "Megatron Core", "MegaScale")
     return ParallelConfig(
         tensor_model_parallel_size=sizes["tp"],
-        sequence_parallel=not row.mentions("no sequence parallel", "SC21 arXiv"),
+        sequence_parallel=not row.mentions("no sequence parallel", "SC21 arXiv", DEEPSPEED),
         pipeline_model_parallel_size=sizes["pp"],
         virtual_pipeline_model_parallel_size=sizes["vpp"],
         context_parallel_size=sizes["cp"],
@@ -266,7 +271,7 @@ def _zero_stage(row: Row, sharded: bool) -> int:
         return 2
     if sharded:
         return 3
-    plain = row.mentions("no distributed optimizer", "SC21 arXiv", "Korthikanti")
+    plain = row.mentions("no distributed optimizer", "SC21 arXiv", "Korthikanti", DEEPSPEED)
     return 0 if plain else 1
 
 
@@ -296,7 +301,7 @@ def _micro_batch(row: Row) -> int:
 
 def _traits(row: Row) -> SimulationConfig:
     published = recipe(row)
-    early = row.mentions("SC21 arXiv", "Korthikanti")
+    early = row.mentions("SC21 arXiv", "Korthikanti", DEEPSPEED)
     # MindSpeed's scripts from before megatron-core: no fused kernels, no flash attention.
     legacy = row.mentions("script examples/") and not row.mentions("script examples/mcore")
     eager = legacy or "Gemma2" in row["model"] or row.mentions("; eager")
@@ -310,6 +315,7 @@ def _traits(row: Row) -> SimulationConfig:
         transformer_engine=transformer_engine and not early,
         # Gemma 2 caps its attention scores between the two products.
         fused_attention=not (early or row["model"].startswith(WITHOUT_FLASH)),
+        flash_attention_2=attends_with_flash_2(row),
         fused_kernels=not eager,
         padded_values=row.mentions("MindSpeed-LLM tag v1.0"),
         fused_cross_entropy=row.mentions(
@@ -323,6 +329,10 @@ def _traits(row: Row) -> SimulationConfig:
         # llm-foundry's tables in pure bfloat16 are of PyTorch 1.13, in mixed precision of 2.1.
         recompute_stops_early=row.mentions("torchtitan", "mixed precision DEFAULT"),
         fp32_gradients=not (early or row.mentions("mixed precision PURE", "Bridge", "FSDP on")),
+        inplace_cross_entropy=False,
+        torch_kernels=False,
+        expert_streams=True,
+        gradient_accumulation_fusion=not row.mentions("SC21 arXiv", "llm-foundry", DEEPSPEED),
         scatter_gather_sends=early,
         sharding="deepspeed_2021" if row.mentions("SC21 arXiv") else "fsdp",
         attention_span=_attention_span(row),

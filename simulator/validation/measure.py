@@ -13,9 +13,7 @@ from simulator.validation.engine import Case, NotPredictable, case
 from simulator.validation.rows import Outcome
 from simulator.validation.split import split_of
 from simulator.validation.table import PACKAGED, Row, read_table
-
-# Tables that began after March 2025.
-SINCE_CORE_0_12 = ("Megatron-Bridge", "ModelZoo", "MoE Models with Megatron Core")
+from simulator.validation.version import counts_half_the_square
 
 
 def outcomes(
@@ -64,7 +62,7 @@ def outcome(row: Row, packaged: bool) -> Outcome:
 def in_unit(found: Case, result: Prediction) -> float:
     """A forecast in its row's unit.
 
-    Model FLOPs are counted as the row's engine counts them (`counts_half_the_square`).
+    Model FLOPs are counted as the row's engine counts them.
 
     Raises:
         NotPredictable: the metric is none of a training step.
@@ -95,32 +93,6 @@ def in_unit(found: Case, result: Prediction) -> float:
     if metric.startswith(("model_TFLOPS", "TFLOPS_per")):
         return rate * flops / 1e12
     raise NotPredictable(f"the metric '{metric}' is not forecast")
-
-
-def counts_half_the_square(row: Row) -> bool:
-    """Whether model FLOPs count the causal half of attention's square.
-
-    PaLM's formula counts all of it, and so did Megatron until core 0.12 (March 2025), which counts
-    half for every kind of attention; of latent attention it has always counted half. The version
-    is a column of the table, stands in the notes, or follows from the source: an engine's release
-    of a year and month, or a table that has only ever been measured with newer versions.
-    """
-    stated = row.core_version or _first(r"(?:core|mcore|megatron-lm) v?(\d+\.\d+)", row["notes"])
-    if stated:
-        return _version(stated) >= (0, 12)
-    release = _first(r"NeMo (\d\d\.\d\d)", row["notes"] + row["source"])
-    if release:
-        return _version(release) >= (25, 4)
-    return any(name in row["source"] for name in SINCE_CORE_0_12)
-
-
-def _first(pattern: str, text: str) -> str:
-    found = re.search(pattern, text, re.IGNORECASE)
-    return found.group(1) if found else ""
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", text))
 
 
 def _hardware_flops(found: Case) -> float:

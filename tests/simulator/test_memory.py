@@ -103,7 +103,7 @@ def test_published_peaks(model, sizes, seq, measured):
         parallel=parallel,
         backend=BackendConfig(precision="bf16"),
         train=TrainConfig(seq_length=seq, micro_batch_size=1),
-        simulation=SimulationConfig(transformer_engine=True),
+        simulation=SimulationConfig(transformer_engine=True, fused_cross_entropy=True),
         devices=8,
     )
     config.train.global_batch_size = 4 * config.data_parallel_size

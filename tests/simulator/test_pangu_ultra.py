@@ -12,7 +12,7 @@ from configs.compose import load
 from simulator.parameters import model_flops_per_token
 from simulator.predict import predict
 
-RUN = ["model=pangu_ultra_moe", "hardware=ascend_910b_280t", "devices=6144"]
+RUN = ["model=pangu_ultra_moe", "simulation=fused", "hardware=ascend_910b_280t", "devices=6144"]
 RUN += ["parallel=pangu_ultra", "parallel.schedule=1f1b_overlap", "train.micro_batch_size=2"]
 RUN += ["train.global_batch_size=6144", "train.seq_length=4096", "simulation.tp_comm_overlap=true"]
 

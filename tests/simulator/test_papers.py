@@ -18,7 +18,7 @@ from simulator.predict import predict
 from simulator.search import search
 from simulator.serving import serving
 
-ULTRA = ["model=pangu_ultra_moe", "hardware=ascend_910b_280t", "devices=6144"]
+ULTRA = ["model=pangu_ultra_moe", "simulation=fused", "hardware=ascend_910b_280t", "devices=6144"]
 ULTRA += ["parallel=pangu_ultra", "parallel.schedule=1f1b_overlap", "train.micro_batch_size=2"]
 ULTRA += ["train.global_batch_size=6144", "train.seq_length=4096"]
 ULTRA += ["simulation.tp_comm_overlap=true", "simulation.dispatch=hierarchical"]
@@ -50,7 +50,7 @@ def test_mla_is_nearer_the_roofline_than_gqa():
     cache, so that each byte of it is used more often."""
 
     def reached(flops_per_position: float, *overrides: str) -> float:
-        config = load([*ULTRA[:2], "devices=32", *overrides])
+        config = load([*ULTRA[:3], "devices=32", *overrides])
         layout = serving(config, load_hardware(config.hardware))
         seconds = float(decode_step(layout, 32 * 32, 4096).parts["attention"])
         flops = 61 * 32 * 4096 * 128 * flops_per_position  # layers, sequences, positions, heads
@@ -106,6 +106,7 @@ def test_pangu_pros_change_of_layout():
     operators; which ones is not published. The forecast has +20 % if none was fused anew, +26 % if
     attention and the loss were, +40 % if norms, rotary embedding, SwiGLU and permutation were."""
     pro = ["model=pangu_pro_moe", "hardware=ascend_910b_280t", "train.seq_length=4096"]
+    pro += ["simulation=fused"]
     before = [*pro, "devices=3840", "train.global_batch_size=960", "moe.dispatcher=alltoall"]
     before += ["parallel.expert_model_parallel_size=8", "parallel.context_parallel_size=8"]
     before += ["parallel.pipeline_model_parallel_size=6", "parallel.context_parallel_type=ring"]
