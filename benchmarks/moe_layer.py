@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from configs.schema import Config, ModelConfig, MoEConfig, RouterType
-from pangu import backends
+from pangu.engines.megatron.fitting import select_backend
 
 ROUNDS = 12
 
@@ -144,7 +144,7 @@ def report(shape: Shape) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    backends.select("cpu")
+    select_backend("cpu")
     from megatron.core import parallel_state
 
     store = dist.FileStore(os.path.join(tempfile.mkdtemp(), "store"), 1)

@@ -112,10 +112,10 @@ def work(name: str) -> None:
     torch.set_num_threads(1)
     if name == "pangu":
         from configs.compose import load
-        from pangu import backends
         from pangu.engines.megatron import process_groups
+        from pangu.engines.megatron.fitting import select_backend
 
-        backends.select("cpu")
+        select_backend("cpu")
         process_groups.join_alone(load([*OURS, f"train.global_batch_size={BATCH}"]))
         step = our_step()
     else:

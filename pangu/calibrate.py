@@ -157,7 +157,7 @@ def _evidence(device: Device, processes: int) -> dict[str, str]:
     result["vector_tflops"] = "U: a quarter of the matrix peak"
     result["memory_gib"] = "M: of the machine, by process"
     result["links"] = where if processes > 1 else "U: one process has nobody to talk to"
-    on_cpu = device.backend == "cpu"
+    on_cpu = not device.asynchronous
     result["overlap"] = "D: a CPU process computes and sends with one core" if on_cpu else "U"
     if on_cpu:
         result["process_base_bytes"] = f"{where}: of a model without width"

@@ -13,11 +13,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from pangu import backends
+from pangu.engines.megatron.fitting import select_backend
 
 
 def join(rank: int, world_size: int, store: str) -> None:
     """Enter the process group."""
-    backends.select("cpu")
+    select_backend("cpu")
     torch.set_num_threads(1)
     dist.init_process_group(
         backends.current().collective_library,

@@ -26,7 +26,6 @@ HOUSE = (
 LEVEL = {name: level for level, names in enumerate(HOUSE) for name in names}
 # To be emptied.
 KNOWN = {
-    ("pangu/backends", "pangu/engines"),
     ("pangu/inference", "pangu/checkpoint"),
     ("pangu/inference", "launch"),
     ("pangu/inference", "pangu/local_launch"),

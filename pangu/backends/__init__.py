@@ -1,17 +1,41 @@
-"""What a device is. `select` is called once per process, before megatron-core is imported;
-`current` gives the rest of the tree the chosen backend. Nothing else names a device type."""
+"""What a device is, and which variant of each operator it runs. `select` is called once per
+process; `current` gives the rest of the tree the chosen backend. Nothing else compares the names of
+devices."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 BackendName = Literal["cpu", "cuda", "npu"]
+
+
+@dataclass(frozen=True)
+class Operators:
+    """The variant of each operator: the part of its function's name behind the operator's, in
+    `pangu/ops/<operator>.py`."""
+
+    attention: Literal["sdpa", "npu"]
+    grouped_matmul: Literal["loop", "fused", "npu"]
+    permute: Literal["torch", "npu"]
+    rms_norm: Literal["torch", "npu"]
+    swiglu: Literal["blocks", "megatron", "npu"]
+
+
+@dataclass(frozen=True)
+class InPlaceOfCuda:
+    """What an engine that was written for CUDA is given instead."""
+
+    namespace: Any  # for torch.cuda
+    device_type: str  # for "cuda"
+    tensor_prefix: str  # for "torch.cuda" in the names of tensor types
+    tensor_method: str  # for `cuda` in tensor.cuda(device)
+    torch_names: Mapping[str, object]  # further names of torch, with what stands for them
 
 
 @dataclass(frozen=True)
@@ -37,6 +61,12 @@ class Backend:
     sends_in_stream_order: bool
     # Whether torch's AdamW has a fused step here; torch-npu brings an optimizer of its own.
     fused_adamw: bool
+    # Whether a call returns before its work is done, which a device does behind the host.
+    asynchronous: bool
+    # Elements that passes over a tensor take at a time, to find them in a core's cache.
+    block_elements: int | None
+    operators: Operators
+    in_place_of_cuda: InPlaceOfCuda | None  # None where it is CUDA
 
 
 _current: Backend | None = None
@@ -53,8 +83,8 @@ def resolve(name: str) -> BackendName:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def select(name: str = "auto", local_rank: int = 0, precision: str = "auto") -> Backend:
-    """Choose the device of this process and fit megatron-core to it.
+def select(name: str = "auto", local_rank: int = 0) -> Backend:
+    """Choose the device of this process.
 
     Raises:
         RuntimeError: the backend's device or library is missing; the message says which.
@@ -65,9 +95,7 @@ def select(name: str = "auto", local_rank: int = 0, precision: str = "auto") -> 
         if _current.name != name:
             raise RuntimeError(f"backend {_current.name} is already in use, cannot select {name}")
         return _current
-    module = importlib.import_module(f"pangu.backends.{name}")
-    _current = module.create(local_rank)
-    module.fit_engine(precision)
+    _current = importlib.import_module(f"pangu.backends.{name}").create(local_rank)
     return _current
 
 

@@ -1,10 +1,9 @@
-"""A CPU process: gloo and shared memory, float32, and the CUDA names that megatron-core expects."""
+"""A CPU process: gloo and shared memory, float32, and what an engine written for CUDA is given."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib
 import os
 import platform
 import resource
@@ -13,8 +12,7 @@ from typing import Any
 
 import torch
 
-from pangu.backends import Backend, shared_memory
-from pangu.engines.megatron.fitting import import_engine, redirect, rename_tensor_method
+from pangu.backends import Backend, InPlaceOfCuda, Operators, shared_memory
 
 DEVICE = torch.device("cpu")
 
@@ -93,56 +91,14 @@ class CpuNamespace:
         torch.set_rng_state(state)
 
 
-# The distributed optimizer tells precisions apart by the type names of CUDA tensors.
-CONSTANTS = {
-    "cuda": "cpu",
-    "torch.cuda.FloatTensor": "torch.FloatTensor",
-    "torch.cuda.HalfTensor": "torch.HalfTensor",
-    "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor",
-}
-
-
 # Of <malloc.h>: M_MMAP_THRESHOLD at its largest value, no trimming (M_TRIM_THRESHOLD), and one heap
 # for all threads (M_ARENA_MAX).
 MALLOC_OPTIONS = {-3: 32 * 1024 * 1024, -1: 2**31 - 1, -8: 1}
 
 
-def fit_engine(precision: str = "auto") -> None:
-    """Make megatron-core run on a CPU."""
-    constants = dict(CONSTANTS)
-    if precision == "fp64":
-        # The engine knows no float64 optimizer; what it does to its float32 parameters is what
-        # float64 ones need.
-        constants["torch.cuda.FloatTensor"] = "torch.DoubleTensor"
-    redirect(import_engine(jit=False), CpuNamespace(), constants, {"tensor": _unpinned_tensor})
-    # `tensor.cuda(...)`: where tied embeddings and rotary slices are moved to the device.
-    language: Any = importlib.import_module(
-        "megatron.core.models.common.language_module.language_module"
-    )
-    rope: Any = importlib.import_module("megatron.core.models.common.embeddings.rope_utils")
-    rename_tensor_method(language.LanguageModule.setup_embeddings_and_output_layer, "cuda", "to")
-    rename_tensor_method(rope.get_pos_emb_on_this_cp_rank, "cuda", "to")
-    if precision == "fp64":
-        sharded: Any = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
-        copy = sharded.DistributedOptimizer._copy_model_grads_to_main_grads
-        rename_tensor_method(copy, "float", "double")
-    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
-    # These two reach into torch._C for CUDA generators; a CPU has one generator.
-    random._get_cuda_rng_state = _get_rng_state
-    random._set_cuda_rng_state = _set_rng_state
-
-
 def _unpinned_tensor(*args: Any, **kwargs: Any) -> torch.Tensor:
     """Rotary embeddings under context parallelism ask for pinned memory: a CPU has none to pin."""
     return torch.tensor(*args, **{**kwargs, "pin_memory": False})
-
-
-def _get_rng_state(*args: object, **kwargs: object) -> torch.Tensor:
-    return torch.get_rng_state()
-
-
-def _set_rng_state(state: torch.Tensor, *args: object, **kwargs: object) -> None:
-    torch.set_rng_state(state)
 
 
 def keep_freed_memory() -> None:
@@ -177,4 +133,20 @@ def create(local_rank: int) -> Backend:
         peak_tflops=lambda precision: None,
         sends_in_stream_order=False,
         fused_adamw=True,
+        asynchronous=False,
+        block_elements=2**18,
+        operators=Operators(
+            attention="sdpa",
+            grouped_matmul="loop",
+            permute="torch",
+            rms_norm="torch",
+            swiglu="blocks",
+        ),
+        in_place_of_cuda=InPlaceOfCuda(
+            namespace=CpuNamespace(),
+            device_type="cpu",
+            tensor_prefix="torch",
+            tensor_method="to",
+            torch_names={"tensor": _unpinned_tensor},
+        ),
     )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pangu.backends import Backend
-from pangu.engines.megatron.fitting import import_engine
+from pangu.backends import Backend, Operators
 
 # Dense BF16 peaks in TFLOPS, from the vendor's data sheets; float16 has the same.
 BF16_PEAKS = {
@@ -18,11 +17,6 @@ BF16_PEAKS = {
     "GB200": 2500.0,
     "GB300": 2500.0,
 }
-
-
-def fit_engine(precision: str = "auto") -> None:
-    """Import megatron-core with its own fusions."""
-    import_engine(jit=True)
 
 
 def create(local_rank: int) -> Backend:
@@ -59,4 +53,14 @@ def create(local_rank: int) -> Backend:
         peak_tflops=peak,
         sends_in_stream_order=True,
         fused_adamw=True,
+        asynchronous=True,
+        block_elements=None,
+        operators=Operators(
+            attention="sdpa",
+            grouped_matmul="fused",
+            permute="torch",
+            rms_norm="torch",
+            swiglu="megatron",
+        ),
+        in_place_of_cuda=None,
     )

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from pangu.backends import Backend
-from pangu.engines.megatron.fitting import import_engine, redirect, rename_tensor_method
+from pangu.backends import Backend, InPlaceOfCuda, Operators
 
 NO_CANN = (
     "torch-npu is installed but CANN's libraries are not (libhccl.so cannot be loaded): source "
@@ -36,39 +35,14 @@ def _namespace() -> Any:
     return getattr(torch, "npu")  # noqa: B009 - torch-npu adds it
 
 
-def fit_engine(precision: str = "auto") -> None:
-    """Point megatron-core's CUDA names at torch.npu.
-
-    torch-npu's own `transfer_to_npu` does this for every module of the process; here the rest of
-    the tree keeps its names, so that a mistake shows.
-    """
-    # One stream for launches keeps collectives and matrix products in the order they were issued.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    npu = _namespace()
-    constants = {
-        "cuda": "npu",
-        "torch.cuda.FloatTensor": "torch.npu.FloatTensor",
-        "torch.cuda.HalfTensor": "torch.npu.HalfTensor",
-        "torch.cuda.BFloat16Tensor": "torch.npu.BFloat16Tensor",
-    }
-    redirect(import_engine(jit=False), npu, constants)
-    language: Any = importlib.import_module(
-        "megatron.core.models.common.language_module.language_module"
-    )
-    rope: Any = importlib.import_module("megatron.core.models.common.embeddings.rope_utils")
-    rename_tensor_method(language.LanguageModule.setup_embeddings_and_output_layer, "cuda", "npu")
-    rename_tensor_method(rope.get_pos_emb_on_this_cp_rank, "cuda", "npu")
-    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
-    random._get_cuda_rng_state = lambda *args, **kwargs: npu.get_rng_state()
-    random._set_cuda_rng_state = lambda state, *args, **kwargs: npu.set_rng_state(state)
-
-
 def create(local_rank: int) -> Backend:
     """The NPU numbered `local_rank`.
 
     Raises:
         RuntimeError: torch-npu or CANN is missing, or there is no such device.
     """
+    # One stream for launches keeps collectives and matrix products in the order they were issued.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     npu = _namespace()
     count = npu.device_count()
     if local_rank >= count:
@@ -89,4 +63,22 @@ def create(local_rank: int) -> Backend:
         peak_tflops=lambda precision: None,
         sends_in_stream_order=True,
         fused_adamw=False,
+        asynchronous=True,
+        block_elements=None,
+        operators=Operators(
+            attention="npu",
+            grouped_matmul="npu",
+            permute="npu",
+            rms_norm="npu",
+            swiglu="npu",
+        ),
+        # torch-npu's own `transfer_to_npu` renames for every module of the process; here the rest
+        # of the tree keeps its names, so that a mistake shows.
+        in_place_of_cuda=InPlaceOfCuda(
+            namespace=npu,
+            device_type="npu",
+            tensor_prefix="torch.npu",
+            tensor_method="npu",
+            torch_names={},
+        ),
     )

@@ -33,7 +33,7 @@ MICRO = 1e6
 
 def fit(name: str, device: Device, processes: int, framework: Framework) -> Hardware:
     """The machine that explains the samples of `device`, one of `processes` that were busy."""
-    on_cpu = device.backend == "cpu"
+    on_cpu = not device.asynchronous
     bandwidth, vector = _memory(device.samples)
     peak = _peak(device)
     # Launching and computing is one thread's work on a CPU; elsewhere the host runs ahead.

@@ -60,8 +60,7 @@ Plan = list[tuple[str, Callable[[], list[Sample]]]]
 
 def plan(quick: bool) -> Plan:
     """What to measure on this device, in steps for a progress bar."""
-    device = backends.current().device
-    scale = 1 if device.type == "cpu" else WIDER
+    scale = WIDER if backends.current().asynchronous else 1
 
     def few(shapes: list[Any]) -> list[Any]:
         return shapes[:3] if quick else shapes
@@ -99,7 +98,7 @@ def _rotate(make: Callable[[], Any], bytes: float) -> Iterator[Any]:
 
 def _time(call: Callable[[], object]) -> float:
     backend = backends.current()
-    alone = backend.device.type == "cpu" and torch.get_num_threads() == 1
+    alone = not backend.asynchronous and torch.get_num_threads() == 1
     # One thread's own time leaves out what other programs take from the processor.
     clock = time.process_time if alone else time.perf_counter
     return median_seconds(call, backend.synchronize, clock)

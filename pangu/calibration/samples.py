@@ -30,6 +30,7 @@ class Device:
     """What a process knows about the device that it measured."""
 
     backend: str
+    asynchronous: bool  # whether it works behind the host
     description: str
     precision: str  # the backend's default
     memory_bytes: int

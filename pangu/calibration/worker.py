@@ -45,7 +45,7 @@ def work(
     warnings.filterwarnings("ignore")
     torch.set_num_threads(threads)
     try:
-        backend = backends.select(config.backend.name, rank, config.backend.precision)
+        backend = backends.select(config.backend.name, rank)
     except RuntimeError as error:
         out.put(("error", str(error)))
         return
@@ -84,6 +84,7 @@ def describe(config: Config, threads: int) -> Device:
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "megatron-core")]
     return Device(
         backend=backend.name,
+        asynchronous=backend.asynchronous,
         description=f"{backend.description}, {os.cpu_count()} cores of host {platform.node()}",
         precision=precision,
         memory_bytes=backend.total_memory_bytes,

@@ -24,7 +24,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.serialization import save_preprocess
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
@@ -189,9 +188,6 @@ class _Plan(TorchDistSaveShardedStrategy):
 
     def __init__(self) -> None:
         super().__init__("torch_dist", 1, thread_count=1)
-        # The engine would start a server process for its results, which outlives a killed run;
-        # ours come through a pipe.
-        filesystem_async._results_queue = "unused"
 
     def _get_save_and_finalize_callbacks(
         self, writer: FileSystemWriterAsync, planned: Any

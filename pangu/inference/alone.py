@@ -55,10 +55,10 @@ def loaded(folder: Path, backend: str = "auto") -> Iterator[tuple[GPTModel, Toke
     config = read_run_config(folder)
     warnings.filterwarnings("ignore", module="megatron|torch")  # their own deprecations
     prepare_environment(config, environment.read({}))
-    from pangu import backends
+    from pangu.engines.megatron.fitting import select_backend
 
     try:
-        backends.select(backend)
+        select_backend(backend)
     except RuntimeError as error:
         raise ConfigError([Violation("backend", backend, str(error))]) from None
     from pangu.engines.megatron import process_groups

@@ -25,8 +25,8 @@ def attention(
     Query i sees keys up to t - s + i (t > s: the first keys come from a cache). `document_ids`
     `[b, t]` (any integer dtype) hides keys of other documents.
     """
-    name = backends.current().name
-    variant = attention_npu if name == "npu" else attention_sdpa
+    variants = {"sdpa": attention_sdpa, "npu": attention_npu}
+    variant = variants[backends.current().operators.attention]
     return variant(query, key, value, scale=scale, document_ids=document_ids)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-BLOCK = 2**18  # elements: on a CPU the passes over one block find it in a core's cache
+from pangu import backends
 
 
 def cross_entropy_reference(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
@@ -25,7 +25,8 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
         exp_NV = logits_NV.detach()
         losses_N, sums_N = exp_NV.new_empty(2, exp_NV.size(0))
-        rows = max(1, BLOCK // exp_NV.size(1)) if exp_NV.is_cpu else max(1, exp_NV.size(0))
+        block = backends.current().block_elements or exp_NV.numel()
+        rows = max(1, block // exp_NV.size(1))
         blocks = (tensor.split(rows) for tensor in (exp_NV, labels_N, sums_N, losses_N))
         for exp, labels, sums, losses in zip(*blocks, strict=True):
             exp.sub_(exp.amax(1, keepdim=True))

@@ -177,7 +177,8 @@ def grouped_matmul(
 
 
 def _choose(x_NI: torch.Tensor, w_EIO: torch.Tensor) -> type[Kernels]:
-    name = backends.current().name
-    if name == "npu":
-        return Npu
-    return Fused if name == "cuda" and Fused.fits(x_NI, w_EIO) else Loop
+    variant = backends.current().operators.grouped_matmul
+    if variant == "fused" and not Fused.fits(x_NI, w_EIO):
+        return Loop
+    variants: dict[str, type[Kernels]] = {"loop": Loop, "fused": Fused, "npu": Npu}
+    return variants[variant]

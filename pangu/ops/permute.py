@@ -105,9 +105,11 @@ class _Unpermute(torch.autograd.Function):
 
 def permute_npu(tokens_TH: torch.Tensor, permutation: Permutation) -> torch.Tensor:
     """torch-npu's operator sorts by itself: given each choice's row as its key, it puts choice i
-    where `plan` did. Written against its schema; not run on an NPU."""
+    where `plan` did. It wants as many choices of every token. Written against its schema; not run
+    on an NPU."""
+    if permutation.num_choices is None:
+        return permute_torch(tokens_TH, permutation)
     torch_npu = importlib.import_module("torch_npu")
-    assert permutation.num_choices is not None
     keys_TK = permutation.slots_N.unflatten(0, (-1, permutation.num_choices))
     return torch_npu.npu_moe_token_permute(tokens_TH, keys_TK.to(torch.int32))[0]
 
@@ -115,22 +117,31 @@ def permute_npu(tokens_TH: torch.Tensor, permutation: Permutation) -> torch.Tens
 def unpermute_npu(rows_NH: torch.Tensor, permutation: Permutation) -> torch.Tensor:
     """Sums of the K rows of each token. Without probabilities the operator copies one row per
     token, hence the ones. Not run on an NPU."""
+    if permutation.num_choices is None:
+        return unpermute_torch(rows_NH, permutation)
     torch_npu = importlib.import_module("torch_npu")
-    assert permutation.num_choices is not None
     ones_TK = rows_NH.new_ones(permutation.starts_T.numel(), permutation.num_choices)
     slots_N = permutation.slots_N.to(torch.int32)
     return torch_npu.npu_moe_token_unpermute(rows_NH, slots_N, ones_TK)
 
 
+def permute_torch(tokens_TH: torch.Tensor, permutation: Permutation) -> torch.Tensor:
+    """`permute` whose gradient is a sum in one pass."""
+    return _Permute.apply(tokens_TH, permutation)
+
+
+def unpermute_torch(rows_NH: torch.Tensor, permutation: Permutation) -> torch.Tensor:
+    """`unpermute` in one pass."""
+    return _Unpermute.apply(rows_NH, permutation)
+
+
 def permute(tokens_TH: torch.Tensor, permutation: Permutation) -> torch.Tensor:
     """`[N, H]`: a copy of its token for every choice, sorted by expert."""
-    if backends.current().name == "npu" and permutation.num_choices is not None:
-        return permute_npu(tokens_TH, permutation)
-    return _Permute.apply(tokens_TH, permutation)
+    variants = {"torch": permute_torch, "npu": permute_npu}
+    return variants[backends.current().operators.permute](tokens_TH, permutation)
 
 
 def unpermute(rows_NH: torch.Tensor, permutation: Permutation) -> torch.Tensor:
     """`[T, H]`: the sum of each token's rows, 0 where it has none."""
-    if backends.current().name == "npu" and permutation.num_choices is not None:
-        return unpermute_npu(rows_NH, permutation)
-    return _Unpermute.apply(rows_NH, permutation)
+    variants = {"torch": unpermute_torch, "npu": unpermute_npu}
+    return variants[backends.current().operators.permute](rows_NH, permutation)

@@ -22,8 +22,12 @@ def rms_norm_npu(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch
     return importlib.import_module("torch_npu").npu_rms_norm(x, weight, epsilon)[0]
 
 
+def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """torch's own operator."""
+    return F.rms_norm(x, (x.size(-1),), weight.to(x.dtype), epsilon)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     """`[..., hidden]` → the same shape and dtype; `weight` is `[hidden]`."""
-    if backends.current().name == "npu":
-        return rms_norm_npu(x, weight, epsilon)
-    return F.rms_norm(x, (x.size(-1),), weight.to(x.dtype), epsilon)
+    variants = {"torch": rms_norm_torch, "npu": rms_norm_npu}
+    return variants[backends.current().operators.rms_norm](x, weight, epsilon)

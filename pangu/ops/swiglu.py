@@ -21,9 +21,6 @@ def swiglu_reference(x_NG: torch.Tensor, weights_N: torch.Tensor | None = None) 
     return y_NF if weights_N is None else (y_NF * weights_N[:, None]).to(x_NG.dtype)
 
 
-BLOCK = 2**18  # elements: the temporaries of one block stay in a core's cache
-
-
 class _Swiglu(torch.autograd.Function):
     """Keeps its input alone: silu is computed again in the backward, block by block."""
 
@@ -39,7 +36,9 @@ class _Swiglu(torch.autograd.Function):
         x_NG, weights_N = ctx.saved_tensors
         grad_x = torch.empty_like(x_NG)
         grad_weights = None if weights_N is None else torch.empty_like(weights_N)
-        rows = max(1, BLOCK // grads[0].size(-1))
+        # The temporaries of one block stay in a core's cache.
+        block = backends.current().block_elements or x_NG.numel()
+        rows = max(1, block // grads[0].size(-1))
         for start in range(0, x_NG.size(0), rows):
             part = slice(start, start + rows)
             weights = None if weights_N is None else weights_N[part]
@@ -67,7 +66,14 @@ def _block_gradient(
     torch.ops.aten.silu_backward.grad_input(grad_silu, gate, grad_input=grad_gate)
 
 
-def swiglu_cuda(x_NG: torch.Tensor, weights_N: torch.Tensor | None = None) -> torch.Tensor:
+def swiglu_blocks(x_NG: torch.Tensor, weights_N: torch.Tensor | None = None) -> torch.Tensor:
+    """Without a copy of the activation, where all is of one dtype."""
+    if weights_N is not None and weights_N.dtype != x_NG.dtype:
+        return swiglu_reference(x_NG, weights_N)
+    return _Swiglu.apply(x_NG, weights_N)
+
+
+def swiglu_megatron(x_NG: torch.Tensor, weights_N: torch.Tensor | None = None) -> torch.Tensor:
     """The engine's fused kernels."""
     module = importlib.import_module("megatron.core.fusions.fused_bias_swiglu")
     if weights_N is None:
@@ -84,11 +90,5 @@ def swiglu_npu(x_NG: torch.Tensor, weights_N: torch.Tensor | None = None) -> tor
 def swiglu(x_NG: torch.Tensor, weights_N: torch.Tensor | None = None) -> torch.Tensor:
     """`[N, 2F]` (gates, then ups) → `[N, F]` in x's dtype; the product with the weights is taken
     in the wider of the two dtypes."""
-    name = backends.current().name
-    if name == "cuda":
-        return swiglu_cuda(x_NG, weights_N)
-    if name == "npu":
-        return swiglu_npu(x_NG, weights_N)
-    if weights_N is not None and weights_N.dtype != x_NG.dtype:
-        return swiglu_reference(x_NG, weights_N)
-    return _Swiglu.apply(x_NG, weights_N)
+    variants = {"blocks": swiglu_blocks, "megatron": swiglu_megatron, "npu": swiglu_npu}
+    return variants[backends.current().operators.swiglu](x_NG, weights_N)

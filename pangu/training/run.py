@@ -15,7 +15,7 @@ from configs.schema import Config
 from configs.violation import ConfigError, Violation
 from launch import port
 from launch.environment import ProcessEnvironment
-from pangu import backends
+from pangu.engines.megatron.fitting import select_backend
 from pangu.processes import PEER_LOST
 from pangu.training.resilience import Diverged, StopSignal, is_failed_collective, missing_ranks
 
@@ -38,7 +38,7 @@ def run(config: Config, process: ProcessEnvironment) -> int:
     # The engine and torch announce their own deprecations on every rank.
     warnings.filterwarnings("ignore", module="megatron|torch")
     try:
-        backends.select(config.backend.name, process.local_rank, config.backend.precision)
+        select_backend(config.backend.name, process.local_rank, config.backend.precision)
     except RuntimeError as error:
         raise ConfigError([Violation("backend", config.backend.name, str(error))]) from None
 

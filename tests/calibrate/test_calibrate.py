@@ -141,7 +141,7 @@ def sampled(hw: Hardware) -> Device:
         for size in (2**12, 2**18, 2**22, 2**24):
             seconds = float(collective_seconds(hw, kind, size, 2))
             samples.append(Sample(kind, {"bytes": size, "size": 2}, seconds))
-    return Device("cpu", "a machine", "fp32", 2**34, 1, 0.1, 1, "torch 0", samples)
+    return Device("cpu", False, "a machine", "fp32", 2**34, 1, 0.1, 1, "torch 0", samples)
 
 
 def test_the_fit_finds_a_known_machine_again() -> None:

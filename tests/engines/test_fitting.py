@@ -1,15 +1,19 @@
 """What the CPU and NPU backends change in megatron-core is still there to be changed."""
 
 import importlib
+import inspect
 import subprocess
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
 
 from pangu import backends
 from pangu.engines.megatron import fitting
+
+fitting.select_backend("cpu")
 
 # The places that stop the engine off CUDA, one per kind of reference. A new release that moves
 # one of these needs another look at pangu/backends.
@@ -69,7 +73,6 @@ def test_the_engine_still_names_cuda_where_it_is_redirected(table, where):
 
 
 def test_only_the_engine_sees_another_torch():
-    backends.select("cpu")
     clip = importlib.import_module("megatron.core.optimizer.clip_grads")
     assert clip.torch.cuda.current_device() == torch.device("cpu")
     assert clip.torch.zeros is torch.zeros
@@ -78,18 +81,48 @@ def test_only_the_engine_sees_another_torch():
     assert "cuda" not in clip.get_grad_norm_fp32.__code__.co_consts
 
 
-def test_a_method_that_moved_is_reported():
-    def function(tensor):
-        return tensor.cuda()
+def test_functions_are_found_under_every_decorator():
+    """The engine decorates twice in places, and one function of its checkpoints kept its "cuda"."""
+    module = types.ModuleType("engine")
+    code = """
+import contextlib, functools
 
-    fitting.rename_tensor_method(function, "cuda", "cpu")
-    assert function(torch.ones(1)).device.type == "cpu"
-    with pytest.raises(LookupError, match="no longer uses the name cuda"):
-        fitting.rename_tensor_method(function, "cuda", "cpu")
+def logged(function):
+    return functools.wraps(function)(lambda: function())
+
+@logged
+@logged
+def twice(): return "cuda"
+
+class Outer:
+    class Inner:
+        @property
+        def place(self): return "cuda"
+
+    @classmethod
+    @logged
+    def bound(cls): return "cuda"
+"""
+    exec(compile(code, "engine.py", "exec"), module.__dict__)
+    found = {function.__qualname__ for function in fitting._functions(module)}
+    assert {"twice", "Outer.Inner.place", "Outer.bound"} <= found
+    exchange = importlib.import_module("megatron.core.dist_checkpointing.exchange_utils")
+    rounds = inspect.unwrap(exchange.exchange_loaded_tensors_gather_rounds)
+    assert "cuda" not in repr(rounds.__code__.co_consts)
+
+
+def test_a_name_of_cuda_that_is_left_stops_the_start(monkeypatch):
+    monkeypatch.setattr(fitting, "_functions", lambda module: iter(()))
+    stand_in = replace(backends.current().in_place_of_cuda, device_type="elsewhere")
+    clip = importlib.import_module("megatron.core.optimizer.clip_grads")
+    held = clip.get_grad_norm_fp32.__code__
+    monkeypatch.setattr(clip.get_grad_norm_fp32, "__code__", held)  # put back afterwards
+    clip.get_grad_norm_fp32.__code__ = fitting._replaced(held, {"cpu": "cuda"})
+    with pytest.raises(LookupError, match=r"clip_grads\.get_grad_norm_fp32"):
+        fitting.redirect(stand_in, "auto")
 
 
 def test_a_second_backend_is_refused():
-    backends.select("cpu")
     with pytest.raises(RuntimeError, match="already in use"):
         backends.select("cuda")
 

@@ -1,3 +1,3 @@
-from pangu import backends
+from pangu.engines.megatron.fitting import select_backend
 
-backends.select("cpu")
+select_backend("cpu")

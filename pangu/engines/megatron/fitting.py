@@ -10,7 +10,9 @@ everybody else who uses it, sees no change.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
+import inspect
 import sys
 import types
 import warnings
@@ -18,6 +20,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+
+from pangu import backends
+from pangu.backends import Backend, InPlaceOfCuda
+from pangu.engines.megatron import patches
 
 # Everything of the engine that we use: imported here, at once, so that no module is left unfitted.
 ENGINE_MODULES = (
@@ -49,8 +55,31 @@ ENGINE_MODULES = (
 )
 
 
-def import_engine(*, jit: bool) -> list[types.ModuleType]:
-    """Import megatron-core and return its loaded modules.
+PREFIX = "megatron.core"
+_fitted = False
+
+
+def select_backend(name: str = "auto", local_rank: int = 0, precision: str = "auto") -> Backend:
+    """Choose the device of this process and fit megatron-core to it, once: nothing may have
+    imported megatron-core before.
+
+    Raises:
+        RuntimeError: the backend's device or library is missing; the message says which.
+        LookupError: this megatron-core is not the one that the patches were written for.
+    """
+    global _fitted
+    backend = backends.select(name, local_rank)
+    if not _fitted:
+        _fitted = True
+        import_engine(jit=backend.in_place_of_cuda is None)
+        if backend.in_place_of_cuda is not None:
+            redirect(backend.in_place_of_cuda, precision)
+        patches.apply(backend.in_place_of_cuda, precision)
+    return backend
+
+
+def import_engine(*, jit: bool) -> None:
+    """Import all of megatron-core that we use.
 
     `jit=False` keeps its small fusions as plain Python: compiling them needs a compiler and
     minutes on a CPU, and torch-npu's inductor is not everywhere.
@@ -60,31 +89,6 @@ def import_engine(*, jit: bool) -> list[types.ModuleType]:
         warnings.simplefilter("ignore")
         for name in ENGINE_MODULES:
             importlib.import_module(name)
-    latent: Any = importlib.import_module("megatron.core.transformer.multi_latent_attention")
-    # It takes the presence of its own wrappers for that of Transformer Engine, and then tests
-    # `isinstance(module, None)`.
-    latent.HAVE_TE = latent.HAVE_TE and isinstance(latent.TELinear, type)
-    clip: Any = importlib.import_module("megatron.core.optimizer.clip_grads")
-    # Without apex or Transformer Engine its clipping multiplies into new tensors and copies back.
-    if clip.multi_tensor_scale_impl is clip.local_multi_tensor_scale:
-        clip.multi_tensor_scale_impl = _scale_in_place
-    recompute: Any = importlib.import_module("megatron.core.tensor_parallel.random")
-    # `fp8 is not None` takes its own default, False, for FP8, and then calls Transformer Engine.
-    if not recompute.HAVE_TE:
-        recompute.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
-    prefix = "megatron.core"
-    return [module for name, module in sys.modules.items() if name.startswith(prefix) and module]
-
-
-def _scale_in_place(
-    chunk_size: int, overflow: torch.Tensor, lists: list[list[torch.Tensor]], scale: float
-) -> None:
-    """lists[1] = lists[0] * scale; clipping passes the same tensors twice."""
-    for source, target in zip(*lists, strict=True):
-        if source is target:
-            target.mul_(scale)
-        else:
-            torch.mul(source, scale, out=target)
 
 
 @contextlib.contextmanager
@@ -100,96 +104,83 @@ def _plain_functions(active: bool) -> Iterator[None]:
         torch.compile = compile_function
 
 
-def redirect(
-    modules: list[types.ModuleType],
-    cuda: object,
-    constants: Mapping[str, str],
-    torch_names: Mapping[str, object] | None = None,
-) -> int:
-    """Point megatron-core's modules at another device.
+def redirect(stand_in: InPlaceOfCuda, precision: str) -> None:
+    """Point megatron-core's loaded modules at another device.
 
-    `cuda` stands for `torch.cuda`; `constants` maps each string constant to its replacement;
-    `torch_names` replaces further names of torch.
-    Returns how many functions had a constant replaced.
+    Raises:
+        LookupError: a name of CUDA is left in one of its functions.
     """
+    constants = {"cuda": stand_in.device_type}
+    for kind in ("Float", "Half", "BFloat16"):
+        constants[f"torch.cuda.{kind}Tensor"] = f"{stand_in.tensor_prefix}.{kind}Tensor"
+    if precision == "fp64":
+        # The engine knows no float64 optimizer; what it does to its float32 parameters is what
+        # float64 ones need.
+        constants["torch.cuda.FloatTensor"] = f"{stand_in.tensor_prefix}.DoubleTensor"
     view = types.ModuleType("torch", "torch, with another device in the place of cuda")
     view.__dict__.update(torch.__dict__)
-    view.__dict__["cuda"] = cuda
-    view.__dict__.update(torch_names or {})
-    replaced = 0
-    for module in modules:
+    view.__dict__.update(stand_in.torch_names)
+    view.__dict__["cuda"] = stand_in.namespace
+    for module in _engine_modules():
         if module.__dict__.get("torch") is torch:
             module.__dict__["torch"] = view
         for function in _functions(module):
-            replaced += _replace_constants(function, constants)
-    return replaced
+            function.__code__ = _replaced(function.__code__, constants)
+            defaults = function.__defaults__ or ()
+            function.__defaults__ = tuple(_replaced(each, constants) for each in defaults) or None
+    if left := sorted(_functions_with(set(constants))):
+        raise LookupError(f"megatron-core still names CUDA in {', '.join(left)}")
 
 
-def rename_tensor_method(function: types.FunctionType, old: str, new: str) -> None:
-    """Make a function call `tensor.new()` where it was written to call `tensor.old()`.
-
-    Raises:
-        LookupError: the function does not use that name (the engine has changed).
-    """
-    code = _with_names(function.__code__, old, new)
-    if code is function.__code__:
-        raise LookupError(f"{function.__qualname__} no longer uses the name {old}")
-    function.__code__ = code
+def _engine_modules() -> list[types.ModuleType]:
+    return [module for name, module in sys.modules.items() if name.startswith(PREFIX) and module]
 
 
-def _with_names(code: types.CodeType, old: str, new: str) -> types.CodeType:
-    names = tuple(new if name == old else name for name in code.co_names)
-    constants = tuple(
-        _with_names(value, old, new) if isinstance(value, types.CodeType) else value
-        for value in code.co_consts
-    )
-    if names == code.co_names and constants == code.co_consts:
-        return code
-    return code.replace(co_names=names, co_consts=constants)
-
-
-def _functions(module: types.ModuleType) -> list[types.FunctionType]:
-    """All functions and methods that a module defines."""
-    found: list[types.FunctionType] = []
-    for value in list(module.__dict__.values()):
-        if getattr(value, "__module__", None) != module.__name__:
+def _functions(holder: types.ModuleType | type) -> Iterator[types.FunctionType]:
+    """All functions and methods that a module or class of the engine defines, under whatever
+    decorators."""
+    name = getattr(holder, "__name__" if isinstance(holder, types.ModuleType) else "__module__")
+    for value in list(vars(holder).values()):
+        if isinstance(value, type) and value.__module__ == name and value is not holder:
+            yield from _functions(value)
             continue
-        members: list[Any] = list(vars(value).values()) if isinstance(value, type) else [value]
-        for member in members:
-            if isinstance(member, staticmethod | classmethod):
-                member = member.__func__
-            if isinstance(member, property):
-                member = member.fget
-            member = getattr(member, "__wrapped__", member)
-            if isinstance(member, types.FunctionType):
-                found.append(member)
-    return found
+        if isinstance(value, staticmethod | classmethod):
+            value = value.__func__
+        for member in (value.fget, value.fset) if isinstance(value, property) else (value,):
+            if getattr(member, "__module__", None) == name and callable(member):
+                function = inspect.unwrap(member)
+                if isinstance(function, types.FunctionType):
+                    yield function
 
 
-def _replace_constants(function: types.FunctionType, constants: Mapping[str, str]) -> int:
-    code = _renamed(function.__code__, constants)
-    defaults = function.__defaults__ or ()
-    function.__defaults__ = (
-        tuple(
-            constants.get(value, value) if isinstance(value, str) else value for value in defaults
-        )
-        or None
-    )
-    if code is function.__code__:
-        return 0
-    function.__code__ = code
-    return 1
+def _functions_with(constants: set[str]) -> set[str]:
+    """Names of all living functions of the engine in which one of the constants stands, found
+    without looking at how its modules hold them."""
+    folders = tuple(importlib.import_module("megatron.core").__path__)
+    return {
+        f"{each.__module__}.{each.__qualname__}"
+        for each in gc.get_objects()
+        if type(each) is types.FunctionType
+        and each.__code__.co_filename.startswith(folders)
+        and any(_stands_in(value, constants) for value in (each.__code__, each.__defaults__))
+    }
 
 
-def _renamed(code: types.CodeType, constants: Mapping[str, str]) -> types.CodeType:
-    def rename(value: object) -> object:
-        if isinstance(value, str):
-            return constants.get(value, value)
-        if isinstance(value, types.CodeType):
-            return _renamed(value, constants)
-        if isinstance(value, tuple):
-            return tuple(rename(item) for item in value)
-        return value
+def _stands_in(value: object, constants: set[str]) -> bool:
+    if isinstance(value, types.CodeType):
+        value = value.co_consts
+    if isinstance(value, tuple):
+        return any(_stands_in(item, constants) for item in value)
+    return isinstance(value, str) and value in constants
 
-    renamed = tuple(rename(value) for value in code.co_consts)
-    return code if renamed == code.co_consts else code.replace(co_consts=renamed)
+
+def _replaced(value: Any, constants: Mapping[str, str]) -> Any:
+    """A constant, tuple or code object with the strings in it replaced."""
+    if isinstance(value, str):
+        return constants.get(value, value)
+    if isinstance(value, tuple):
+        return tuple(_replaced(item, constants) for item in value)
+    if isinstance(value, types.CodeType):
+        replaced = _replaced(value.co_consts, constants)
+        return value if replaced == value.co_consts else value.replace(co_consts=replaced)
+    return value

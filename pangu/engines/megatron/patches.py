@@ -1,0 +1,200 @@
+"""Everything that is changed inside megatron-core 0.16.1: one line of a table for each patch.
+
+Beside these, `fitting` redirects the names of CUDA in all of its modules.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from pangu.backends import InPlaceOfCuda
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One change. `symbol` is `module:name` inside `megatron.core`; `apply` is given the object
+    that holds it (a module or a class), its last name, and what stands in the place of CUDA.
+
+    `test` is the file whose tests fail without the patch, or once the symbol moves.
+    """
+
+    symbol: str
+    where: Literal["everywhere", "off CUDA", "float64 off CUDA"]
+    reason: str
+    apply: Callable[[Any, str, Any], None]
+    test: str
+
+    def holder(self) -> tuple[Any, str]:
+        """The object that has the symbol, and the symbol's last name.
+
+        Raises:
+            LookupError: the engine has it no longer.
+        """
+        module, _, path = self.symbol.partition(":")
+        *parents, name = path.split(".")
+        try:
+            holder = importlib.import_module(f"megatron.core.{module}")
+            holder = functools.reduce(getattr, parents, holder)
+            getattr(holder, name)
+        except (ImportError, AttributeError):
+            raise LookupError(
+                f"megatron.core.{self.symbol} is gone, and was patched: {self.reason}"
+            ) from None
+        return holder, name
+
+
+def apply(stand_in: InPlaceOfCuda | None, precision: str) -> None:
+    """All patches that this backend and precision need.
+
+    Raises:
+        LookupError: megatron-core no longer has what is patched.
+    """
+    for patch in PATCHES:
+        off_cuda = stand_in is not None and (precision == "fp64" or "float64" not in patch.where)
+        if patch.where == "everywhere" or off_cuda:
+            patch.apply(*patch.holder(), stand_in)
+
+
+def rename_tensor_method(function: types.FunctionType, old: str, new: str) -> None:
+    """Make a function call `tensor.new()` where it was written to call `tensor.old()`.
+
+    Raises:
+        LookupError: the function does not use that name (the engine has changed).
+    """
+    code = _with_names(function.__code__, old, new)
+    if code is function.__code__:
+        raise LookupError(f"{function.__qualname__} no longer uses the name {old}")
+    function.__code__ = code
+
+
+def _with_names(code: types.CodeType, old: str, new: str) -> types.CodeType:
+    names = tuple(new if name == old else name for name in code.co_names)
+    constants = tuple(
+        _with_names(value, old, new) if isinstance(value, types.CodeType) else value
+        for value in code.co_consts
+    )
+    if names == code.co_names and constants == code.co_consts:
+        return code
+    return code.replace(co_names=names, co_consts=constants)
+
+
+def _move_by_type(holder: Any, name: str, stand_in: InPlaceOfCuda) -> None:
+    rename_tensor_method(getattr(holder, name), "cuda", stand_in.tensor_method)
+
+
+def _stay_double(holder: Any, name: str, stand_in: InPlaceOfCuda) -> None:
+    rename_tensor_method(getattr(holder, name), "float", "double")
+
+
+def _read_generator(holder: Any, name: str, stand_in: InPlaceOfCuda) -> None:
+    setattr(holder, name, lambda *args, **kwargs: stand_in.namespace.get_rng_state())
+
+
+def _write_generator(holder: Any, name: str, stand_in: InPlaceOfCuda) -> None:
+    setattr(holder, name, lambda state, *args, **kwargs: stand_in.namespace.set_rng_state(state))
+
+
+def _real_wrappers_alone(holder: Any, name: str, stand_in: InPlaceOfCuda | None) -> None:
+    setattr(holder, name, getattr(holder, name) and isinstance(holder.TELinear, type))
+
+
+def _scale_in_place(holder: Any, name: str, stand_in: InPlaceOfCuda | None) -> None:
+    if getattr(holder, name) is holder.local_multi_tensor_scale:
+        setattr(holder, name, _multi_tensor_scale)
+
+
+def _multi_tensor_scale(
+    chunk_size: int, overflow: torch.Tensor, lists: list[list[torch.Tensor]], scale: float
+) -> None:
+    """lists[1] = lists[0] * scale; clipping passes the same tensors twice."""
+    for source, target in zip(*lists, strict=True):
+        if source is target:
+            target.mul_(scale)
+        else:
+            torch.mul(source, scale, out=target)
+
+
+def _float8_off(holder: Any, name: str, stand_in: InPlaceOfCuda | None) -> None:
+    module = importlib.import_module(holder.__module__)
+    if not module.HAVE_TE:
+        getattr(holder, name).__defaults__ = (None,)
+
+
+def _no_server(holder: Any, name: str, stand_in: InPlaceOfCuda | None) -> None:
+    setattr(holder, name, "unused")
+
+
+PATCHES = (
+    Patch(
+        "transformer.multi_latent_attention:HAVE_TE",
+        "everywhere",
+        "it takes the presence of its own wrappers for that of Transformer Engine, and then tests "
+        "isinstance(module, None)",
+        _real_wrappers_alone,
+        "tests/model/test_against_transformers.py",
+    ),
+    Patch(
+        "optimizer.clip_grads:multi_tensor_scale_impl",
+        "everywhere",
+        "without apex or Transformer Engine it multiplies into new tensors and copies back",
+        _scale_in_place,
+        "tests/engines/test_patches.py",
+    ),
+    Patch(
+        "tensor_parallel.random:CheckpointWithoutOutput.__init__",
+        "everywhere",
+        "`fp8 is not None` takes its own default, False, for FP8, and calls Transformer Engine",
+        _float8_off,
+        "tests/training/test_recompute.py",
+    ),
+    Patch(
+        "dist_checkpointing.strategies.filesystem_async:_results_queue",
+        "everywhere",
+        "it would start a server process for its results, which outlives a killed run",
+        _no_server,
+        "tests/engines/test_patches.py",
+    ),
+    Patch(
+        "models.common.language_module.language_module:"
+        "LanguageModule.setup_embeddings_and_output_layer",
+        "off CUDA",
+        "tied embeddings are moved to the device with tensor.cuda()",
+        _move_by_type,
+        "tests/training/test_layouts.py",
+    ),
+    Patch(
+        "models.common.embeddings.rope_utils:get_pos_emb_on_this_cp_rank",
+        "off CUDA",
+        "rotary slices are moved to the device with tensor.cuda()",
+        _move_by_type,
+        "tests/training/test_layouts.py",
+    ),
+    Patch(
+        "tensor_parallel.random:_get_cuda_rng_state",
+        "off CUDA",
+        "it reaches into torch._C for the generators of CUDA",
+        _read_generator,
+        "tests/checkpoint/test_checkpoint.py",
+    ),
+    Patch(
+        "tensor_parallel.random:_set_cuda_rng_state",
+        "off CUDA",
+        "it reaches into torch._C for the generators of CUDA",
+        _write_generator,
+        "tests/checkpoint/test_checkpoint.py",
+    ),
+    Patch(
+        "optimizer.distrib_optimizer:DistributedOptimizer._copy_model_grads_to_main_grads",
+        "float64 off CUDA",
+        "it knows no float64 and makes float32 of every gradient",
+        _stay_double,
+        "tests/engines/test_patches.py",
+    ),
+)
