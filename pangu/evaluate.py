@@ -52,7 +52,7 @@ def text_report(folder: Path, text: Path, tokens: int, window: int, backend: str
         content = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([Violation("--text", text, f"cannot be read: {error}")]) from None
-    from pangu.inference.alone import loaded
+    from pangu.trained_model import loaded
 
     with loaded(folder, backend) as (model, tokenizer, config):
         longest = config.model.max_position_embeddings

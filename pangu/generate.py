@@ -118,7 +118,7 @@ def stream(options: Options) -> Iterator[str]:
             longer than the model was made for.
     """
     from configs.violation import ConfigError, Violation
-    from pangu.inference.alone import loaded
+    from pangu.trained_model import loaded
 
     with loaded(Path(options.checkpoint), options.backend) as (model, tokenizer, config):
         from pangu.data.tokenizer import StreamDecoder

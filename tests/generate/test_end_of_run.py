@@ -13,8 +13,8 @@ import torch
 from configs.schema import ParallelConfig
 from pangu.checkpoint import manifest
 from pangu.generate import main
-from pangu.inference.alone import read_run_config
 from pangu.report.run_files import read_metrics
+from pangu.trained_model import read_run_config
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def greedy_by_whole_forward(folder, tokens, count):
     """`count` tokens, each the argmax of a forward pass over all tokens before it."""
     gloo.single()
     gloo.parallel(tensor_model_parallel_size=1)
-    from pangu.inference.checkpoint import load_for_inference
+    from pangu.trained_model import load_for_inference
 
     model, _ = load_for_inference(read_run_config(folder), folder)
     model.eval()

@@ -1,6 +1,9 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
+from pangu import backends
 from pangu.ops.rms_norm import rms_norm, rms_norm_reference
 from pangu.ops.swiglu import swiglu, swiglu_reference
 
@@ -8,7 +11,7 @@ from pangu.ops.swiglu import swiglu, swiglu_reference
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("block", [1, 15, 2**18])
 def test_swiglu_follows_its_reference(weighted, block, monkeypatch):
-    monkeypatch.setattr("pangu.ops.swiglu.BLOCK", block)
+    monkeypatch.setattr(backends, "_current", replace(backends.current(), block_elements=block))
     x = torch.randn(7, 10, dtype=torch.float64, requires_grad=True)
     weights = torch.rand(7, dtype=torch.float64, requires_grad=True) if weighted else None
     inputs = (x, weights) if weighted else (x,)

@@ -62,10 +62,43 @@ def loaded(folder: Path, backend: str = "auto") -> Iterator[tuple[GPTModel, Toke
     except RuntimeError as error:
         raise ConfigError([Violation("backend", backend, str(error))]) from None
     from pangu.engines.megatron import process_groups
-    from pangu.inference.checkpoint import load_for_inference
 
     process_groups.initialize(config)
     try:
         yield (*load_for_inference(config, folder), config)
     finally:
         process_groups.shutdown()
+
+
+def load_for_inference(config: Config, folder: Path) -> tuple[GPTModel, Tokenizer]:
+    """Model and tokenizer of a run folder's newest sound checkpoint, or of a checkpoint folder.
+
+    Collective. `config` describes the model and the layout to load it into.
+
+    Raises:
+        ConfigError: there is no checkpoint, it is damaged, or it does not fit the model.
+    """
+    from pangu.checkpoint import manifest, restore
+    from pangu.data import DataError
+    from pangu.data.tokenizer import load_tokenizer
+    from pangu.model.build import build_model
+
+    source: Path | restore.Found = folder
+    path = folder
+    if not (folder / manifest.MANIFEST).is_file():  # a run's folder, not a checkpoint's
+        try:
+            found = restore.newest(config)
+        except ConfigError as error:
+            reason = error.violations[0].reason
+            raise ConfigError([Violation("checkpoint", folder, reason)]) from None
+        if found is None:
+            reason = "the run has saved no checkpoint yet"
+            raise ConfigError([Violation("checkpoint", folder, reason)])
+        source, path = found, found.path
+    try:
+        tokenizer = load_tokenizer(path / restore.TOKENIZER)
+    except DataError as error:
+        raise ConfigError([Violation("checkpoint", path, str(error))]) from None
+    chunks, _ = build_model(config)
+    restore.load_model(source, chunks)
+    return chunks[0], tokenizer
