@@ -80,16 +80,13 @@ def our_step() -> Callable[[], None]:
     """The same through `pangu.training`."""
     from configs.compose import load
     from pangu.data.datasets import batches, build_datasets
-    from pangu.engines.megatron.optimizer import build_optimizer, wrap_model
-    from pangu.engines.megatron.step import StepShape, train_step
-    from pangu.model.build import build_model
+    from pangu.engines.contract import StepShape
+    from pangu.engines.megatron.engine import MegatronEngine
 
     config = load([*OURS, f"train.global_batch_size={BATCH}"])
     count = (ROUNDS + 2) * STEPS
     data = build_datasets(config, train_samples=count * BATCH, validation_samples=0, seq_length=SEQ)
-    chunks, settings = build_model(config)
-    wrapped = wrap_model(config, settings, chunks)
-    optimizer = build_optimizer(config, wrapped)
+    engine = MegatronEngine.build(config)
     iterator = batches(
         data.train,
         config,
@@ -99,7 +96,7 @@ def our_step() -> Callable[[], None]:
         micro_batch_size=BATCH,
     )
     shape = StepShape(1, BATCH, SEQ)
-    return lambda: void(train_step(wrapped, optimizer, [iterator], shape))
+    return lambda: void(engine.train_step([iterator], shape))
 
 
 def void(_: object) -> None:

@@ -45,7 +45,7 @@ def train(run_dir: Path, overrides: list[str]) -> tuple[Steps, dict[str, torch.T
     rows: list[dict[str, Any]] = [r for r in read_metrics(run_dir / METRICS) if "loss" in r]
     weights = {
         f"{i}.{name}": tensor.detach().clone()
-        for i, chunk in enumerate(trainer.chunks)
+        for i, chunk in enumerate(trainer.engine.chunks)
         for name, tensor in chunk.named_parameters()
     }
     return {row["step"]: (row["loss"], row["grad_norm"]) for row in rows}, weights

@@ -28,10 +28,9 @@ def steps(overrides: list[str], world_size: int, count: int) -> list[tuple[float
     from megatron.core import parallel_state
 
     from pangu.data.datasets import batches, build_datasets
+    from pangu.engines.contract import StepShape
     from pangu.engines.megatron import process_groups
-    from pangu.engines.megatron.optimizer import build_optimizer, set_learning_rate, wrap_model
-    from pangu.engines.megatron.step import StepShape, train_step
-    from pangu.model.build import build_model
+    from pangu.engines.megatron.engine import MegatronEngine
 
     warnings.filterwarnings("ignore")
     config = load([*MODEL, f"launch.processes={world_size}", *overrides])
@@ -43,25 +42,23 @@ def steps(overrides: list[str], world_size: int, count: int) -> list[tuple[float
         validation_samples=0,
         seq_length=train.seq_length,
     )
-    chunks, settings = build_model(config)
-    wrapped = wrap_model(config, settings, chunks)
-    optimizer = build_optimizer(config, wrapped)
+    engine = MegatronEngine.build(config)
     shape = StepShape(config.num_microbatches, train.micro_batch_size, train.seq_length)
     iterators = [
         batches(
             data.train,
             config,
-            data_parallel_rank=parallel_state.get_data_parallel_rank(),
-            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+            data_parallel_rank=engine.data_parallel_rank,
+            data_parallel_size=engine.data_parallel_size,
             consumed_sequences=0,
             micro_batch_size=train.micro_batch_size,
         )
-        for _ in wrapped
+        for _ in engine.chunks
     ]
     results = []
     for _ in range(count):
-        set_learning_rate(optimizer, config.optimizer.lr)
-        result = train_step(wrapped, optimizer, iterators, shape)
+        engine.set_learning_rate(config.optimizer.lr)
+        result = engine.train_step(iterators, shape)
         results.append((result.loss, result.grad_norm))
     parallel_state.destroy_model_parallel()
     return results

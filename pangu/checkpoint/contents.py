@@ -7,7 +7,7 @@ layout and either precision can read what any other wrote.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,7 +21,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.tensor_parallel import random
 
 from pangu.checkpoint import model_files
-from pangu.engines.megatron.optimizer_state import MAIN, MOMENTS, Part
+from pangu.engines.state_parts import MAIN, MOMENTS, Part
 
 Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
 OPTIMIZER_PREFIX = "optimizer."
@@ -35,7 +35,7 @@ class CheckpointMismatch(Exception):
     extra."""
 
 
-def model_entries(chunks: list[Any]) -> dict[str, Sharded]:
+def model_entries(chunks: Sequence[Any]) -> dict[str, Sharded]:
     """Every weight and buffer of this rank; `data` is the tensor itself."""
     entries: dict[str, Sharded] = {}
     for i, chunk in enumerate(chunks):
@@ -47,7 +47,7 @@ def model_entries(chunks: list[Any]) -> dict[str, Sharded]:
     return entries
 
 
-def to_save(chunks: list[Any], everything: list[Part]) -> dict[str, Any]:
+def to_save(chunks: Sequence[Any], everything: list[Part]) -> dict[str, Any]:
     """The whole state dict. Collective: distributed optimizer states are gathered."""
     by_parameter = {part.parameter: part for part in everything}
     entries = model_entries(chunks)
@@ -66,7 +66,7 @@ def to_save(chunks: list[Any], everything: list[Part]) -> dict[str, Any]:
     return state
 
 
-def load(path: Path, chunks: list[Any], everything: list[Part] | None) -> None:
+def load(path: Path, chunks: Sequence[Any], everything: list[Part] | None) -> None:
     """Fill weights and, unless `everything` is None, main copies and moments.
 
     One kind of tensor at a time: whole copies in main memory are as large as this rank's model
@@ -194,7 +194,7 @@ def _load_into(
         put(entry.data, loaded[name])
 
 
-def _check_every_parameter_has_a_part(chunks: list[Any], by_parameter: dict[Any, Part]) -> None:
+def _check_every_parameter_has_a_part(chunks: Sequence[Any], by_parameter: dict[Any, Part]) -> None:
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             if parameter.requires_grad and parameter not in by_parameter:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core.optimizer import ChainedOptimizer
 
 from configs.change_rules import changes, refused
 from configs.compose import read_file
@@ -23,7 +22,8 @@ from pangu.checkpoint.contents import CheckpointMismatch
 from pangu.checkpoint.manifest import DamagedCheckpoint, Manifest
 from pangu.checkpoint.run_state import RunState
 from pangu.data.tokenizer import INFO_FILE, Tokenizer
-from pangu.engines.megatron import optimizer_state
+from pangu.engines import state_parts
+from pangu.engines.contract import Engine
 from pangu.engines.megatron.process_groups import from_rank_0, say
 
 CONFIG = "config.yaml"
@@ -206,9 +206,7 @@ def _bound_restarts(config: Config, found: Found) -> None:
         raise ConfigError([Violation("checkpoint.max_restarts", limit, reason, hint)])
 
 
-def restore(
-    config: Config, found: Found, chunks: list[Any], optimizer: ChainedOptimizer
-) -> RunState:
+def restore(config: Config, found: Found, engine: Engine) -> RunState:
     """Fill the model and the optimizer, and return the run's state. Collective.
 
     Random states are restored only in the layout that wrote them: in another one there is no
@@ -217,13 +215,13 @@ def restore(
     Raises:
         ConfigError: naming every tensor that is missing or extra.
     """
-    everything = optimizer_state.parts(optimizer)
-    optimizer_state.initialize(everything)
+    everything = engine.state_parts()
+    state_parts.initialize(everything)
     try:
-        contents.load(found.path, chunks, everything)
+        contents.load(found.path, engine.chunks, everything)
     except CheckpointMismatch as error:
         raise ConfigError([Violation("checkpoint.resume", found.path, str(error))]) from None
-    optimizer_state.set_optimizer_step(everything, found.manifest.optimizer_step)
+    state_parts.set_optimizer_step(everything, found.manifest.optimizer_step)
     saved = read_config(found.path)
     if found.manifest.world_size == dist.get_world_size() and saved.parallel == config.parallel:
         contents.load_random_states(found.path)

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.serialization import save_preprocess
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
@@ -30,7 +29,6 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from megatron.core.optimizer import ChainedOptimizer
 
 from configs.compose import to_yaml
 from configs.schema import Config
@@ -40,9 +38,10 @@ from pangu.checkpoint.manifest import FileRecord, Manifest
 from pangu.checkpoint.restore import CONFIG, TOKENIZER, checkpoints_of
 from pangu.checkpoint.run_state import RunState
 from pangu.data.tokenizer import Tokenizer
-from pangu.engines.megatron import optimizer_state
-from pangu.engines.megatron.optimizer_state import Part
+from pangu.engines import state_parts
+from pangu.engines.contract import Engine
 from pangu.engines.megatron.process_groups import from_rank_0, say
+from pangu.engines.state_parts import Part
 from pangu.processes import die_with_parent
 
 
@@ -57,16 +56,9 @@ class Saved:
 class Saver:
     """Writes the checkpoints of a run, one at a time. Every method is collective."""
 
-    def __init__(
-        self,
-        config: Config,
-        chunks: list[Any],
-        optimizer: ChainedOptimizer,
-        tokenizer: Tokenizer,
-    ) -> None:
+    def __init__(self, config: Config, engine: Engine, tokenizer: Tokenizer) -> None:
         self.config = config
-        self.chunks = chunks
-        self.optimizer = optimizer
+        self.engine = engine
         self.tokenizer = tokenizer
         self.folder = checkpoints_of(config)
         self._writing: _Writing | None = None
@@ -90,14 +82,14 @@ class Saver:
         made: Path | str = from_rank_0(lambda: _make_folder(partial))
         if isinstance(made, str):
             return self._report(Saved(state.step, made))
-        everything = optimizer_state.parts(self.optimizer)
-        optimizer_state.initialize(everything)
+        everything = self.engine.state_parts()
+        state_parts.initialize(everything)
         plan = self._plan(everything, made)
         self._writing = _Writing(
             Manifest(
                 step=state.step,
                 state=asdict(state),
-                optimizer_step=optimizer_state.optimizer_step(everything),
+                optimizer_step=state_parts.optimizer_step(everything),
                 world_size=dist.get_world_size(),
                 files={},
             ),
@@ -111,12 +103,11 @@ class Saver:
         return, before a process is forked that would keep it until all is written."""
         # That each element is written exactly once is checked below, by the parallel strategy.
         sharded, _ = save_preprocess(
-            contents.to_save(self.chunks, everything), validate_access_integrity=False
+            contents.to_save(self.engine.chunks, everything), validate_access_integrity=False
         )
         plan = _Plan()
         # Spreads what replicas share over the ranks that have it.
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        FullyParallelSaveStrategyWrapper(plan, group).async_save(sharded, folder)
+        FullyParallelSaveStrategyWrapper(plan, self.engine.replicas()).async_save(sharded, folder)
         return plan
 
     def poll(self) -> Saved | None:

@@ -1,1 +1,1 @@
-"""What trains a model: a contract, and one folder per engine."""
+"""What trains a model: a contract, and one folder per engine that keeps it."""

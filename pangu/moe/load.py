@@ -5,7 +5,7 @@ Shapes: E experts, K choices per token.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,7 @@ class RoutingLoad:
     z_loss: float
 
 
-def read_load(chunks: list[torch.nn.Module]) -> RoutingLoad | None:
+def read_load(chunks: Sequence[torch.nn.Module]) -> RoutingLoad | None:
     """Sum over all ranks what their routers saw since the last call, and start anew.
 
     A collective over the whole world, to be called by every rank, with its model chunks. None for

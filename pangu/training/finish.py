@@ -68,7 +68,7 @@ def sample(trainer: Trainer) -> str:
     tokens = []
     try:
         for token in generate(
-            unwrap_model(trainer.chunks[0]),
+            unwrap_model(trainer.engine.chunks[0]),
             [tokenizer.eod],
             Sampler(temperature=_TEMPERATURE, top_p=_TOP_P, seed=trainer.config.seed),
             max_new_tokens=_SAMPLE_TOKENS,

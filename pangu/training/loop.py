@@ -8,9 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import ChainedOptimizer
 
 from configs.schema import Config
 from pangu import backends
@@ -18,9 +15,8 @@ from pangu.checkpoint import restore
 from pangu.checkpoint.run_state import RunState
 from pangu.checkpoint.saver import Saved, Saver
 from pangu.data.datasets import Datasets, batches, build_datasets, sequences_held
-from pangu.engines.megatron.optimizer import set_learning_rate
+from pangu.engines.contract import Batch, Engine, StepShape
 from pangu.engines.megatron.process_groups import say
-from pangu.engines.megatron.step import Batch, StepShape, evaluate, train_step
 from pangu.moe.load import read_load
 from pangu.report.run_files import read_metrics
 from pangu.training import schedule
@@ -39,8 +35,7 @@ class Trainer:
     """Everything a run holds on this rank."""
 
     config: Config
-    chunks: list[DistributedDataParallel]
-    optimizer: ChainedOptimizer
+    engine: Engine
     phase: schedule.PhaseAt
     datasets: Datasets
     state: RunState
@@ -49,7 +44,7 @@ class Trainer:
     stop: StopSignal
 
     def __post_init__(self) -> None:
-        self.saver = Saver(self.config, self.chunks, self.optimizer, self.datasets.tokenizer)
+        self.saver = Saver(self.config, self.engine, self.datasets.tokenizer)
         self.skipped = SkippedSteps(self.config.train.max_skipped_steps)
         self.last_started = self.last_saved = self.state.step
         self.rolled_back_to: int | None = None
@@ -212,7 +207,7 @@ class Trainer:
         if found.manifest.step == self.rolled_back_to:
             found = restore.newest(self.config, before=self.rolled_back_to) or found
         say(f"{trouble}: rolling back to step {found.manifest.step}")
-        self.state = restore.restore(self.config, found, self.chunks, self.optimizer)
+        self.state = restore.restore(self.config, found, self.engine)
         self.rolled_back_to = self.last_started = self.last_saved = self.state.step
         phase = schedule.phase_at(self.config, self.state.step)
         if phase == self.phase:  # the data move on; an earlier phase's are read again
@@ -234,11 +229,11 @@ class Trainer:
         """Take one step and describe it."""
         started = time.perf_counter()
         lr = schedule.learning_rate(self.config, self.state.step)
-        set_learning_rate(self.optimizer, lr)
+        self.engine.set_learning_rate(lr)
         shape = self.shape()
         sequences = schedule.global_batch_size(self.config, self.phase.phase)
-        result = train_step(self.chunks, self.optimizer, train_batches, shape)
-        load = read_load(self.chunks)
+        result = self.engine.train_step(train_batches, shape)
+        load = read_load(self.engine.chunks)
         backends.current().synchronize()
         seconds = time.perf_counter() - started
         self.state.step += 1
@@ -261,9 +256,12 @@ class Trainer:
     def shape(self) -> StepShape:
         """What this replica computes per step."""
         phase, micro = self.phase.phase, self.config.train.micro_batch_size
-        replicas = parallel_state.get_data_parallel_world_size()
         batch = schedule.global_batch_size(self.config, phase)
-        return StepShape(batch // replicas // micro, micro, schedule.seq_length(self.config, phase))
+        return StepShape(
+            batch // self.engine.data_parallel_size // micro,
+            micro,
+            schedule.seq_length(self.config, phase),
+        )
 
     def train_batches(self) -> list[Iterator[Batch]]:
         """The training data from here on, one iterator per model chunk."""
@@ -281,7 +279,7 @@ class Trainer:
             if self.stop.agreed():
                 progress.say(f"step {step}: validation given up after {done} of {count} batches")
                 return
-            total += evaluate(self.chunks, iterators, self.shape())
+            total += self.engine.evaluate(iterators, self.shape())
         self.metrics.write({"step": step, "validation_loss": total / count})
         progress.show_validation(step, total / count)
 
@@ -290,12 +288,12 @@ class Trainer:
             batches(
                 dataset,
                 self.config,
-                data_parallel_rank=parallel_state.get_data_parallel_rank(),
-                data_parallel_size=parallel_state.get_data_parallel_world_size(),
+                data_parallel_rank=self.engine.data_parallel_rank,
+                data_parallel_size=self.engine.data_parallel_size,
                 consumed_sequences=consumed,
                 micro_batch_size=self.config.train.micro_batch_size,
             )
-            for _ in self.chunks
+            for _ in self.engine.chunks
         ]
 
 

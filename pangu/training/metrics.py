@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from configs.schema import Config
 from pangu import backends
-from pangu.engines.megatron.step import StepResult
+from pangu.engines.contract import StepResult
 from pangu.moe.load import RoutingLoad, device_imbalance, dropped_tokens, expert_imbalance
 from pangu.report.run_files import METRICS, read_metrics, replace_text, short
 from simulator.api import count_parameters, model_flops_per_token

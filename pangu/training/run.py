@@ -126,8 +126,7 @@ def build_trainer(config: Config, stop: StopSignal) -> Trainer:
     from pangu.checkpoint import restore
     from pangu.checkpoint.run_state import RunState
     from pangu.engines.megatron import process_groups
-    from pangu.engines.megatron.optimizer import build_optimizer, wrap_model
-    from pangu.model.build import build_model
+    from pangu.engines.megatron.engine import MegatronEngine
     from pangu.training import schedule
     from pangu.training.expert_load import LoadWindow
     from pangu.training.loop import Trainer, phase_datasets
@@ -149,18 +148,15 @@ def build_trainer(config: Config, stop: StopSignal) -> Trainer:
     if first:
         # a run stays readable when its corpus moves, or Python's library with an upgrade
         datasets.tokenizer.save(folder / "tokenizer")
-    chunks, settings = build_model(config)
-    wrapped = wrap_model(config, settings, chunks)
-    optimizer = build_optimizer(config, wrapped)
+    engine = MegatronEngine.build(config)
     if found:
-        restore.restore(config, found, wrapped, optimizer)
+        restore.restore(config, found, engine)
         process_groups.say(f"resuming from {found.path}")
         if changed := restore.describe_changes(config, found):
             process_groups.say(f"changed since that checkpoint: {changed}")
     return Trainer(
         config=config,
-        chunks=wrapped,
-        optimizer=optimizer,
+        engine=engine,
         phase=phase,
         datasets=datasets,
         state=state,

@@ -133,7 +133,7 @@ def poisoned(folder: Path) -> list[int]:
         def agreed(self) -> bool:
             if trainer.state.step == 5 and not trainer.state.rollbacks:
                 with torch.no_grad():
-                    next(trainer.chunks[0].parameters()).fill_(float("nan"))
+                    next(trainer.engine.chunks[0].parameters()).fill_(float("nan"))
             return super().agreed()
 
     config = load(
@@ -183,7 +183,7 @@ def held(folder: Path) -> tuple[int, int, int]:
     from torch.multiprocessing.reductions import StorageWeakRef
 
     from pangu.checkpoint import saver
-    from pangu.engines.megatron.optimizer_state import Part
+    from pangu.engines.state_parts import Part
 
     gathered: list[tuple[StorageWeakRef, int]] = []
     found = []

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from configs.compose import load
-from pangu.engines.megatron.step import StepResult
+from pangu.engines.contract import StepResult
 from pangu.moe.load import RoutingLoad
 from pangu.report.run_files import ExpertLoad, read_metrics
 from pangu.training.expert_load import LoadWindow

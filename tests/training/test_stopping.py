@@ -62,7 +62,7 @@ def trained(folder: Path, stop: StopSignal, *overrides: str, spoil_before: int =
     def spoilt(batches: Any) -> Any:
         if trainer.state.step + 1 == spoil_before:
             with torch.no_grad():
-                next(trainer.chunks[0].parameters()).fill_(float("nan"))
+                next(trainer.engine.chunks[0].parameters()).fill_(float("nan"))
         return one_step(batches)
 
     trainer.one_step = spoilt

@@ -1,44 +1,19 @@
-"""One optimizer step: micro-batches through megatron-core's schedule, then AdamW."""
+"""A global batch, micro-batch by micro-batch, through megatron-core's schedule."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from pangu import backends
-from pangu.engines.megatron.optimizer import apply_gradients
+from pangu.engines.contract import Batch, StepShape
 from pangu.engines.megatron.process_groups import sum_over_losses
-
-Batch = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class StepShape:
-    """What a data-parallel replica computes in one step; sizes in sequences and tokens."""
-
-    num_microbatches: int
-    micro_batch_size: int
-    seq_length: int
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step did. `loss` is the mean cross-entropy per token in nats, over the global batch;
-    `grad_norm` is the norm before clipping; a skipped step changed nothing."""
-
-    loss: float
-    grad_norm: float
-    tokens: int
-    skipped: bool
 
 
 def run_schedule(
@@ -113,33 +88,3 @@ def token_loss(
     tokens = loss_mask.sum().to(torch.int)
     report = torch.stack([total.detach().double(), tokens.double()])
     return total, tokens, report
-
-
-def train_step(
-    chunks: list[DistributedDataParallel],
-    optimizer: ChainedOptimizer,
-    batches: list[Iterator[Batch]],
-    shape: StepShape,
-) -> StepResult:
-    """One step. A non-finite loss or gradient on any rank leaves the weights as they were."""
-    for chunk in chunks:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-    total = run_schedule(chunks, batches, shape)
-    loss = total[0] / total[1]
-    grad_norm = apply_gradients(optimizer, loss)
-    skipped = grad_norm is None
-    return StepResult(
-        loss.item(), float("nan") if grad_norm is None else grad_norm, int(total[1]), skipped
-    )
-
-
-def evaluate(chunks: list[Any], batches: list[Iterator[Batch]], shape: StepShape) -> float:
-    """Mean cross-entropy per token, in nats, over one global batch; nothing is trained."""
-    for chunk in chunks:
-        chunk.eval()
-    with torch.no_grad():
-        total = run_schedule(chunks, batches, shape, forward_only=True)
-    for chunk in chunks:
-        chunk.train()
-    return (total[0] / total[1]).item()

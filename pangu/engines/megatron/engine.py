@@ -1,0 +1,77 @@
+"""megatron-core behind the engine's contract."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import ChainedOptimizer
+
+from configs.schema import Config
+from pangu.engines.contract import Batch, StepResult, StepShape
+from pangu.engines.megatron import optimizer_state
+from pangu.engines.megatron.optimizer import (
+    apply_gradients,
+    build_optimizer,
+    set_learning_rate,
+    wrap_model,
+)
+from pangu.engines.megatron.step import run_schedule
+from pangu.engines.state_parts import Part
+from pangu.model.build import build_model
+
+
+class MegatronEngine:
+    """The model chunks in their gradient buffers, and AdamW over them."""
+
+    def __init__(self, chunks: list[DistributedDataParallel], optimizer: ChainedOptimizer) -> None:
+        self.chunks = chunks
+        self.optimizer = optimizer
+
+    @classmethod
+    def build(cls, config: Config) -> MegatronEngine:
+        """The initialised model of a configuration, and its optimizer."""
+        chunks, settings = build_model(config)
+        wrapped = wrap_model(config, settings, chunks)
+        return cls(wrapped, build_optimizer(config, wrapped))
+
+    @property
+    def data_parallel_rank(self) -> int:
+        return parallel_state.get_data_parallel_rank()
+
+    @property
+    def data_parallel_size(self) -> int:
+        return parallel_state.get_data_parallel_world_size()
+
+    def set_learning_rate(self, lr: float) -> None:
+        set_learning_rate(self.optimizer, lr)
+
+    def train_step(self, batches: list[Iterator[Batch]], shape: StepShape) -> StepResult:
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        total = run_schedule(self.chunks, batches, shape)
+        loss = total[0] / total[1]
+        grad_norm = apply_gradients(self.optimizer, loss)
+        skipped = grad_norm is None
+        return StepResult(
+            loss.item(), float("nan") if grad_norm is None else grad_norm, int(total[1]), skipped
+        )
+
+    def evaluate(self, batches: list[Iterator[Batch]], shape: StepShape) -> float:
+        for chunk in self.chunks:
+            chunk.eval()
+        with torch.no_grad():
+            total = run_schedule(self.chunks, batches, shape, forward_only=True)
+        for chunk in self.chunks:
+            chunk.train()
+        return (total[0] / total[1]).item()
+
+    def state_parts(self) -> list[Part]:
+        return optimizer_state.parts(self.optimizer)
+
+    def replicas(self) -> dist.ProcessGroup:
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
