@@ -110,6 +110,11 @@ class Saver:
         FullyParallelSaveStrategyWrapper(plan, self.engine.replicas()).async_save(sharded, folder)
         return plan
 
+    @property
+    def writing(self) -> bool:
+        """Whether a save is under way."""
+        return self._writing is not None
+
     def poll(self) -> Saved | None:
         """The outcome of the save that has just ended on all ranks, if one has."""
         if self._writing is None:

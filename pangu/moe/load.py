@@ -78,6 +78,30 @@ def read_load(chunks: Sequence[torch.nn.Module]) -> RoutingLoad | None:
     )
 
 
+def read_expert_bias(chunks: Sequence[torch.nn.Module]) -> dict[int, list[float]]:
+    """The balancing bias of every expert, by layer (numbered as in `RoutingLoad`); {} without one.
+
+    A collective over the whole world.
+    """
+    config = get_model_config(chunks[0])
+    if not config.moe_router_enable_expert_bias:
+        return {}
+    layers = config.num_layers + (config.mtp_num_layers or 0)
+    # Each rank's copies, and how many they are.
+    total = torch.zeros(layers, config.num_moe_experts + 1, device=backends.current().device)
+    modules: Iterable[Any] = (module for chunk in chunks for module in chunk.modules())
+    for module in modules:
+        if isinstance(getattr(module, "load", None), LayerLoad):
+            total[module.layer_number - 1, :-1] += module.expert_bias
+            total[module.layer_number - 1, -1] += 1
+    dist.all_reduce(total)
+    return {
+        layer + 1: (values[:-1] / values[-1]).tolist()
+        for layer, values in enumerate(total.cpu())
+        if values[-1] > 0
+    }
+
+
 def imbalance_score(counts_E: torch.Tensor, devices: int, top_k: int) -> float:
     """The paper's IS (arXiv 2505.21411, eq. 2): (max − min over devices of their token–expert
     pairs) / tokens, with equal, contiguous shares of the experts. 0 without tokens."""

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from configs.schema import Config
 from pangu.report.plots import smooth
-from pangu.report.run_data import RunData
-from pangu.report.run_files import perplexity, short
+from pangu.report.run_data import RATES, RunData
+from pangu.report.run_files import Row, perplexity, short
 from simulator.api import count_parameters, fill_page
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -20,8 +21,8 @@ _CURVES = {
     "tokens_per_second_per_device": "Tokens per second and device",
     "grad_norm": "Gradient norm before clipping",
     "learning_rate": "Learning rate",
-    "device_imbalance": "Device imbalance (IS)",
-    "expert_imbalance": "Expert imbalance",
+    "device_imbalance": "Device imbalance (IS), pairs per token",
+    "expert_imbalance": "Expert imbalance, pairs per token",
     "aux_loss": "Auxiliary loss (1 = balance)",
     "mfu": "Model FLOPs utilisation",
     "memory_gib": "Peak memory of the fullest rank (GiB)",
@@ -44,9 +45,9 @@ def _data(run: RunData) -> dict[str, Any]:
     smoothed = smooth(np.array(loss))
     smoothed_at = {row["step"]: value for row, value in zip(run.steps, smoothed, strict=True)}
     curves = {
-        key: {"title": title, "values": [row.get(key) for row in rows]}
+        key: _curve(key, title, run, rows)
         for key, title in _CURVES.items()
-        if any(row.get(key) is not None for row in rows)
+        if any(row.get(key) is not None for row in rows) and _says_something(key, run.config)
     }
     return {
         "name": run.name,
@@ -65,6 +66,38 @@ def _data(run: RunData) -> dict[str, Any]:
     }
 
 
+def _says_something(key: str, config: Config) -> bool:
+    """Whether a curve can be anything but flat: one device is always balanced, and a loss without
+    a coefficient is never computed."""
+    if key == "aux_loss":
+        return config.moe.aux_loss_coefficient > 0
+    return key != "device_imbalance" or config.parallel.expert_model_parallel_size > 1
+
+
+def _curve(key: str, title: str, run: RunData, rows: list[Row]) -> dict[str, Any]:
+    """One metric: [step, value] of `rows`, and a line about it."""
+    alone = [row for row in rows if "beside" not in row] if key in RATES else rows
+    left_out = len(rows) - len(alone)
+    points = [[row["step"], row.get(key)] for row in (alone or rows)]
+    return {"title": title, "points": points, "note": _note(key, run.config, left_out and alone)}
+
+
+def _note(key: str, config: Config, left_out: object) -> str:
+    if key in RATES:
+        steps = "steps beside the writing of a checkpoint or just after a validation"
+        return f"Without {steps}, which are slower for that." if left_out else ""
+    spread = "(most − least token–expert pairs of one {}) / tokens: 0 is even, {} the most"
+    if key == "device_imbalance":
+        return spread.format("device", most_device_imbalance(config))
+    return spread.format("expert", 1) if key == "expert_imbalance" else ""
+
+
+def most_device_imbalance(config: Config) -> int:
+    """The largest IS there can be: the choices of one token that may fall on one device."""
+    held = config.model.num_experts // config.parallel.expert_model_parallel_size
+    return min(config.moe.top_k, held)
+
+
 def _finite(value: float) -> float | None:
     return round(float(value), 5) if math.isfinite(value) else None
 
@@ -78,7 +111,8 @@ def _subtitle(run: RunData) -> str:
     if config.model.num_experts:
         moe = config.moe
         routing = f"{moe.router}, {moe.top_k} of {config.model.num_experts} experts"
-        groups = f" in {moe.num_expert_groups} groups" if moe.num_expert_groups > 1 else ""
+        grouped = moe.router in ("moge", "group_limited") and moe.num_expert_groups > 1
+        groups = f" in {moe.num_expert_groups} groups" if grouped else ""
         parts.append(routing + groups)
     return " · ".join(parts)
 
@@ -97,11 +131,15 @@ def _tiles(run: RunData) -> list[list[str]]:
     for key, form, note in (
         ("tokens_per_second_per_device", "{:,.0f}", "tokens/s per device"),
         ("mfu", "{:.1%}", "MFU, active parameters"),
-        ("device_imbalance", "{:.3g}", "device imbalance (IS)"),
-        ("expert_imbalance", "{:.3g}", "expert imbalance"),
+        (
+            "device_imbalance",
+            "{:.3g}",
+            f"device imbalance, 0 to {most_device_imbalance(run.config)}",
+        ),
+        ("expert_imbalance", "{:.3g}", "expert imbalance, 0 to 1"),
     ):
         value = run.recent(key)
-        if value is not None:
+        if value is not None and _says_something(key, run.config):
             tiles.append([form.format(value), note])
     tiles.append([short(sum(row["tokens"] for row in run.steps)), "tokens trained"])
     return tiles
@@ -115,4 +153,5 @@ def _load(run: RunData) -> dict[str, Any] | None:
         "values": [[round(x, 3) for x in row] for row in run.load.relative().tolist()],
         "groups": run.load.num_groups,
         "steps": [run.load.first_step, run.load.last_step],
+        "biases": [[round(x, 6) for x in row] for row in run.load.biases.values()],
     }

@@ -13,6 +13,7 @@ from pangu.report.run_files import ExpertLoad
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 TRAINING, HELD_OUT, BASELINE, INK, QUIET = "#2f6fb0", "#d9730d", "#7a7a7a", "#222222", "#dddddd"
 DEAD = "#ffd21f"  # on the darkest blue
@@ -33,7 +34,7 @@ def loss_figure(run: RunData) -> Figure:
     """Training and held-out loss over the steps, beside what n-grams reach."""
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _figure(9, 5)
+    figure, (axes,) = _figure(9, 5)
     steps = np.array([row["step"] for row in run.steps])
     loss = np.array([row["loss"] for row in run.steps], dtype=float)  # None becomes NaN
     axes.plot(steps, loss, color=TRAINING, alpha=0.3, linewidth=0.8)
@@ -65,19 +66,34 @@ def loss_figure(run: RunData) -> Figure:
 
 
 def load_figure(load: ExpertLoad, name: str) -> Figure:
-    """Choices of every expert over those of an even spread, layers × experts."""
-    values = load.relative()
-    layers, experts = values.shape
-    cell = min(0.42, 13 / experts)
-    figure, axes = _figure(max(6.5, experts * cell + 2.2), max(2.4, layers * min(cell, 0.3) + 1.6))
+    """Choices of every expert over those of an even spread, layers × experts; below it, where a
+    bias balances, every expert's."""
     from matplotlib.colors import TwoSlopeNorm
 
-    top = max(2.0, float(values.max()))
-    image = axes.imshow(
-        values, cmap="RdBu_r", norm=TwoSlopeNorm(1.0, 0.0, top), aspect="auto", origin="upper"
-    )
+    values = load.relative()
+    layers, experts = values.shape
+    cell, maps = min(0.42, 13 / experts), 2 if load.biases else 1
+    height = max(2.4, layers * min(cell, 0.3) + 1.6)
+    figure, places = _figure(max(6.5, experts * cell + 2.2), maps * height, rows=maps)
+    axes, top = places[0], max(2.0, float(values.max()))
+    steps = f"steps {load.first_step}–{load.last_step}"
+    image = _heat(axes, load, values, TwoSlopeNorm(1.0, 0.0, top), f"{name}: expert load, {steps}")
     dead = np.argwhere(values == 0)
     axes.plot(dead[:, 1], dead[:, 0], "x", color=DEAD, markersize=4, linestyle="none")
+    _scale(figure, axes, image, "× even share", _load_ticks(top))
+    if load.biases:
+        biases = np.array(list(load.biases.values()))
+        reach = max(float(np.abs(biases).max()), 1e-6)
+        title = f"balancing bias after step {load.last_step}"
+        image = _heat(places[1], load, biases, TwoSlopeNorm(0.0, -reach, reach), title)
+        _scale(figure, places[1], image, "added to the score", [-reach, 0.0, reach])
+    return figure
+
+
+def _heat(axes: Axes, load: ExpertLoad, values: np.ndarray, norm: Any, title: str) -> AxesImage:
+    """Layers × experts as colours, with the groups' boundaries."""
+    image = axes.imshow(values, cmap="RdBu_r", norm=norm, aspect="auto", origin="upper")
+    experts = values.shape[1]
     size = experts // load.num_groups
     for boundary in range(size, experts, size) if load.num_groups > 1 else ():
         axes.axvline(boundary - 0.5, color=INK, linewidth=1.2)
@@ -86,15 +102,14 @@ def load_figure(load: ExpertLoad, name: str) -> Figure:
     axes.set_xlabel("expert" + (" (lines: group boundaries)" if load.num_groups > 1 else ""))
     axes.set_ylabel("layer")
     axes.tick_params(length=0)
-    axes.set_title(
-        f"{name}: expert load, steps {load.first_step}–{load.last_step}",
-        loc="left",
-        fontweight="bold",
-    )
-    bar = figure.colorbar(image, ax=axes, pad=0.02, ticks=_load_ticks(top))
-    bar.set_label("× even share")
+    axes.set_title(title, loc="left", fontweight="bold")
+    return image
+
+
+def _scale(figure: Figure, axes: Axes, image: AxesImage, label: str, ticks: list[float]) -> None:
+    bar = figure.colorbar(image, ax=axes, pad=0.02, ticks=ticks)
+    bar.set_label(label)
     bar.outline.set_visible(False)
-    return figure
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -118,11 +133,12 @@ def _number(axis: Any, names: list[int]) -> None:
     axis.set_ticks(range(0, len(names), stride), [str(name) for name in names[::stride]])
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+def _figure(width: float, height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
     # Imported when there is something to draw; no pyplot, which would look for a display.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    places: list[Axes] = figure.subplots(rows, squeeze=False).flatten().tolist()
+    for axes in places:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, places

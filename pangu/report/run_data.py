@@ -21,6 +21,9 @@ from pangu.report.run_files import (
     read_metrics,
 )
 
+# Metrics that tell of what a step shares the machine with.
+RATES = ("tokens_per_second_per_device", "model_tflops_per_device", "mfu")
+
 
 class ReportError(Exception):
     """A folder that cannot be reported on; the message says why, in one sentence."""
@@ -60,9 +63,13 @@ class RunData:
         return self.folder.resolve().name
 
     def recent(self, key: str) -> float | None:
-        """Mean of a metric over the last twentieth of the steps, at least 20; None without any."""
+        """Mean of a metric over the last twentieth of the steps, at least 20; None without any.
+
+        Rates are those of steps that have the machine to themselves, where there are any.
+        """
+        rows = (key in RATES and [row for row in self.steps if "beside" not in row]) or self.steps
         count = max(20, len(self.steps) // 20)
-        values = [row[key] for row in self.steps[-count:] if row.get(key) is not None]
+        values = [row[key] for row in rows[-count:] if row.get(key) is not None]
         return fmean(values) if values else None
 
     def losses(self) -> list[Losses]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,15 @@ class ExpertLoad:
     """How often every expert was chosen in steps `first_step` to `last_step`.
 
     `counts[n]` are the choices of the experts of layer n (from 1). `num_groups` is 1 unless the
-    router is MoGE.
+    router is MoGE. `biases[n]` are the balancing biases at `last_step`, in units of the router's
+    scores; {} where nothing balances by bias.
     """
 
     first_step: int
     last_step: int
     num_groups: int
     counts: dict[int, list[int]]
+    biases: dict[int, list[float]] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all."""
@@ -56,7 +58,8 @@ class ExpertLoad:
         if not path.is_file():
             return None
         data = json.loads(path.read_text())
-        data["counts"] = {int(layer): values for layer, values in data["counts"].items()}
+        for name in ("counts", "biases"):
+            data[name] = {int(layer): values for layer, values in data.get(name, {}).items()}
         return cls(**data)
 
     def relative(self) -> np.ndarray:

@@ -21,6 +21,7 @@ class LoadWindow:
     def __init__(self, run_dir: Path, moe: MoEConfig, *, active: bool) -> None:
         self._path = run_dir / EXPERT_LOAD
         self._active = active
+        self._moe = moe
         self._groups = moe.num_expert_groups if moe.router == "moge" else 1
         self._before: dict[int, torch.Tensor] = {}
         self._current: dict[int, torch.Tensor] = {}
@@ -34,8 +35,9 @@ class LoadWindow:
         self._last_step = step
         self._current = _sum(self._current, counts)
 
-    def end_interval(self) -> str:
-        """Write the heat map's data and start a new interval.
+    def end_interval(self, biases: dict[int, list[float]] | None = None) -> str:
+        """Write the heat map's data, with the experts' balancing biases by layer, and start a new
+        interval.
 
         Returns:
             A sentence naming the experts that no token chose in the interval; "" without any.
@@ -45,12 +47,13 @@ class LoadWindow:
         window = _sum(self._before, self._current)
         counts = {layer: values.tolist() for layer, values in window.items()}
         if self._active:
-            self._write(ExpertLoad(self._first_step, self._last_step, self._groups, counts))
+            steps_and_groups = self._first_step, self._last_step, self._groups
+            self._write(ExpertLoad(*steps_and_groups, counts, biases or {}))
         dead = {} if _few(self._current) else dead_experts(self._current)
         steps = f"steps {self._current_first}–{self._last_step}"
         self._before, self._current = self._current, {}
         self._first_step = self._current_first
-        return _name(dead, steps)
+        return f"{_name(dead, steps)}. {_advice(self._moe)}" if dead else ""
 
     def _write(self, load: ExpertLoad) -> None:
         with contextlib.suppress(OSError):  # a full disk costs the plot, not the run
@@ -66,9 +69,18 @@ def _sum(a: dict[int, torch.Tensor], b: dict[int, torch.Tensor]) -> dict[int, to
     return {layer: a[layer] + values if layer in a else values for layer, values in b.items()}
 
 
+def _advice(moe: MoEConfig) -> str:
+    """What to do about experts that the router has forgotten."""
+    if moe.expert_bias:
+        rate = f"moe.expert_bias_update_rate (now {moe.expert_bias_update_rate:g})"
+        return f"To bring them back: a larger {rate}, or a lower optimizer.lr"
+    coefficient = f"moe.aux_loss_coefficient (now {moe.aux_loss_coefficient:g})"
+    return (
+        f"To bring them back: a larger {coefficient}, moe.expert_bias=true, or a lower optimizer.lr"
+    )
+
+
 def _name(dead: dict[int, list[int]], steps: str) -> str:
-    if not dead:
-        return ""
     parts = [
         f"layer {layer} expert{'s' if len(experts) > 1 else ''} {', '.join(map(str, experts))}"
         for layer, experts in list(dead.items())[:_NAMED_LAYERS]

@@ -17,7 +17,7 @@ from pangu.checkpoint.saver import Saved, Saver
 from pangu.data.datasets import Datasets, batches, build_datasets, sequences_held
 from pangu.engines.contract import Batch, Engine, StepShape
 from pangu.engines.megatron.process_groups import say
-from pangu.moe.load import read_load
+from pangu.moe.load import read_expert_bias, read_load
 from pangu.report.run_files import read_metrics
 from pangu.training import schedule
 from pangu.training.expert_load import LoadWindow
@@ -48,6 +48,7 @@ class Trainer:
         self.skipped = SkippedSteps(self.config.train.max_skipped_steps)
         self.last_started = self.last_saved = self.state.step
         self.rolled_back_to: int | None = None
+        self.last_validated = -1
 
     def train(self) -> int:
         """Run from the current state to the last step, or until told to stop; the exit code.
@@ -75,15 +76,18 @@ class Trainer:
             while self.state.step < self.config.train.steps and not self.stop.agreed():
                 if self.enter_phase():
                     train_batches = self.train_batches()
-                row = self.one_step(train_batches)
+                beside = self.beside()
+                row = self.one_step(train_batches) | beside
                 self.metrics.write(row)
                 progress.show(row)
                 if self.skipped.too_many():
                     self.roll_back()
                     train_batches = self.train_batches()
                     continue
-                if self.due(LOAD_INTERVAL) and (dead := self.load.end_interval()):
-                    progress.warn(dead)
+                if self.due(LOAD_INTERVAL):
+                    dead = self.load.end_interval(read_expert_bias(self.engine.chunks))
+                    if dead:
+                        progress.warn(dead)
                 if self.datasets.validation and self.due(self.config.train.validate_every):
                     self.validate(progress)
                 self.save_if_due()
@@ -94,6 +98,12 @@ class Trainer:
         code = self.leave()
         self.metrics.close()
         return code
+
+    def beside(self) -> dict[str, str]:
+        """What the next step shares the machine with, or comes after: its rate tells of that."""
+        if self.saver.writing:
+            return {"beside": "save"}
+        return {"beside": "validation"} if self.last_validated == self.state.step else {}
 
     def enter_phase(self) -> bool:
         """Change data when the next step belongs to another phase; whether it does."""
@@ -280,6 +290,7 @@ class Trainer:
                 progress.say(f"step {step}: validation given up after {done} of {count} batches")
                 return
             total += self.engine.evaluate(iterators, self.shape())
+        self.last_validated = step
         self.metrics.write({"step": step, "validation_loss": total / count})
         progress.show_validation(step, total / count)
 

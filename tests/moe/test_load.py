@@ -1,3 +1,7 @@
+from dataclasses import replace
+
+import gloo
+import layers
 import pytest
 import torch
 
@@ -7,6 +11,7 @@ from pangu.moe.load import (
     dropped_tokens,
     expert_imbalance,
     imbalance_score,
+    read_expert_bias,
 )
 from pangu.moe.routing import moge, top_k
 
@@ -38,3 +43,12 @@ def test_dead_experts_and_dropped_tokens():
     assert dead_experts(counts) == {1: [1]}
     assert dropped_tokens(counts, tokens=4, top_k=2) == 0
     assert dropped_tokens(counts, tokens=5, top_k=2) == 4
+
+
+def test_the_balancing_bias_is_read_by_layer():
+    gloo.single()
+    layer = layers.build(replace(layers.TOP_K, expert_bias=True, score_function="sigmoid"))
+    bias = torch.arange(layers.EXPERTS) / 8
+    layer.router.expert_bias.copy_(bias)
+    assert read_expert_bias([layer]) == {1: bias.tolist()}
+    assert read_expert_bias([layers.build(layers.TOP_K)]) == {}

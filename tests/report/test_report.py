@@ -90,9 +90,76 @@ def test_heat_map_is_relative_to_an_even_share_with_groups_marked():
     shown = axes.images[0].get_array()
     assert shown[0].tolist() == [1.0] * 16
     assert shown[1].tolist() == [0.0, 2.0, *[1.0] * 14]
-    dead, *boundaries = axes.lines
+    *boundaries, dead = axes.lines
     assert [*zip(*dead.get_data(), strict=True)] == [(0, 1)]  # expert 0 of the second row
     assert [line.get_xdata()[0] for line in boundaries] == [3.5, 7.5, 11.5]
+
+
+def test_the_bias_is_drawn_below_the_load():
+    biases = {1: [0.0] * 16, 2: [0.5, -0.25, *[0.0] * 14]}
+    figure = load_figure(ExpertLoad(21, 40, 4, COUNTS, biases), "run")
+    shown = [axes.images[0] for axes in figure.axes if axes.images]
+    assert shown[1].get_array().tolist() == list(biases.values())
+    assert (shown[1].norm.vmin, shown[1].norm.vcenter, shown[1].norm.vmax) == (-0.5, 0.0, 0.5)
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert "balancing bias after step 40" in titles
+
+
+def rewrite(folder, overrides, rows):
+    """The run with another configuration and other metrics."""
+    (folder / "config.yaml").write_text(to_yaml(load(["experiment=quickstart", *overrides])))
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def routed(step, **more):
+    values = {"aux_loss": 1.0, "device_imbalance": 0.25, "expert_imbalance": 0.5}
+    return {"step": step, "loss": 5.0, "tokens": 8, **values, **more}
+
+
+def test_groups_are_named_where_the_router_has_some(folder):
+    assert "moge, 4 of 16 experts in 4 groups" in page_data(folder)["subtitle"]
+    top_k = ["moe.router=top_k", "moe.num_expert_groups=4"]
+    rewrite(folder, top_k, [routed(1)])
+    assert page_data(folder)["subtitle"].endswith("top_k, 4 of 16 experts")
+
+
+def test_what_can_only_be_flat_is_not_drawn(folder):
+    one_rank = ["launch.processes=1", "parallel.expert_model_parallel_size=1"]
+    rewrite(folder, [*one_rank, "moe.aux_loss_coefficient=0"], [routed(1), routed(2)])
+    data = page_data(folder)
+    assert sorted(data["curves"]) == ["expert_imbalance"]
+    assert next(note for _, note in data["tiles"]) == "expert imbalance, 0 to 1"
+
+
+def test_imbalances_have_units_and_ranges(folder):
+    two_ranks = ["launch.processes=2", "parallel.expert_model_parallel_size=2"]
+    rewrite(folder, two_ranks, [routed(1), routed(2)])
+    data = page_data(folder)
+    assert {"aux_loss", "device_imbalance", "expert_imbalance"} <= data["curves"].keys()
+    assert data["curves"]["device_imbalance"]["note"] == (
+        "(most − least token–expert pairs of one device) / tokens: 0 is even, 4 the most"
+    )
+    assert data["curves"]["expert_imbalance"]["note"].endswith("0 is even, 1 the most")
+    assert ["0.25", "device imbalance, 0 to 4"] in data["tiles"]
+
+
+def test_a_rate_leaves_out_steps_that_share_the_machine(folder):
+    rate = "tokens_per_second_per_device"
+    rows = [routed(step, **{rate: 100.0}) for step in range(1, 31)]
+    for step, beside in ((10, "save"), (11, "save"), (21, "validation")):
+        rows[step - 1] |= {rate: 40.0, "beside": beside}
+    rewrite(folder, [], rows)
+    data = page_data(folder)
+    steps, rates = zip(*data["curves"][rate]["points"], strict=True)
+    assert set(range(1, 31)) - set(steps) == {10, 11, 21}
+    assert set(rates) == {100.0}
+    assert data["curves"][rate]["note"].startswith("Without steps beside the writing")
+    assert len(data["curves"]["expert_imbalance"]["points"]) == 30
+    assert ["100", "tokens/s per device"] in data["tiles"]
+    for row in rows:  # nothing else is there to show
+        row["beside"] = "save"
+    rewrite(folder, [], rows)
+    assert len(page_data(folder)["curves"][rate]["points"]) == 30
 
 
 def test_smoothing_is_a_centred_mean_that_ignores_skipped_steps():

@@ -171,7 +171,9 @@ def test_dead_experts_are_named_and_the_window_spans_two_intervals(tmp_path):
     window = LoadWindow(tmp_path, config.moe, active=True)
     window.add(1, {1: torch.tensor([50, 0, 30, 0]), 2: torch.tensor([20, 20, 20, 20])})
     assert window.end_interval() == (
-        "dead experts, chosen by no token in steps 1–1: layer 1 experts 1, 3"
+        "dead experts, chosen by no token in steps 1–1: layer 1 experts 1, 3. To bring them back: "
+        "a larger moe.aux_loss_coefficient (now 0.01), moe.expert_bias=true, or a lower "
+        "optimizer.lr"
     )
     for step in (2, 3):
         window.add(step, {1: torch.tensor([20, 20, 20, 20]), 2: torch.tensor([80, 0, 0, 0])})
@@ -183,3 +185,16 @@ def test_dead_experts_are_named_and_the_window_spans_two_intervals(tmp_path):
     window.add(4, {1: torch.tensor([4, 0, 0, 0]), 2: torch.tensor([1, 1, 1, 1])})
     assert window.end_interval() == ""  # a handful of tokens proves nothing
     assert ExpertLoad.read(tmp_path / "expert_load.json").first_step == 2
+
+
+def test_the_balancing_bias_is_written_beside_the_load_and_named_in_the_advice(tmp_path):
+    moe = load(["experiment=quickstart", "moe.expert_bias=true"]).moe
+    window = LoadWindow(tmp_path, moe, active=True)
+    window.add(1, {2: torch.tensor([50, 0, 30, 0])})
+    advice = window.end_interval({2: [-0.5, 0.25, 0.0, 0.25]})
+    assert advice.endswith(
+        "To bring them back: a larger moe.expert_bias_update_rate (now 0.001), or a lower "
+        "optimizer.lr"
+    )
+    saved = ExpertLoad.read(tmp_path / "expert_load.json")
+    assert saved.biases == {2: [-0.5, 0.25, 0.0, 0.25]}
