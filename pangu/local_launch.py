@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -18,6 +17,7 @@ from configs.violation import ConfigError, Violation
 from launch import port
 from launch.environment import STARTED_BY, ProcessEnvironment
 from pangu.processes import PARENT, PEER_LOST
+from pangu.report.run_files import last_step
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 # After one process failed: how long the others may take to report their own end, and then to
 # follow SIGTERM, in seconds.
 GRACE_SECONDS = 5.0
-_TAIL = 1 << 16  # bytes of metrics.jsonl that hold its last row
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def start_local(
     said = failure.code > 0 and failure.code == children[0].returncode
     wished = -failure.code in told
     if not said and not wished:
-        _show(failure, logs / f"rank_{failure.rank}.log", _last_step(run_dir))
+        _show(failure, logs / f"rank_{failure.rank}.log", last_step(run_dir))
     return failure.exit_code
 
 
@@ -169,7 +168,7 @@ def _end(children: Sequence[subprocess.Popen[bytes]]) -> list[tuple[int, int]]:
     return failed
 
 
-def _show(failure: Failure, log: Path, last_step: int, lines: int = 40) -> None:
+def _show(failure: Failure, log: Path, step: int, lines: int = 40) -> None:
     """The end of the failed rank's log, and, as the last line, who failed and how."""
     rank, name = failure.rank, failure.signal
     if rank and name != "SIGKILL":  # who is killed has not written why
@@ -177,30 +176,13 @@ def _show(failure: Failure, log: Path, last_step: int, lines: int = 40) -> None:
         print(f"\nthe end of {log}:", file=sys.stderr)
         print("\n".join(f"  {line}" for line in tail), file=sys.stderr)
     how = f"was ended by {name}" if name else f"failed with exit code {failure.code}"
-    when = f"after step {last_step}" if last_step else "before its first step was done"
+    when = f"after step {step}" if step else "before its first step was done"
     advice = ""
     if name:
         killer = "; where nobody sent it, the kernel did, out of memory: see dmesg"
         advice = f"{killer if name == 'SIGKILL' else ''}. The same command goes on from the "
         advice += "newest checkpoint"
     print(f"rank {rank} {how} {when}{advice}", file=sys.stderr)
-
-
-def _last_step(run_dir: Path) -> int:
-    """The last step in `metrics.jsonl`; 0 without one."""
-    try:
-        with (run_dir / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
-            lines = file.read().splitlines()
-    except OSError:
-        return 0
-    steps = [0]
-    for line in lines:
-        try:
-            steps.append(int(json.loads(line)["step"]))
-        except (ValueError, KeyError, TypeError):  # cut short, or foreign
-            continue
-    return max(steps)
 
 
 def prepare_environment(config: Config, process: ProcessEnvironment) -> ProcessEnvironment:

@@ -34,7 +34,7 @@ class StopSignal:
         if self._speaks and not self.requested:
             # Heard at once, also where a save is waited for. Not through sys.stderr: the main
             # thread may be inside one of its calls.
-            line = f"{signal.Signals(number).name}: stopping after what is under way, and saving\n"
+            line = f"{signal.Signals(number).name}: stopping when what is under way is done\n"
             os.write(2, ("\n" * os.isatty(2) + line).encode())  # not behind the progress bar
         self.requested = True
 

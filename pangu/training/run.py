@@ -17,6 +17,7 @@ from launch import port
 from launch.environment import ProcessEnvironment
 from pangu.engines.megatron.fitting import select_backend
 from pangu.processes import PEER_LOST
+from pangu.report.run_files import last_step
 from pangu.training.resilience import Diverged, StopSignal, is_failed_collective, missing_ranks
 
 if TYPE_CHECKING:
@@ -103,7 +104,8 @@ def _say_lost(config: Config, process: ProcessEnvironment, error: RuntimeError) 
         where = ""
     said = str(error).strip().splitlines() or [type(error).__name__]
     missing = missing_ranks() if dist.is_initialized() else ""
-    line = f"error: rank {process.rank} waited in vain for another: {said[0]}{where}"
+    line = f"error: rank {process.rank} waited in vain for another after step "
+    line += f"{last_step(Path(config.run_dir))}: {said[0]}{where}"
     print("\n".join(filter(None, (line, missing))), file=sys.stderr, flush=True)
 
 

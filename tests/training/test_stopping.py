@@ -31,7 +31,7 @@ def test_a_stop_is_heard_between_validation_batches_by_all_ranks(tmp_path):
     code, output = finish(process)
     assert code == 0, output
     assert saved(tmp_path) == [2]
-    assert "SIGTERM: stopping after what is under way, and saving" in output
+    assert "SIGTERM: stopping when what is under way is done" in output
     assert "step 2: validation given up after " in output
     assert not any("validation_loss" in row for row in read_metrics(tmp_path / METRICS))
 
@@ -170,4 +170,4 @@ def test_a_signal_is_answered_at_once_and_once(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True)
     assert done.returncode == 0
-    assert done.stderr == "SIGTERM: stopping after what is under way, and saving\n"
+    assert done.stderr == "SIGTERM: stopping when what is under way is done\n"
