@@ -49,7 +49,7 @@ _KEYS: dict[Kind, str] = {
     """,
     "free": """
         model.name model.init model.init_std model.sandwich_attention_gain model.sandwich_mlp_gain
-        moe.dispatcher parallel.* memory.* data.cache_dir data.num_workers backend.name
+        moe.dispatcher parallel.* memory.* data.cache_dir data.verify data.num_workers backend.name
         backend.threads backend.peak_tflops launch.* train.validate_every train.log_every
         train.max_skipped_steps train.max_rollbacks checkpoint.* simulation.* inference.*
         hardware devices run_dir
@@ -92,12 +92,9 @@ def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def kind_of(key: str) -> Kind:
-    """The kind of a key, by its own entry or its section's.
-
-    Raises:
-        KeyError: it has none.
-    """
-    return KINDS[key] if key in KINDS else KINDS[f"{key.partition('.')[0]}.*"]
+    """The kind of a key, by its own entry or its section's; one that was forgotten may change the
+    function."""
+    return KINDS.get(key) or KINDS.get(f"{key.partition('.')[0]}.*", "function")
 
 
 def changes(then: Config, now: Config) -> list[Change]:

@@ -13,8 +13,9 @@ KEYS = [key for key, _ in leaves(load([]))]
 
 
 def test_every_key_of_the_tree_has_a_kind_and_every_entry_is_a_key() -> None:
-    for key in KEYS:
-        assert kind_of(key) in ("shape", "function", "data", "schedule", "free")
+    section = {key: f"{key.partition('.')[0]}.*" for key in KEYS}
+    assert [key for key in KEYS if not {key, section[key]} & KINDS.keys()] == []
+    assert {kind_of(key) for key in KEYS} == {"shape", "function", "data", "schedule", "free"}
     sections = {f"{key.partition('.')[0]}.*" for key in KEYS}
     assert {key for key in KINDS if key not in KEYS and key not in sections} == set()
     # No section of the model, the routing or the data by the lump: a new key there must be judged.
