@@ -111,6 +111,11 @@ def prepare(job: Preparation) -> CorpusInfo:
             write_checksums(partial)
             _flush_to_disk(partial)
             partial.rename(job.output)
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            # what a full disk says does not name it
+            raise DataError(f"{job.output} cannot be written: {error.strerror}") from None
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return info
@@ -119,9 +124,9 @@ def prepare(job: Preparation) -> CorpusInfo:
 def _write_corpus(job: Preparation, files: list[SourceFile], folder: Path) -> CorpusInfo:
     total = sum(file.size for file in files)
     if job.train_tokenizer is not None:
-        stride = -(-total // TOKENIZER_TRAINING_BYTES)
+        stride = max(1, -(-total // TOKENIZER_TRAINING_BYTES))
         texts = _training_texts(cut(files, job.column), stride, job.held_out, total)
-        tokenizer: Tokenizer = train_byte_level_bpe(texts, job.train_tokenizer, folder)
+        tokenizer: Tokenizer = train_byte_level_bpe(texts, job.train_tokenizer, folder, job.eod)
     else:
         assert job.tokenizer is not None
         tokenizer = load_tokenizer(job.tokenizer, job.eod)
@@ -155,8 +160,9 @@ def _training_texts(
     with tqdm(total=total, unit="B", unit_scale=True, desc="training the tokenizer") as bar:
         for number, piece in enumerate(pieces):
             if number % stride == 0:
-                for key, text in piece.read():
-                    if isinstance(text, str) and not is_held_out(key, held_out):
+                for document in piece.read():
+                    text = document.text
+                    if isinstance(text, str) and not is_held_out(document.key, held_out):
                         yield _printable(text)
             bar.update(piece.size)
 
@@ -210,14 +216,16 @@ def _encode_in_order(
         for piece in pieces:
             waiting.append((piece, pool.submit(_encode, piece)))
             if len(waiting) > 2 * workers:
-                done, result = waiting.popleft()
-                yield done, result.result()
+                yield waiting[0][0], waiting[0][1].result()
+                waiting.popleft()
         while waiting:
-            done, result = waiting.popleft()
-            yield done, result.result()
+            yield waiting[0][0], waiting[0][1].result()
+            waiting.popleft()
     except BrokenProcessPool as error:
+        near = f" at or after {waiting[0][0].where}" if waiting else ""
         raise DataError(
-            "a tokenising process was killed, for lack of memory perhaps: try fewer --workers"
+            f"a tokenising process was killed{near}, for lack of memory perhaps: try fewer "
+            "--workers"
         ) from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -246,15 +254,16 @@ def _encode(piece: Piece) -> Encoded:
     ids: dict[str, list[np.ndarray]] = {part: [] for part in PARTS}
     text_bytes = dict.fromkeys(PARTS, 0)
     left_out = []
-    for key, text in piece.read():
+    for document in piece.read():
+        text = document.text
         if isinstance(text, NoText):
-            left_out.append((key, text))
+            left_out.append((document.key, text))
             continue
         if not text:
             continue
-        part = "validation" if is_held_out(key, _held_out) else "train"
+        part = "validation" if is_held_out(document.key, _held_out) else "train"
         text = _printable(text)
-        ids[part].append(np.array([*_tokenizer.encode(text), _tokenizer.eod], dtype=np.int32))
+        ids[part].append(np.array([*_token_ids(text, document.where), _tokenizer.eod], np.int32))
         text_bytes[part] += len(text.encode())
     parts = {
         part: (np.concatenate(some), np.array([len(one) for one in some]), text_bytes[part])
@@ -262,6 +271,17 @@ def _encode(piece: Piece) -> Encoded:
         if some
     }
     return Encoded(parts, left_out)
+
+
+def _token_ids(text: str, where: str) -> list[int]:
+    try:
+        return _tokenizer.encode(text)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # what a library written in Rust gives up with is no Exception
+        raise DataError(
+            f"{where} cannot be tokenised ({len(text):,} characters): {error}"
+        ) from None
 
 
 def _printable(text: str) -> str:

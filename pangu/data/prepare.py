@@ -33,7 +33,7 @@ def main(
         typer.Option(help="Train a byte-level BPE of this vocabulary on the training part."),
     ] = None,
     eod: Annotated[
-        str | None, typer.Option(help="Token that ends a document, if the file does not say.")
+        str | None, typer.Option(help="Token that ends a document, if the tokenizer does not say.")
     ] = None,
     column: Annotated[str, typer.Option(help="JSON key or Parquet column of the text.")] = "text",
     pattern: Annotated[str, typer.Option(help="Which files of a folder, e.g. '*.py'.")] = "*",
@@ -51,6 +51,8 @@ def main(
             raise DataError("give either --tokenizer or --train-tokenizer")
         if not 0 <= held_out < 1:
             raise DataError(f"--held-out {held_out} is not a fraction from 0 up to 1")
+        if eod == "":
+            raise DataError("--eod is empty: give the name of a token")
         if workers < 1:
             raise DataError(f"--workers {workers} is not a number of processes")
         # The engine announces which optional packages it does without; none is needed here.

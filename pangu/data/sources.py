@@ -11,13 +11,17 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from hashlib import blake2b
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pangu.data import DataError
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
 
 PIECE_BYTES = 1 << 20
 _SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "node_modules"}
@@ -30,14 +34,32 @@ class NoText(Enum):
     ENCODING = "not UTF-8"
 
 
+@dataclass(frozen=True)
+class Document:
+    """A document, and where it stands. The key decides which side of the split it is on."""
+
+    key: str
+    text: str | NoText
+    where: str  # file, and line or row
+
+
 class Piece(Protocol):
     """Some documents, and how many bytes of the input they make up."""
 
     @property
     def size(self) -> int: ...
 
-    def read(self) -> Iterator[tuple[str, str | NoText]]:
-        """Documents as (key, text). The key decides which side of the split a document is on."""
+    @property
+    def where(self) -> str:
+        """The file, or the first of the files, that it is of."""
+        ...
+
+    def read(self) -> Iterator[Document]:
+        """Its documents.
+
+        Raises:
+            DataError: naming file and line or row, for what cannot be read.
+        """
         ...
 
 
@@ -69,9 +91,13 @@ class TextFiles:
     def size(self) -> int:
         return sum(file.size for file in self.files)
 
-    def read(self) -> Iterator[tuple[str, str | NoText]]:
+    @property
+    def where(self) -> str:
+        return str(self.files[0].path)
+
+    def read(self) -> Iterator[Document]:
         for file in self.files:
-            yield file.name, _text(_content(file.path))
+            yield Document(file.name, _text(_content(file.path)), str(file.path))
 
 
 def _content(path: Path) -> bytes:
@@ -104,18 +130,30 @@ class JsonLines:
     column: str
     size: int
 
-    def read(self) -> Iterator[tuple[str, str]]:
+    @property
+    def where(self) -> str:
+        return f"{self.path}, line {self.first_line}"
+
+    def read(self) -> Iterator[Document]:
         for number, line in enumerate(self.lines, self.first_line):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{self.path}, line {number}, is not JSON: {error}") from None
-            text = record.get(self.column) if isinstance(record, dict) else None
-            if not isinstance(text, str):
-                raise DataError(f"{self.path}, line {number}, {_without(self.column, record)}")
-            yield text, text
+            if line.strip():
+                where = f"{self.path}, line {number}"
+                text = _record_text(line, self.column, where)
+                yield Document(text, text, where)
+
+
+def _record_text(line: bytes, column: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+        text = record.get(column) if isinstance(record, dict) else None
+        if isinstance(text, str):
+            return text
+        reason = _without(column, record)
+    except RecursionError:
+        reason = "is JSON nested too deeply to be read"
+    except ValueError as error:
+        reason = f"is not JSON: {error}"
+    raise DataError(f"{where}, {reason}")
 
 
 def _without(column: str, record: object) -> str:
@@ -123,8 +161,12 @@ def _without(column: str, record: object) -> str:
     if not isinstance(record, dict):
         return f"is no object with a key {column!r}"
     if column in record:
-        return f"holds {json.dumps(record[column])[:40]} under {column!r}, which is no text"
-    return f"has no text under {column!r} (its keys are {', '.join(record)})"
+        return f"holds {_short(json.dumps(record[column]))} under {column!r}, which is no text"
+    return f"has no text under {column!r} (its keys are {_short(', '.join(record), 200)})"
+
+
+def _short(text: str, length: int = 40) -> str:
+    return text if len(text) <= length else f"{text[:length]}…"
 
 
 @dataclass(frozen=True)
@@ -136,14 +178,39 @@ class RowGroup:
     column: str
     size: int
 
-    def read(self) -> Iterator[tuple[str, str]]:
-        from pyarrow.parquet import ParquetFile
+    @property
+    def where(self) -> str:
+        return f"{self.path}, row group {self.index}"
 
-        with ParquetFile(self.path) as parquet:
-            for batch in parquet.iter_batches(row_groups=[self.index], columns=[self.column]):
-                for text in batch.column(0).to_pylist():
+    def read(self) -> Iterator[Document]:
+        with _open_parquet(self.path) as parquet, _named(self.where):
+            first = sum(parquet.metadata.row_group(i).num_rows for i in range(self.index))
+            rows = parquet.iter_batches(row_groups=[self.index], columns=[self.column])
+            for batch in rows:
+                for number, text in enumerate(batch.column(0).to_pylist(), first):
                     if text is not None:
-                        yield text, text
+                        yield Document(text, text, f"{self.path}, row {number}")
+                first += len(batch)
+
+
+def _open_parquet(path: Path) -> ParquetFile:
+    from pyarrow.parquet import ParquetFile
+
+    with _named(str(path)):
+        return ParquetFile(path, page_checksum_verification=True)
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Arrow's errors, which do not say in which file."""
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except DataError:
+        raise
+    except (ArrowException, OSError, ValueError, OverflowError) as error:
+        raise DataError(f"{where} cannot be read: {' '.join(str(error).split())}") from None
 
 
 def find_files(inputs: list[Path], pattern: str) -> list[SourceFile]:
@@ -203,8 +270,8 @@ def _cut_json_lines(file: SourceFile, column: str) -> Iterator[Piece]:
         while True:
             try:
                 lines = stream.readlines(PIECE_BYTES)
-            except (OSError, EOFError) as error:
-                raise DataError(f"{file.path} cannot be read to its end: {error}") from error
+            except (OSError, EOFError, zlib.error) as error:
+                raise DataError(f"{file.path} cannot be read to its end: {error}") from None
             if not lines:
                 return
             before, position = position, raw.tell()
@@ -213,21 +280,16 @@ def _cut_json_lines(file: SourceFile, column: str) -> Iterator[Piece]:
 
 
 def _cut_parquet(file: SourceFile, column: str) -> Iterator[Piece]:
-    from pyarrow import ArrowInvalid
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        parquet = ParquetFile(file.path)
-    except ArrowInvalid as error:
-        raise DataError(f"{file.path} is not a complete Parquet file: {error}") from error
-    with parquet:
-        names = parquet.schema_arrow.names
-        if column not in names:
-            raise DataError(f"{file.path} has no column {column!r} (it has {', '.join(names)})")
-        kind = str(parquet.schema_arrow.field(column).type)
+    with _open_parquet(file.path) as parquet:
+        with _named(str(file.path)):
+            names = parquet.schema_arrow.names
+            groups = parquet.num_row_groups
+            kind = str(parquet.schema_arrow.field(column).type) if column in names else ""
+        if not kind:
+            known = _short(", ".join(names), 200)
+            raise DataError(f"{file.path} has no column {column!r} (it has {known})")
         if kind not in ("string", "large_string", "string_view"):
             raise DataError(f"column {column!r} of {file.path} holds {kind}, not text")
-        groups = parquet.num_row_groups
         for index in range(groups):
             share = file.size * (index + 1) // groups - file.size * index // groups
             yield RowGroup(file.path, index, column, share)

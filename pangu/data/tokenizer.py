@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from pangu.data import DataError
 from pangu.data.checksums import SUMS_FILE, expected_digest
 
 INFO_FILE = "tokenizer_info.json"
+# Bytes that a BPE is trained on as one word: each merge goes through whole words.
+_LONGEST_WORD = 1024
 # Names under which published tokenizers keep the token that ends a document.
 _EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "</s>", "<eos>", "[EOS]", "[SEP]")
 
@@ -113,6 +116,10 @@ class SentencePieceTokenizer(Tokenizer):
         (folder / self.file).write_bytes(self._backend.serialized_model_proto())
 
 
+_LONGEST_SPACE = 25_000  # characters, as Llama 3's own tokenizer has it
+_SPACES = re.compile(rf"(?s:.*?\s{{{_LONGEST_SPACE}}}|.+)")
+
+
 class TiktokenTokenizer(Tokenizer):
     """A tiktoken rank file (`base64 rank` per line) and, beside it, `<name>.json` holding what
     the rank file does not: `{"pat_str": …, "special_tokens": {name: id}}`."""
@@ -144,7 +151,9 @@ class TiktokenTokenizer(Tokenizer):
         self.eod = _find_eod(path, eod, self._rest["special_tokens"].get)
 
     def encode(self, text: str) -> list[int]:
-        return self._backend.encode_ordinary(text)
+        # Its regular expressions run out of stack in a million spaces.
+        parts = _SPACES.findall(text) if len(text) > _LONGEST_SPACE else [text]
+        return [i for part in parts for i in self._backend.encode_ordinary(part)]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode(list(ids))
@@ -296,11 +305,17 @@ class StreamDecoder:
         self._shown, self._pending = self._pending or self._shown, []
 
 
-def train_byte_level_bpe(texts: Iterator[str], vocab_size: int, folder: Path) -> Tokenizer:
+def train_byte_level_bpe(
+    texts: Iterator[str], vocab_size: int, folder: Path, eod: str | None = None
+) -> Tokenizer:
     """Train a byte-level BPE on an iterator of texts and save it in `folder`.
 
+    `eod` names the token that ends a document. Longer words than 1,024 bytes are learnt from in
+    parts of that size.
+
     Raises:
-        DataError: when `vocab_size` cannot hold all bytes and the end-of-document token.
+        DataError: when `vocab_size` cannot hold all bytes and the end-of-document token, or text
+            could be encoded to that token.
     """
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -311,19 +326,26 @@ def train_byte_level_bpe(texts: Iterator[str], vocab_size: int, folder: Path) ->
             "token need 257"
         )
     backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if eod and len(words.pre_tokenize_str(eod)) < 2:
+        raise DataError(
+            f"--eod {eod} is a word that a text may hold: give one such as {_EOD_NAMES[0]}"
+        )
+    parts = pre_tokenizers.FixedLength(_LONGEST_WORD)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, parts])
     backend.decoder = decoders.ByteLevel()
     backend.train_from_iterator(
         texts,
         trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=[_EOD_NAMES[0]],
+            special_tokens=[eod or _EOD_NAMES[0]],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         ),
     )
+    backend.pre_tokenizer = words
     path = folder / HuggingFaceTokenizer.file
     backend.save(str(path))
-    tokenizer = HuggingFaceTokenizer(path)
+    tokenizer = HuggingFaceTokenizer(path, eod)
     tokenizer.save(folder)
     return tokenizer

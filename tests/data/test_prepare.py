@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import signal
@@ -164,6 +165,28 @@ def test_half_a_surrogate_pair_is_no_obstacle(corpus: Path, tmp_path: Path) -> N
     assert documents(tmp_path / "out") == ["a ? b", "🚀"]
 
 
+def flipped(content: bytes, position: int) -> bytes:
+    return content[:position] + bytes([content[position] ^ 255]) + content[position + 1 :]
+
+
+def damaged_parquet(checksums: bool = False) -> bytes:
+    """Two row groups, the second's only page with a byte changed: compressed, it cannot be
+    unpacked; plain, only a checksum tells."""
+    file = io.BytesIO()
+    compression = "none" if checksums else "gzip"
+    pq.write_table(
+        pa.table({"text": TEXTS}),
+        file,
+        row_group_size=150,
+        compression=compression,
+        use_dictionary=False,
+        write_page_checksum=checksums,
+    )
+    column = pq.ParquetFile(file).metadata.row_group(1).column(0)
+    middle = column.data_page_offset + column.total_compressed_size // 2
+    return flipped(file.getvalue(), middle)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -171,22 +194,37 @@ def test_half_a_surrogate_pair_is_no_obstacle(corpus: Path, tmp_path: Path) -> N
         ("a.jsonl", b'{"body": "x"}', "line 1, has no text under 'text' (its keys are body)"),
         ("a.jsonl", b"[1]", "a.jsonl, line 1, is no object with a key 'text'"),
         ("a.jsonl", b'{"text": 3}', "line 1, holds 3 under 'text', which is no text"),
-        # No clock in the bytes: they are part of the test's name, the same in every process.
         (
             "a.jsonl.gz",
             gzip.compress(b"{}" * 9999, mtime=0)[:-9],
             "a.jsonl.gz cannot be read to its end",
         ),
         ("a.txt.gz", gzip.compress(b"text", mtime=0)[:-9], "a.txt.gz cannot be read to its end"),
-        ("a.parquet", b"PAR1", "a.parquet is not a complete Parquet file"),
+        ("a.parquet", b"PAR1", "a.parquet cannot be read: "),
+        (
+            "a.jsonl.gz",
+            flipped(gzip.compress(b'{"text": "x"}\n' * 9, mtime=0), 10),
+            "its end: Error -3",
+        ),
+        ("a.txt.gz", flipped(gzip.compress(b"text" * 9, mtime=0), 10), "its end: Error -3"),
+        ("a.jsonl", b'{"text": "x"}\n' + b"[" * 99999, "line 2, is JSON nested too deeply"),
+        ("a.jsonl", b'{"text": ' + b'{"a":' * 400 + b"1" + b"}" * 400 + b"}", "line 1, holds {"),
+        ("a.jsonl", b'{"text": %s}' % (b"9" * 9999), "line 1, is not JSON: Exceeds the limit"),
+        ("a.jsonl", b'\n{"text": "\xff"}', "line 2, is not JSON: 'utf-8' codec"),
+        ("a.parquet", damaged_parquet(), "a.parquet, row group 1 cannot be read: "),
+        ("a.parquet", damaged_parquet(checksums=True), "could not verify page integrity, CRC"),
         ("a.txt", b"", "no document with UTF-8 text in"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
+@pytest.mark.parametrize("option", ["--tokenizer", "--train-tokenizer"])
 def test_damaged_input_is_named(
-    corpus: Path, tmp_path: Path, name: str, content: bytes, message: str
+    corpus: Path, tmp_path: Path, name: str, content: bytes, message: str, option: str
 ) -> None:
+    """Whether the tokenizer's training meets it first or a tokenising process does."""
     (tmp_path / name).write_bytes(content)
-    code, text = run(tmp_path / name, "--output", tmp_path / "out", "--tokenizer", corpus)
+    value = corpus if option == "--tokenizer" else 300
+    code, text = run(tmp_path / name, "--output", tmp_path / "out", option, value, "--workers", 1)
     assert code == 2
     assert message in text
     errors = [line for line in text.splitlines() if line.startswith("error: ")]
@@ -209,6 +247,8 @@ def test_mistakes_on_the_command_line(corpus: Path, tmp_path: Path) -> None:
         ([table, "--tokenizer", corpus], "has no column 'text' (it has body, count)"),
         ([table, "--tokenizer", corpus, "--column", "count"], "holds int64, not text"),
         ([table, "--tokenizer", corpus, "--eod", "END"], "has no token 'END'"),
+        ([table, "--tokenizer", corpus, "--eod", ""], "--eod is empty"),
+        ([table, "--train-tokenizer", 300, "--eod", "END"], "--eod END is a word that a text may"),
     ):
         code, text = run(*arguments, "--output", out)
         assert (code, message in text) == (2, True), text
@@ -220,6 +260,17 @@ def test_mistakes_on_the_command_line(corpus: Path, tmp_path: Path) -> None:
     code, text = run(table, "--tokenizer", corpus, "--output", corpus)
     assert code == 2
     assert f"{corpus} exists already" in text
+
+
+def test_the_end_of_document_of_a_trained_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a text that says </doc> itself")
+    out = tmp_path / "out"
+    options = ["--train-tokenizer", 300, "--eod", "</doc>", "--held-out", 0]
+    code, text = run(tmp_path / "a.txt", "--output", out, *options)
+    assert code == 0, text
+    tokenizer = load_tokenizer(out)
+    assert tokenizer.decode([tokenizer.eod]) == "</doc>"
+    assert documents(out) == ["a text that says </doc> itself"]
 
 
 def test_argument_errors_do_not_wait_for_torch() -> None:
