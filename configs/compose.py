@@ -20,8 +20,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
-from yaml import YAMLError
 
+from configs import yaml_file
 from configs.schema import Config
 from configs.violation import ConfigError, Violation
 
@@ -77,7 +77,7 @@ def compose_dict(overrides: list[str], primary: str = "config") -> dict[str, Any
     try:
         with initialize_config_dir(str(ROOT), version_base="1.3"):
             tree = OmegaConf.to_container(compose(primary, overrides=lines), resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError([Violation("configuration", " ".join(overrides), reason)]) from error
     assert isinstance(tree, dict)
@@ -110,14 +110,9 @@ def _machine_file(parsed: list[Override]) -> tuple[list[Override], dict[str, Any
         if override.key_or_group != "hardware" or not value.endswith((".yaml", ".yml")):
             others.append(override)
             continue
-        try:
-            tree = OmegaConf.to_container(OmegaConf.load(value), resolve=True)
-        except (OSError, YAMLError, OmegaConfBaseException) as error:
-            reason = f"cannot be read: {' '.join(str(error).split())}"
-            raise ConfigError([Violation("hardware", value, reason)]) from error
-        if not isinstance(tree, dict) or not tree:
+        machine = yaml_file.read(value, "hardware")
+        if not machine:
             raise ConfigError([Violation("hardware", value, "holds no figures")])
-        machine = {str(key): item for key, item in tree.items()}
     return others, machine
 
 
@@ -126,18 +121,23 @@ def _experiment_file(parsed: list[Override]) -> list[str]:
     files = [str(o.value()) for o in parsed if o.key_or_group == "experiment"]
     if not files or not files[-1].endswith((".yaml", ".yml")):
         return []
-    try:
-        tree = OmegaConf.to_container(OmegaConf.load(files[-1]), resolve=True)
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
-        reason = f"cannot be read: {' '.join(str(error).split())}"
-        raise ConfigError([Violation("experiment", files[-1], reason)]) from error
-    if not isinstance(tree, dict) or not tree:
+    tree = yaml_file.read(files[-1], "experiment")
+    if not tree:
         raise ConfigError([Violation("experiment", files[-1], "overrides nothing")])
-    lines = []
-    for item in tree.pop("defaults", []):
-        for group, option in item.items():
-            lines.append(f"{str(group).removeprefix('override /')}={option}")
+    lines = _defaults(tree.pop("defaults", []), files[-1])
     return lines + [f"++{key}={_grammar(value)}" for key, value in _leaves(tree)]
+
+
+def _defaults(listed: Any, file: str) -> list[str]:
+    """The options of groups that an experiment chooses, as overrides."""
+    items = listed if isinstance(listed, list) else [listed]
+    if not all(isinstance(item, dict) for item in items):
+        reason = "its defaults are no list of `override /GROUP: OPTION`"
+        raise ConfigError([Violation("experiment", file, reason)])
+    chosen = [(str(g).removeprefix("override /"), o) for item in items for g, o in item.items()]
+    if any(group == "experiment" for group, _ in chosen):
+        raise ConfigError([Violation("experiment", file, "it names an experiment in turn")])
+    return [f"{group}={option}" for group, option in chosen]
 
 
 def _leaves(tree: dict[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -174,8 +174,8 @@ def _parse(overrides: list[str]) -> tuple[list[Violation], list[Override]]:
             try:
                 parsed.append(parser.parse_override(text))
                 break
-            except HydraException as error:
-                reason = str(error).splitlines()[0]
+            except (HydraException, ValueError, RecursionError) as error:
+                reason = (str(error).splitlines() or ["cannot be read"])[0]
         else:
             plain = equals and re.fullmatch(r"[\w.+~/@]+", key)
             if not plain:
@@ -264,9 +264,10 @@ def read_file(file: Path, key: str) -> Config:
     Raises:
         ConfigError: under `key`, for a file that cannot be read, or is of another version.
     """
+    tree = yaml_file.read(file, key)
     try:
-        return from_dict(OmegaConf.to_container(OmegaConf.load(file)))  # type: ignore[arg-type]
-    except (OSError, YAMLError, OmegaConfBaseException, ConfigError) as error:
+        return from_dict(tree)
+    except ConfigError as error:
         reason = f"cannot be read: {' '.join(str(error).split())}"
         raise ConfigError([Violation(key, file, reason)]) from None
 

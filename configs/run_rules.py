@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from configs.change_rules import ALLOWABLE
@@ -134,7 +134,7 @@ def trainer_limits(config: Config) -> Iterator[Problem]:
         key = "backend.precision"
         reason = "NPUs have no double-precision matrix products"
         yield Problem("npu fp64", key, "fp64", reason, {key: ["auto", "bf16", "fp32"]})
-    if resume not in ("auto", "never") and not Path(resume).is_dir():
+    if resume not in ("auto", "never") and not os.path.isdir(resume):
         key = "checkpoint.resume"
         yield Problem("resume", key, resume, "there is no such folder", {key: ["auto", "never"]})
     allowed = config.checkpoint.allow_changes

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+LONGEST = 200  # characters of a value that are shown
+
 
 @dataclass(frozen=True)
 class Violation:
@@ -15,8 +17,14 @@ class Violation:
     reason: str
     suggestion: str = ""
 
+    @property
+    def shown(self) -> str:
+        """The value, cut where it is very long."""
+        text = str(self.value)
+        return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+
     def __str__(self) -> str:
-        text = f"{self.key}={self.value}: {self.reason}"
+        text = f"{self.key}={self.shown}: {self.reason}"
         return f"{text} ({self.suggestion})" if self.suggestion else text
 
 

@@ -10,20 +10,24 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 from rich.table import Table
 from rich.text import Text
 
-from configs.check import examine, warnings
+from configs import check
+from configs.check import warnings
 from configs.process_groups import process_groups
 from configs.schema import Config
-from pangu import machine_check
-from pangu.data import files
+from configs.violation import Violation
+from launch.environment import ProcessEnvironment
+from pangu import machine_check, preflight
+from pangu.preflight import precision
 from pangu.violation_table import console, print_violations, print_warnings
-from simulator.api import Rank, count_parameters, pipeline_ranks
+from simulator.api import Rank, count_parameters, load_hardware, pipeline_ranks
 
-Precision = Literal["auto", "fp32", "fp64", "bf16", "fp16", "fp8", "int8", "fp4"]
+# Keys whose violations leave intact what the model and its layout are.
+ELSEWHERE = {"backend", "data.blend", "data.validation_blend", "data.tokenizer", "data.cache_dir"}
+ELSEWHERE |= {"run_dir", "launch.processes"}
 
 GROUP_NAMES = {
     "tp": "tensor (TP)",
@@ -42,26 +46,40 @@ def main(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
-    config, wrong = examine(list(arguments))
-    absent = files.faults(config) if config is not None else []
-    # Files need not be on the machine where a cluster is planned.
-    planned = config is not None and config.devices is not None
-    found = wrong if planned else [*wrong, *absent]
+    config, found, absent = examine(list(arguments))
     if found:
         print_violations(found)
     broken = {violation.key.split(".")[0] for violation in found}
     members = 0
-    if config is not None and broken.isdisjoint({"parallel", "launch", "devices"}):
+    if config is not None and broken.isdisjoint({"parallel", "launch", "devices", "hardware"}):
         groups = process_groups(config)
         members = sum(len(kind[0]) > 1 for kind in groups.values())
         show_groups(config, groups)
-        if not wrong:
+        if not {violation.key for violation in found} - ELSEWHERE:
             show_parameters(config)
-    if config is not None and not wrong:
-        print_warnings([*warnings(config), *(absent if planned else [])])
+    if config is not None and not found:
+        print_warnings([*warnings(config), *absent])
     show_machine(config.backend.name if config else "auto")
     show_variables(config.launch.timeout_minutes if config else 10.0, members)
     return 2 if found else 0
+
+
+def examine(overrides: list[str]) -> tuple[Config | None, list[Violation], list[Violation]]:
+    """The configuration, what is wrong with it, and what only this machine lacks.
+
+    The verdict is that of `pangu.train` on the same arguments; where they plan a cluster, that of
+    the processes that a launcher would start there, whose files need not be here.
+    """
+    config, planned_wrong = check.examine(overrides)
+    if config is None or not preflight.plans_a_cluster(config):
+        config, found = preflight.examine(ProcessEnvironment(), overrides)
+        return config, found, []
+    alone = "python -m pangu.train alone starts one process here"
+    if config.launch.processes > 1:
+        alone = f"python -m pangu.train alone starts {config.launch.processes} processes here"
+    launcher = Violation("devices", config.world_size, alone, "a launcher: see launch/")
+    found = [*planned_wrong, *preflight.wrong_machine(config)]
+    return config, found, [launcher, *preflight.faults_here(config)]
 
 
 def show_groups(config: Config, groups: dict[str, list[list[int]]]) -> None:
@@ -93,7 +111,7 @@ def shortened(ranks: Sequence[int], most: int = 6) -> str:
 def devices_per_node(config: Config) -> int:
     """From the machine preset or the launcher's processes; 0 where neither tells."""
     if config.hardware:
-        return int(config.hardware.get("devices_per_node", 0))
+        return load_hardware(config.hardware).devices_per_node
     return config.launch.processes if config.launch.processes > 1 or not config.devices else 0
 
 
@@ -146,14 +164,6 @@ def gibibytes(rank: Rank) -> tuple[str, ...]:
     m = rank.memory
     parts = (m.weights, m.gradients, m.optimizer, m.activations + m.temporary, m.peak)
     return tuple(f"{float(value) / 2**30:.2f}" for value in parts)
-
-
-def precision(config: Config) -> Precision:
-    """What `auto` would be: float32 for a run on this machine's CPU, else bfloat16."""
-    if config.backend.precision != "auto":
-        return config.backend.precision
-    here = config.devices is None and machine_check.backend(config.backend.name)[0] == "cpu"
-    return "fp32" if here or config.backend.name == "cpu" else "bf16"
 
 
 def show_machine(requested: str) -> None:

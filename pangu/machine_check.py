@@ -140,6 +140,16 @@ def variables(
     ]
 
 
+def memory_bytes() -> int:
+    """Of this machine, or of the container that this process is in."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+    except (OSError, ValueError):  # none, or "max"
+        return physical
+    return min(physical, limit)
+
+
 def machine() -> str:
     """Processor, cores and Python in one line."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

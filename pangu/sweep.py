@@ -24,11 +24,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from rich.table import Table
 
-from configs.check import load_checked
 from configs.compose import groups, load
 from configs.schema import Config
 from configs.violation import ConfigError, Violation
-from pangu.data import files
+from launch.environment import ProcessEnvironment
+from pangu import preflight
 from pangu.local_launch import child_environment
 from pangu.run_lock import SWEEP, hold
 from pangu.violation_table import console, print_violations
@@ -105,12 +105,8 @@ def plan(overrides: list[str]) -> list[Job]:
         name = ",".join(re.sub(r"[^\w.=+\-\[\]]", "_", value) for value in values)
         run_dir = str(Path(base) / name)
         arguments = [*fixed, *values, f"run_dir={_quoted(run_dir)}"]
-        try:
-            config = load_checked(arguments, alone=True)
-        except ConfigError as error:
-            wrong = error.violations
-        else:
-            wrong = files.faults(config)
+        config, wrong = preflight.examine(ProcessEnvironment(), arguments)
+        if config is not None:
             jobs.append(Job(name, arguments, config))
         found += [(name, violation) for violation in wrong]
     if found:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -40,8 +39,6 @@ groups and their options are:
 """
 
 _HEAD_START = 3.0  # seconds
-# What a run makes inside its folder: a file of such a name would stop it half way.
-_RUN_FOLDERS = ("checkpoints", "logs", "tensorboard", "tokenizer")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -88,18 +85,17 @@ def _sweep(process: ProcessEnvironment, overrides: list[str]) -> int:
 
 def _train(process: ProcessEnvironment, overrides: list[str]) -> int:
     from configs.violation import ConfigError
+    from pangu import preflight
     from pangu.data import DataError
     from pangu.run_lock import hold
 
     try:
-        config = resolve(process, overrides)
+        config = preflight.resolve(process, overrides)
     except ConfigError as error:
         # The same on every rank; files, on every rank of a node.
         only_files = all(violation.key.startswith("data.") for violation in error.violations)
         speaks = process.rank == 0 or (only_files and process.local_rank == 0)
         return _refuse(process, speaks, error.violations)
-    if process.rank == 0 and (unusable := unusable_folders(config)):
-        return _refuse(process, True, unusable)
     # What pangu.train has started itself is covered by its own lock.
     locks = process.rank == 0 and process.launcher != "local"
     try:
@@ -140,48 +136,6 @@ def _start(
     from pangu.training.run import run
 
     return run(config, process)
-
-
-def resolve(process: ProcessEnvironment, overrides: list[str]) -> Config:
-    """The checked configuration of this run, for as many ranks as there are, whose files are here.
-
-    Raises:
-        ConfigError: with every violation.
-    """
-    from configs.check import Started, examine
-    from configs.violation import ConfigError, Violation
-    from pangu.data import files
-    from pangu.machine_check import impossible
-
-    started = Started(process.world_size, *process.count_is_set_by()) if process.launched else None
-    config, found = examine(overrides, started=started, alone=not process.launched)
-    if config is not None:
-        name = config.backend.name
-        found += [Violation("backend", name, sentence) for sentence in impossible(name)]
-        found += files.faults(config, just_read=environment.STARTED_BY in os.environ)
-    if config is None or found:
-        raise ConfigError(found)
-    return config
-
-
-def unusable_folders(config: Config) -> list[Violation]:
-    """Make the folders that a run writes into; those that cannot be."""
-    from configs.violation import Violation
-
-    folders = {"run_dir": [config.run_dir, *(f"{config.run_dir}/{name}" for name in _RUN_FOLDERS)]}
-    if config.data.name != "synthetic":
-        folders["data.cache_dir"] = [config.data.cache_dir]
-    found = []
-    for key, wanted in folders.items():
-        folder = wanted[0]
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            for folder in filter(os.path.lexists, wanted):
-                tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            reason = f"{folder} cannot be written to: {error.strerror}"
-            found.append(Violation(key, wanted[0], reason, "another folder"))
-    return found
 
 
 def _refuse(process: ProcessEnvironment, speaks: bool, why: Sequence[Violation] | str) -> int:

@@ -34,7 +34,7 @@ def print_warnings(warnings: Sequence[Violation]) -> None:
 
 def table(violations: Sequence[Violation], title: str, width: int) -> Table:
     """Key, value, reason and values that would work, side by side in `width` columns."""
-    rows = [(v.key, str(v.value), v.reason, v.suggestion) for v in violations]
+    rows = [(v.key, v.shown, v.reason, v.suggestion) for v in violations]
     result = Table(title=title, title_justify="left", show_lines=True)
     # What would work is there to be copied: the reason makes room for its keys.
     borders = 13

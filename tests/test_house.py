@@ -18,6 +18,7 @@ HOUSE = (
     {"pangu/checkpoint", "pangu/inference"},
     {"pangu/report", "pangu/weights"},
     {"pangu/training", "pangu/serving", "pangu/calibration"},
+    {"pangu/preflight"},
     {"pangu/sweep", "pangu/trained_model"},
     {"entry points"},
 )

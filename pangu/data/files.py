@@ -5,6 +5,7 @@ No torch here: `pangu.train` asks before it starts a process, `pangu.doctor` at 
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def blends(data: DataConfig) -> tuple[Blend, Blend]:
     if data.validation_blend:
         return blend, {_part(p, "validation"): w for p, w in data.validation_blend.items()}
     beside = {str(Path(p).with_name("validation")): w for p, w in blend.items()}
-    return blend, {p: w for p, w in beside.items() if Path(f"{p}.idx").is_file()}
+    return blend, {p: w for p, w in beside.items() if os.path.isfile(f"{p}.idx")}
 
 
 def faults(config: Config, *, just_read: bool = False) -> list[Violation]:
@@ -42,7 +43,7 @@ def faults(config: Config, *, just_read: bool = False) -> list[Violation]:
         folder = standard_library_folder(data.cache_dir, config.model.vocab_size)
         parts = [str(folder / part) for part in ("train", "validation")]
         hint = f"remove {folder}: it is prepared again"
-        return _damaged(config, "data.name", parts, just_read, hint) if folder.is_dir() else []
+        return _damaged(config, "data.name", parts, just_read, hint) if os.path.isdir(folder) else []
     if data.name != "indexed" or not data.blend:
         return []
     blend, validation = blends(data)
@@ -50,7 +51,7 @@ def faults(config: Config, *, just_read: bool = False) -> list[Violation]:
     for key, prefixes in (("data.blend", blend), ("data.validation_blend", validation)):
         there = []
         for prefix in prefixes:
-            absent = [p for p in (Path(f"{prefix}.bin"), Path(f"{prefix}.idx")) if not p.is_file()]
+            absent = [p for p in (Path(f"{prefix}.bin"), Path(f"{prefix}.idx")) if not os.path.isfile(p)]
             for path in absent:
                 reason = f"there is no file {path}"
                 found.append(Violation(key, prefix, reason, _instead_of(prefix)))
@@ -63,7 +64,7 @@ def faults(config: Config, *, just_read: bool = False) -> list[Violation]:
         tokenizer = data.tokenizer or str(beside)
         try:
             locate_tokenizer(tokenizer)
-        except DataError as error:
+        except (DataError, OSError) as error:
             hint = "the tokenizer.json, .model or .tiktoken file that the corpus was written with"
             found.append(Violation("data.tokenizer", tokenizer, str(error), hint))
     return found
@@ -111,11 +112,11 @@ def _check(config: Config, prefix: str, not_before: float) -> None:
 
 
 def _part(prefix: str, part: str) -> str:
-    return str(Path(prefix) / part) if Path(prefix).is_dir() else prefix
+    return str(Path(prefix) / part) if os.path.isdir(prefix) else prefix
 
 
 def _instead_of(prefix: str) -> str:
     path = Path(prefix)
-    if path.suffix in (".bin", ".idx") and path.is_file():
+    if path.suffix in (".bin", ".idx") and os.path.isfile(path):
         return f"without {path.suffix}: {path.with_suffix('')}"
     return "a folder that python -m pangu.data.prepare wrote, or PREFIX of PREFIX.bin and .idx"

@@ -78,7 +78,7 @@ def test_files_that_are_not_here(tmp_path: Path) -> None:
     (tmp_path / "code.bin").touch()
     named = load(["data=indexed", f"data.blend={{{tmp_path}/code.bin: 1}}"])
     assert [v.suggestion for v in files.faults(named)] == [f"without .bin: {tmp_path}/code"] * 2
-    planned = doctor("data=indexed", blend, "devices=1", "data.tokenizer=t.json")
+    planned = doctor("data=indexed", blend, "devices=8", "data.tokenizer=t.json")
     assert planned.returncode == 0, planned.stderr
     warnings = "".join(planned.stderr.split())
     for path in absent:

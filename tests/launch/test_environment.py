@@ -14,7 +14,7 @@ from configs.compose import load
 from configs.violation import ConfigError
 from launch.environment import LauncherError, ProcessEnvironment, first_node, read, tasks_per_node
 from pangu.local_launch import prepare_environment
-from pangu.train import resolve
+from pangu.preflight import resolve
 
 MSRUN = {
     "MS_ROLE": "MS_WORKER",

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from configs.violation import ConfigError
+from pangu import machine_check
 from pangu.sweep import plan
 
 
@@ -27,7 +28,8 @@ def test_every_combination_in_a_folder_of_its_own(tmp_path: Path) -> None:
     assert last.run_dir == tmp_path / "moe=top_k,optimizer.lr=5e-4"
 
 
-def test_ranges_choices_and_globs() -> None:
+def test_ranges_choices_and_globs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine_check, "memory_bytes", lambda: 2**60)
     jobs = plan(["seed=range(1,4)", "model=glob(pangu_ultra_m*)", "train.steps=choice(5,6)"])
     assert [(job.config.seed, job.config.train.steps) for job in jobs] == [
         (seed, steps) for seed in (1, 2, 3) for steps in (5, 6)

@@ -1,0 +1,186 @@
+"""The one verdict on a run before it starts: `pangu.train`, its sweeps and `pangu.doctor` ask here.
+
+No torch, nothing written: rules of the configuration (`configs.check`), then what this machine
+has: backend, files, folders, memory.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from configs import check
+from configs.schema import Config
+from configs.violation import ConfigError, Violation
+from launch.environment import STARTED_BY, ProcessEnvironment
+from pangu import machine_check
+from pangu.data import files
+from simulator.api import load_hardware, pipeline_ranks
+
+Precision = Literal["auto", "fp32", "fp64", "bf16", "fp16", "fp8", "int8", "fp4"]
+
+# What a run makes inside its folder: a file of such a name would stop it half way.
+RUN_FOLDERS = ("checkpoints", "logs", "tensorboard", "tokenizer")
+# Of an idle rank's own: interpreter, torch and megatron-core, without pages that ranks share.
+PROCESS_BYTES = 150 << 20
+# A sequence's place in the order of a run: 24 bytes, twice while the parts are put together.
+ORDER_BYTES = 48
+# Forecasts of CPU runs were within 10 %; above this factor no run can be.
+SURELY = 1.25
+
+
+def resolve(process: ProcessEnvironment, overrides: list[str]) -> Config:
+    """The checked configuration of a run that can start.
+
+    Raises:
+        ConfigError: with every violation.
+    """
+    config, found = examine(process, overrides)
+    if config is None or found:
+        raise ConfigError(found)
+    return config
+
+
+def examine(
+    process: ProcessEnvironment, overrides: list[str]
+) -> tuple[Config | None, list[Violation]]:
+    """The configuration, where one can be made, and everything that keeps it from running as
+    this process: one of a launcher's, or alone on this machine."""
+    started = None
+    if process.launched:
+        started = check.Started(process.world_size, *process.count_is_set_by())
+    config, found = check.examine(overrides, started=started, alone=not process.launched)
+    if config is None:
+        return None, found
+    here = process.local_world_size if process.launched else config.launch.processes
+    found += wrong_machine(config)
+    sound = not found
+    found += faults_here(config)
+    if process.rank == 0:
+        found += unusable_folders(config)
+    if sound:
+        found += too_large(config, here)
+    return config, found
+
+
+def plans_a_cluster(config: Config) -> bool:
+    """Whether the configuration is for other processes than `pangu.train` alone would start."""
+    launch = config.launch
+    return launch.nodes > 1 or config.devices not in (None, launch.processes)
+
+
+def wrong_machine(config: Config) -> list[Violation]:
+    """What is wrong with `hardware`, from which a run is forecast."""
+    if not config.hardware:
+        return []
+    try:
+        load_hardware(config.hardware)
+    except ConfigError as error:
+        return error.violations
+    return []
+
+
+def faults_here(config: Config) -> list[Violation]:
+    """What is wrong with the backend and the corpus on this machine."""
+    name = config.backend.name
+    found = [Violation("backend", name, why) for why in machine_check.impossible(name)]
+    just_read = STARTED_BY in os.environ  # by the process that started this one
+    return found + files.faults(config, just_read=just_read)
+
+
+def unusable_folders(config: Config) -> list[Violation]:
+    """Folders that a run writes into, where it could not."""
+    folders = {"run_dir": [config.run_dir, *(f"{config.run_dir}/{name}" for name in RUN_FOLDERS)]}
+    if config.data.name != "synthetic":
+        folders["data.cache_dir"] = [config.data.cache_dir]
+    found = []
+    for key, wanted in folders.items():
+        folder = wanted[0]
+        try:
+            _try_to_make(Path(folder))
+            for folder in filter(os.path.lexists, wanted):
+                tempfile.TemporaryFile(dir=folder).close()
+        except (OSError, ValueError) as error:
+            reason = f"{folder} cannot be written to: {getattr(error, 'strerror', None) or error}"
+            found.append(Violation(key, wanted[0], reason, "another folder"))
+    return found
+
+
+def _try_to_make(folder: Path) -> None:
+    """Whether a folder that is not there could be made, without leaving one.
+
+    Raises:
+        OSError: it could not.
+    """
+    wanted = folder.absolute()
+    above = next(path for path in (wanted, *wanted.parents) if os.path.lexists(path))
+    if above != wanted:
+        with tempfile.TemporaryDirectory(dir=above) as trial:
+            (Path(trial) / wanted.relative_to(above)).mkdir(parents=True)
+
+
+def too_large(config: Config, processes: int) -> list[Violation]:
+    """What cannot fit into this machine's memory, for a configuration without violations.
+
+    Args:
+        processes: of this machine.
+    """
+    memory = machine_check.memory_bytes()
+    found = []
+    if memory < processes * PROCESS_BYTES:
+        reason = f"{processes} processes of {PROCESS_BYTES >> 20} MiB at least do not fit into the "
+        reason += f"{_gib(memory)} of this machine"
+        hint = f"launch.processes={max(1, memory // (2 * PROCESS_BYTES))}"
+        found.append(Violation("launch.processes", processes, reason, hint))
+    sequences = _sequences(config)
+    if config.data.name != "synthetic" and memory < sequences * ORDER_BYTES:
+        reason = f"the order of {sequences:,} sequences takes {_gib(sequences * ORDER_BYTES)}, "
+        reason += f"this machine has {_gib(memory)}"
+        found.append(Violation("train.steps", config.train.steps, reason, "fewer steps"))
+    if machine_check.backend(config.backend.name)[0] == "cpu":
+        found += _does_not_fit(config, processes, memory)
+    return found
+
+
+def _does_not_fit(config: Config, processes: int, memory: int) -> list[Violation]:
+    typed = replace(config, backend=replace(config.backend, precision=precision(config)))
+    each = [rank.memory for rank in pipeline_ranks(typed)]
+    fullest = max(each, key=lambda one: float(one.peak))
+    peaks = [float(one.peak) for one in each]
+    # All stages are here, or which are is not known.
+    share = sum(peaks) / len(peaks) if processes == config.world_size else min(peaks)
+    if max(processes * share, max(peaks)) <= SURELY * memory:
+        return []
+    held = float(fullest.weights + fullest.gradients + fullest.optimizer)
+    reason = f"the fullest rank needs {_gib(held)} for weights, gradients and optimizer and "
+    reason += f"{_gib(float(fullest.peak) - held)} for activations; this machine has {_gib(memory)}"
+    reason += f" for {processes} ranks" if processes > 1 else ""
+    key = "model.num_layers" if held > float(fullest.peak) / 2 else "train.seq_length"
+    value = config.model.num_layers if key.startswith("model") else config.train.seq_length
+    hint = "a smaller model, more devices" if key.startswith("model") else "shorter sequences"
+    return [Violation(key, value, reason, f"{hint}, or a smaller micro-batch")]
+
+
+def _sequences(config: Config) -> int:
+    """That the longest phase reads."""
+    train = config.train
+    phases = [
+        phase.steps * (phase.global_batch_size or train.global_batch_size)
+        for phase in config.optimizer.phases
+    ]
+    return max(phases, default=train.steps * train.global_batch_size)
+
+
+def precision(config: Config) -> Precision:
+    """What `auto` would be: float32 for a run on this machine's CPU, else bfloat16."""
+    if config.backend.precision != "auto":
+        return config.backend.precision
+    here = not plans_a_cluster(config) and machine_check.backend(config.backend.name)[0] == "cpu"
+    return "fp32" if here or config.backend.name == "cpu" else "bf16"
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.1f} GiB" if size < 2**50 else f"{size / 2**30:.2g} GiB"
