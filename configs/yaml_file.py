@@ -38,8 +38,6 @@ def read(path: str | Path, key: str) -> dict[str, Any]:
 
 
 def _text(path: Path) -> str:
-    if path.exists() and not path.is_file():
-        raise ValueError("it is no file")
     with path.open("rb") as file:
         content = file.read(LARGEST + 1)
     if len(content) > LARGEST:

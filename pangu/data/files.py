@@ -43,7 +43,9 @@ def faults(config: Config, *, just_read: bool = False) -> list[Violation]:
         folder = standard_library_folder(data.cache_dir, config.model.vocab_size)
         parts = [str(folder / part) for part in ("train", "validation")]
         hint = f"remove {folder}: it is prepared again"
-        return _damaged(config, "data.name", parts, just_read, hint) if os.path.isdir(folder) else []
+        return (
+            _damaged(config, "data.name", parts, just_read, hint) if os.path.isdir(folder) else []
+        )
     if data.name != "indexed" or not data.blend:
         return []
     blend, validation = blends(data)
@@ -51,7 +53,9 @@ def faults(config: Config, *, just_read: bool = False) -> list[Violation]:
     for key, prefixes in (("data.blend", blend), ("data.validation_blend", validation)):
         there = []
         for prefix in prefixes:
-            absent = [p for p in (Path(f"{prefix}.bin"), Path(f"{prefix}.idx")) if not os.path.isfile(p)]
+            absent = [
+                p for p in (Path(f"{prefix}.bin"), Path(f"{prefix}.idx")) if not os.path.isfile(p)
+            ]
             for path in absent:
                 reason = f"there is no file {path}"
                 found.append(Violation(key, prefix, reason, _instead_of(prefix)))

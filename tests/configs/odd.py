@@ -33,7 +33,14 @@ WORDS = ["null", "true", "[]", "{}", "[1,2]", "{a: 1}", "''", "' '", "words", "Ã
 WORDS += ["${train.steps}", "${no.such}", "[[[[1]]]]", "[" * 200, "a" * 5000, "1,2", "range(3)"]
 WORDS += ["../..", "/proc/nothing", "/dev/null", "a/" * 200, "%s", "\\", '"', "=", "a=b", "*", "&a"]
 LINES = ["", "=", "=1", "train", "train.", ".steps=1", "train..steps=1", "~train", "~train.steps"]
-LINES += ["+train.steps=1", "++train.steps=x", "train=x", "train@x=1", "hydra.job.name=x", "a.b.c=1"]
+LINES += [
+    "+train.steps=1",
+    "++train.steps=x",
+    "train=x",
+    "train@x=1",
+    "hydra.job.name=x",
+    "a.b.c=1",
+]
 LINES += ["hydra=x", "defaults=[]", "model=[]", "-", "experiment=", "hardware=.yaml", "model/x=y"]
 FILES: dict[str, bytes] = {
     "list": b"- 1\n- 2\n",
@@ -122,7 +129,10 @@ def _machine(draw: random.Random) -> list[str]:
     figures = ["memory_gib", "memory_efficiency", "links", "links.0.devices", "matmul.tiles"]
     figures += ["overlap.exchange", "peak_tflops", "devices_per_node", "name", "evidence", "colour"]
     value = draw.choice(NUMBERS + WORDS)
-    return [f"hardware={draw.choice(groups()['hardware'])}", f"hardware.{draw.choice(figures)}={value}"]
+    return [
+        f"hardware={draw.choice(groups()['hardware'])}",
+        f"hardware.{draw.choice(figures)}={value}",
+    ]
 
 
 def _layout(draw: random.Random) -> list[str]:
@@ -162,10 +172,10 @@ def trainer(arguments: Sequence[str]) -> Verdict:
         if world := _planned(arguments):
             environ |= {"RANK": "0", "WORLD_SIZE": str(world), "LOCAL_RANK": "0"}
             environ |= {"LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
-            room = mock.patch("pangu.machine_check.memory_bytes", lambda: 2**60)
+            room = mock.patch("pangu.machine_check.memory_bytes", return_value=2**60)
             stack.enter_context(room)
         stack.enter_context(mock.patch.dict(os.environ, environ, clear=True))
-        stack.enter_context(mock.patch.object(train, "_start", lambda *_: 0))
+        stack.enter_context(mock.patch.object(train, "_start", return_value=0))
         return _verdict(train.main, arguments)
 
 

@@ -153,8 +153,7 @@ def test_folders_that_cannot_be_made_are_named(tmp_path: Path) -> None:
     for processes in (1, 2):
         result = train(*folders, f"launch.processes={processes}", cwd=tmp_path)
         assert result.returncode == 2
-        assert "File exists" in said(result)
-        assert "Not a directory" in said(result)
+        assert said(result).count("cannot be written to: Not a directory") == 2
         assert "torch" not in imported(result)
 
 
