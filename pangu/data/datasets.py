@@ -224,17 +224,25 @@ def batches(
     positions = (
         [*range(first + i * stride, first + i * stride + micro_batch_size)] for i in range(whole)
     )
-    return iter(
-        DataLoader(
-            dataset,
-            batch_sampler=positions,
-            num_workers=config.data.num_workers,
-            worker_init_fn=_begin_worker,
-            collate_fn=_Collate(config.data.reset_attention_mask),
-            # else the loader draws from the global state, which a checkpoint must find untouched
-            generator=torch.Generator(),
-        )
+    loader = DataLoader(
+        dataset,
+        batch_sampler=positions,
+        num_workers=config.data.num_workers,
+        worker_init_fn=_begin_worker,
+        collate_fn=_Collate(config.data.reset_attention_mask),
+        # else the loader draws from the global state, which a checkpoint must find untouched
+        generator=torch.Generator(),
     )
+    return _in_a_sentence(iter(loader))
+
+
+def _in_a_sentence(batches: Iterator[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+    """torch hands on what a worker raised with that worker's traceback as its message."""
+    try:
+        yield from batches
+    except DataError as error:
+        name = f"{DataError.__module__}.{DataError.__name__}: "
+        raise DataError(str(error).rpartition(name)[2].strip()) from None
 
 
 def _begin_worker(number: int) -> None:

@@ -326,5 +326,27 @@ def test_tokens_beyond_the_vocabulary_are_refused(corpus: Path, tmp_path: Path) 
     config = config_of(corpus, tmp_path)
     datasets = build(config)
     datasets.train.config.vocab_size = 40
-    with pytest.raises(DataError, match=r"train\.bin holds token \d+, but model\.vocab_size is 40"):
+    sentence = r"^\S+train\.bin holds token \d+, but model\.vocab_size is 40: [^\n]*$"
+    with pytest.raises(DataError, match=sentence):
         list(map(datasets.train.__getitem__, range(8)))
+    for workers in (0, 1):
+        config.data.num_workers = workers
+        with pytest.raises(DataError, match=sentence):
+            global_order(datasets.train, config, 1, 4, 0, 2, 4)
+
+
+def test_negative_tokens_are_refused(corpus: Path, tmp_path: Path) -> None:
+    """The engine takes -1 for padding: it would train on token 0 there, without a loss."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    prefix = tmp_path / "negative"
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    tokens = np.arange(2 * SEQ)
+    tokens[SEQ // 2] = -1
+    builder.add_document(tokens, [tokens.size])
+    builder.finalize(f"{prefix}.idx")
+    config = config_of(corpus, tmp_path, f"data.tokenizer={corpus}", "train.validate_every=0")
+    config.data.blend = {str(prefix): 1.0}
+    datasets = build(config, train=1, validation=0)
+    with pytest.raises(DataError, match=r"negative\.bin holds token -1: it is damaged"):
+        token_rows(datasets.train, 1)

@@ -159,7 +159,7 @@ def test_a_vocabulary_too_small_for_bytes_is_refused(tmp_path: Path) -> None:
 def test_one_unbroken_word_is_learnt_from_in_parts(tmp_path: Path) -> None:
     """Each merge goes through whole words: 300 KB in one took 33 s. Counted, not timed: no token
     is longer than a part's 1,024 bytes, where 2 ** 18 would be."""
-    tokenizer = train_byte_level_bpe(iter(["a" * 300_000]), 300, tmp_path)
+    tokenizer = train_byte_level_bpe(iter(["a" * 1024 * 300]), 300, tmp_path)
     backend = Backend.from_file(str(tmp_path / "tokenizer.json"))
     assert [len(token) for token in sorted(backend.get_vocab()) if set(token) == {"a"}] == [
         2**power for power in range(11)
