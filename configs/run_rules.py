@@ -96,6 +96,12 @@ def data(config: Config) -> Iterator[Problem]:
         hint = "data.blend={path/of/corpus: 1.0}, written by python -m pangu.data.prepare"
         reason = "an indexed corpus needs at least one prefix of .bin/.idx files"
         yield Problem("blend", "data.blend", {}, reason, hint=hint)
+    crossing = source.reset_position_ids and not source.reset_attention_mask
+    if crossing and config.model.position_embedding == "rope":
+        key = "data.reset_position_ids"
+        reason = "rotary positions are distances, and documents see each other: nothing restarts"
+        options: dict[str, list[Any]] = {"data.reset_attention_mask": [True], key: [False]}
+        yield Problem("positions", key, True, reason, options)
 
 
 def trainer_limits(config: Config) -> Iterator[Problem]:

@@ -67,6 +67,8 @@ class ModelConfig:
     shared_expert_ffn_hidden_size: Width = 0  # one ungated MLP beside the routed experts; 0 = none
     num_dense_layers: Layers = 0  # leading layers with a dense MLP
     mtp_num_layers: Layers = 0  # multi-token prediction depth
+    # Weight of multi-token prediction's loss, the mean of its depths, beside the main loss.
+    mtp_loss_scaling_factor: Scale = 0.1
 
     # Depth-scaled sandwich norm (Pangu Ultra): a second norm after each sublayer, whose gain
     # starts at c/sqrt(num_layers).

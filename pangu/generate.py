@@ -25,6 +25,12 @@ USAGE = """usage: python -m pangu.generate checkpoint=DIR [prompt=TEXT] [key=val
 """
 
 
+EXPERT_CHOICE = (
+    "warning: with moe.router=expert_choice experts chose among all tokens of a batch in training; "
+    "in generation they see one token at a time and choose otherwise"
+)
+
+
 @dataclass
 class Options:
     """What to generate."""
@@ -121,6 +127,8 @@ def stream(options: Options) -> Iterator[str]:
     from pangu.trained_model import loaded
 
     with loaded(Path(options.checkpoint), options.backend) as (model, tokenizer, config):
+        if config.model.num_experts and config.moe.router == "expert_choice":
+            print(EXPERT_CHOICE, file=sys.stderr)
         from pangu.data.tokenizer import StreamDecoder
         from pangu.inference.decode import NotFinite, generate
         from pangu.inference.sampling import Sampler

@@ -44,21 +44,18 @@ def steps(overrides: list[str], world_size: int, count: int) -> list[tuple[float
     )
     engine = MegatronEngine.build(config)
     shape = StepShape(config.num_microbatches, train.micro_batch_size, train.seq_length)
-    iterators = [
-        batches(
-            data.train,
-            config,
-            data_parallel_rank=engine.data_parallel_rank,
-            data_parallel_size=engine.data_parallel_size,
-            consumed_sequences=0,
-            micro_batch_size=train.micro_batch_size,
-        )
-        for _ in engine.chunks
-    ]
+    iterator = batches(
+        data.train,
+        config,
+        data_parallel_rank=engine.data_parallel_rank,
+        data_parallel_size=engine.data_parallel_size,
+        consumed_sequences=0,
+        micro_batch_size=train.micro_batch_size,
+    )
     results = []
     for _ in range(count):
         engine.set_learning_rate(config.optimizer.lr)
-        result = engine.train_step(iterators, shape)
+        result = engine.train_step(iterator, shape)
         results.append((result.loss, result.grad_norm))
     parallel_state.destroy_model_parallel()
     return results

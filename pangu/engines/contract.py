@@ -26,12 +26,14 @@ class StepShape:
 @dataclass(frozen=True)
 class StepResult:
     """What a step did. `loss` is the mean cross-entropy per token in nats, over the global batch;
-    `grad_norm` is the norm before clipping; a skipped step changed nothing."""
+    `mtp_loss` that of multi-token prediction, the mean of its depths, None without; `grad_norm` is
+    the norm before clipping; a skipped step changed nothing."""
 
     loss: float
     grad_norm: float
     tokens: int
     skipped: bool
+    mtp_loss: float | None = None
 
 
 class Engine(Protocol):
@@ -54,12 +56,14 @@ class Engine(Protocol):
     def set_learning_rate(self, lr: float) -> None:
         """Use `lr` in the next step."""
 
-    def train_step(self, batches: list[Iterator[Batch]], shape: StepShape) -> StepResult:
-        """One optimizer step; `batches` has one iterator per chunk, over the same micro-batches.
-        A non-finite loss or gradient on any rank leaves everything as it was."""
+    def train_step(self, batches: Iterator[Batch], shape: StepShape) -> StepResult:
+        """One optimizer step on this replica's next micro-batches. A non-finite loss or gradient on any rank
+        leaves everything as it was: weights, moments, the steps that they count, the balancing
+        bias."""
 
-    def evaluate(self, batches: list[Iterator[Batch]], shape: StepShape) -> float:
-        """Mean cross-entropy per token, in nats, over one global batch; nothing is trained."""
+    def evaluate(self, batches: Iterator[Batch], shape: StepShape) -> float:
+        """Mean cross-entropy per token, in nats, over the next global batch; nothing is
+        trained."""
 
     def state_parts(self) -> list[Part]:
         """The optimizer's state by parameter, in the same order on all ranks that share them."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.mlp import MLP
-from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank, roll_tensor
 
 from configs.schema import Config
 from pangu import backends
@@ -19,18 +20,50 @@ from pangu.ops.cross_entropy import cross_entropy
 
 
 class PanguModel(GPTModel):
-    """megatron-core's GPT model, with a cross-entropy of its own where the vocabulary is whole."""
+    """megatron-core's GPT model, with a cross-entropy of its own where the vocabulary is whole.
+
+    `mtp_sums` `[depths]`: what each depth of multi-token prediction has lost since it was last
+    zeroed, in nats, over this rank's tokens that have a label so far ahead.
+    """
+
+    config: PanguTransformerConfig
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        depths = self.config.mtp_num_layers or 0
+        self.mtp_sums = torch.zeros(depths, dtype=torch.float64, device=backends.current().device)
+        self._mtp_masks: list[torch.Tensor] = []  # of the call under way, one per depth
+
+    def _postprocess(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        mask = kwargs.get("loss_mask")
+        self._mtp_masks = []
+        if self.training and mask is not None:
+            for _ in self.mtp_sums:
+                mask, _ = roll_tensor(mask, shifts=-1, dims=-1, cp_group=self.cp_group)
+                self._mtp_masks.append(mask)
+        return super()._postprocess(*args, **kwargs)
 
     def compute_language_model_loss(
         self, labels: torch.Tensor, logits: torch.Tensor
     ) -> torch.Tensor:
         """labels `[batch, seq]`, logits `[seq, batch, vocab]` → losses `[batch, seq]`, at least
-        float32. The engine's vocabulary-parallel form takes several passes over the logits."""
+        float32. The engine's vocabulary-parallel form takes several passes over the logits.
+
+        megatron-core asks for the losses of each depth of multi-token prediction, then for the main
+        one; the sum of each becomes a mean over its own labels, not over the main loss's.
+        """
         if self.config.tensor_model_parallel_size > 1:
-            return super().compute_language_model_loss(labels, logits)
-        wide = logits if logits.dtype is torch.float64 else logits.float()
-        losses = cross_entropy(wide.flatten(0, 1), labels.t().flatten())
-        return losses.view(labels.size(1), labels.size(0)).t().contiguous()
+            losses = super().compute_language_model_loss(labels, logits)
+        else:
+            wide = logits if logits.dtype is torch.float64 else logits.float()
+            losses = cross_entropy(wide.flatten(0, 1), labels.t().flatten())
+            losses = losses.view(labels.size(1), labels.size(0)).t().contiguous()
+        if not self._mtp_masks:
+            return losses
+        depth = len(self.mtp_sums) - len(self._mtp_masks)
+        self.mtp_sums[depth] += (losses.detach() * self._mtp_masks.pop(0)).sum()
+        step = self.config.step
+        return losses if step is None else losses * step.mtp_factors[depth].to(losses.dtype)
 
 
 def build_model(config: Config) -> tuple[list[GPTModel], PanguTransformerConfig]:

@@ -63,6 +63,7 @@ def transformer_config(config: Config) -> PanguTransformerConfig:
         rotary_base=model.rotary_base,
         rope_type="rope",
         mtp_num_layers=model.mtp_num_layers or None,
+        mtp_loss_scaling_factor=model.mtp_loss_scaling_factor,
         deallocate_pipeline_outputs=backends.current().sends_in_stream_order,
         **_latent_attention(model),
         **_experts(config),
@@ -103,9 +104,9 @@ def _experts(config: Config) -> dict[str, Any]:
         # pangu.moe has its own losses. This name makes the engine tell the routers at the end of
         # each global batch.
         "moe_router_load_balancing_type": "global_aux_loss",
-        "moe_router_enable_expert_bias": moe.expert_bias,
-        "moe_router_bias_update_rate": moe.expert_bias_update_rate,
-        "moe_router_score_function": "sigmoid" if moe.expert_bias else moe.score_function,
+        # The engine would move the bias before it is known whether the step is skipped.
+        "moe_router_enable_expert_bias": False,
+        "moe_router_score_function": moe.score_function,
         "moe_router_pre_softmax": not moe.softmax_after_top_k,
         "moe_token_dispatcher_type": "alltoall",  # pangu.moe builds its own dispatcher
         "moe_grouped_gemm": True,

@@ -4,9 +4,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from configs.schema import MoEConfig
+
+
+@dataclass(frozen=True)
+class StepTokens:
+    """What the losses of a step are means over, counted over all ranks before its first
+    micro-batch: float32 on the device, so that the host need not wait.
+
+    `trained` `[]` counts the tokens of the main loss, by which the engine divides every gradient;
+    `mtp` `[depths]` those that each depth of multi-token prediction has a label for.
+    """
+
+    trained: torch.Tensor
+    mtp: torch.Tensor
+    micro_batches: int
+
+    @property
+    def per_micro_batch(self) -> torch.Tensor:
+        """Turns the gradient of a micro-batch's mean into an addend of the step's: `[]`."""
+        return self.trained / self.micro_batches
+
+    @property
+    def mtp_factors(self) -> torch.Tensor:
+        """Turn sums of multi-token prediction's losses into means over their own tokens, once the
+        engine has divided by `trained`: `[depths]`."""
+        return self.trained / self.mtp.clamp(min=1)
 
 
 @dataclass
@@ -17,3 +43,4 @@ class MoETransformerConfig(MLATransformerConfig):
     """
 
     moe: MoEConfig = field(default_factory=MoEConfig)
+    step: StepTokens | None = None  # of the step under way; None where no engine counts

@@ -68,7 +68,7 @@ class Terms:
     score_function: str
     z_coefficient: float
     tokens: int  # of the whole micro-batch
-    factor: float
+    factor: float | torch.Tensor
     logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     record: Callable[[torch.Tensor, torch.Tensor], None]
 

@@ -72,7 +72,7 @@ class ExpertRouter(Router):
         self.expert_bias: torch.Tensor | None = None
         self.local_tokens_per_expert: torch.Tensor | None = None
         if config.moe.expert_bias:
-            # megatron-core's finalize_model_grads reads the counts and moves the bias.
+            # pangu.moe.balancing_bias reads the counts and moves the bias.
             zeros = torch.zeros(self.num_experts, dtype=torch.float32)
             del self.expert_bias, self.local_tokens_per_expert
             self.register_buffer("expert_bias", zeros)
@@ -136,12 +136,17 @@ class ExpertRouter(Router):
             score_function=moe.score_function,
             z_coefficient=moe.z_loss_coefficient,
             tokens=tokens,
-            # The engine divides by the tokens of the global batch, or by its micro-batches.
-            factor=float(tokens) if self.calculate_per_token_loss else 1.0,
+            factor=self._factor(tokens),
             logits=router_logits,
             record=self._record_losses,
         )
         return attach(weights_TE, logits_TE, input_TH, self.weight, pull, terms)
+
+    def _factor(self, tokens: int) -> float | torch.Tensor:
+        """What the engine divides by, over the number of micro-batches."""
+        if self.config.step is not None:
+            return self.config.step.per_micro_batch
+        return float(tokens) if self.calculate_per_token_loss else 1.0
 
     def _scope_counts(self, chosen_SBE: torch.Tensor) -> torch.Tensor:
         """The choices that the auxiliary loss counts: `[E]`, or `[B, E]` per sequence."""

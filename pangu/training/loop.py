@@ -235,7 +235,7 @@ class Trainer:
         step = self.state.step
         return bool(every) and (step % every == 0 or step == self.config.train.steps)
 
-    def one_step(self, train_batches: list[Iterator[Batch]]) -> dict[str, Any]:
+    def one_step(self, train_batches: Iterator[Batch]) -> dict[str, Any]:
         """Take one step and describe it."""
         started = time.perf_counter()
         lr = schedule.learning_rate(self.config, self.state.step)
@@ -273,39 +273,36 @@ class Trainer:
             schedule.seq_length(self.config, phase),
         )
 
-    def train_batches(self) -> list[Iterator[Batch]]:
-        """The training data from here on, one iterator per model chunk."""
-        return self._iterators(self.datasets.train, self.state.consumed_sequences)
+    def train_batches(self) -> Iterator[Batch]:
+        """The training data of this replica from here on."""
+        return self._batches(self.datasets.train, self.state.consumed_sequences)
 
     def validate(self, progress: Progress) -> None:
         """Held-out loss over `train.validation_batches` global batches, always the same ones.
 
         Given up, without a result, between two batches when the run is told to stop.
         """
-        iterators = self._iterators(self.datasets.validation, 0)
+        held_out = self._batches(self.datasets.validation, 0)
         step, count, total = self.state.step, self.config.train.validation_batches, 0.0
         for done in range(count):
             progress.validating(step, done, count)
             if self.stop.agreed():
                 progress.say(f"step {step}: validation given up after {done} of {count} batches")
                 return
-            total += self.engine.evaluate(iterators, self.shape())
+            total += self.engine.evaluate(held_out, self.shape())
         self.last_validated = step
         self.metrics.write({"step": step, "validation_loss": total / count})
         progress.show_validation(step, total / count)
 
-    def _iterators(self, dataset: Any, consumed: int) -> list[Iterator[Batch]]:
-        return [
-            batches(
-                dataset,
-                self.config,
-                data_parallel_rank=self.engine.data_parallel_rank,
-                data_parallel_size=self.engine.data_parallel_size,
-                consumed_sequences=consumed,
-                micro_batch_size=self.config.train.micro_batch_size,
-            )
-            for _ in self.engine.chunks
-        ]
+    def _batches(self, dataset: Any, consumed: int) -> Iterator[Batch]:
+        return batches(
+            dataset,
+            self.config,
+            data_parallel_rank=self.engine.data_parallel_rank,
+            data_parallel_size=self.engine.data_parallel_size,
+            consumed_sequences=consumed,
+            micro_batch_size=self.config.train.micro_batch_size,
+        )
 
 
 def phase_datasets(config: Config, at: schedule.PhaseAt, state: RunState) -> Datasets:

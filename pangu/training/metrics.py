@@ -51,6 +51,7 @@ def step_row(
         "loss": result.loss,
         "aux_loss": load.aux_loss if load else None,
         "z_loss": load.z_loss if load else None,
+        **({} if result.mtp_loss is None else {"mtp_loss": result.mtp_loss}),
         "grad_norm": result.grad_norm,
         "learning_rate": learning_rate,
         "tokens": result.tokens,

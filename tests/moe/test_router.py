@@ -7,9 +7,9 @@ import layers
 import pytest
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.distributed.finalize_model_grads import _update_router_expert_bias
 
 from configs.schema import MoEConfig
+from pangu.moe.balancing_bias import balance
 from pangu.moe.routing import routing_for
 
 LOSSES = MoEConfig(
@@ -80,10 +80,14 @@ def test_the_expert_bias_rises_for_experts_with_few_tokens():
     output.sum().backward()
     counts = layer.router.load.counts
     wrapped = torch.nn.ModuleList([layer])
-    _update_router_expert_bias([wrapped], layer.config)
+    balance([wrapped], 0.25, skipped=False)
     expected = torch.sign(counts.float().mean() - counts) * 0.25
     assert torch.equal(layer.router.expert_bias, expected)
     assert (expected != 0).any()
+    assert layer.router.local_tokens_per_expert.sum() == 0  # counting starts anew
+    layer.router.local_tokens_per_expert += counts
+    balance([wrapped], 0.25, skipped=True)
+    assert torch.equal(layer.router.expert_bias, expected)
 
 
 def test_router_arithmetic_is_float32_in_a_bfloat16_model():

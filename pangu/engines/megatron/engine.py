@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.utils import get_model_config
 
 from configs.schema import Config
 from pangu.engines.contract import Batch, StepResult, StepShape
@@ -19,9 +21,10 @@ from pangu.engines.megatron.optimizer import (
     set_learning_rate,
     wrap_model,
 )
-from pangu.engines.megatron.step import run_schedule
+from pangu.engines.megatron.step import count_tokens, mtp_loss, run_schedule
 from pangu.engines.state_parts import Part
 from pangu.model.build import build_model
+from pangu.moe.balancing_bias import balance
 
 
 class MegatronEngine:
@@ -49,23 +52,28 @@ class MegatronEngine:
     def set_learning_rate(self, lr: float) -> None:
         set_learning_rate(self.optimizer, lr)
 
-    def train_step(self, batches: list[Iterator[Batch]], shape: StepShape) -> StepResult:
+    def train_step(self, batches: Iterator[Batch], shape: StepShape) -> StepResult:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        total = run_schedule(self.chunks, batches, shape)
+        settings = get_model_config(self.chunks[0])
+        micro_batches = list(islice(batches, shape.num_microbatches))
+        settings.step = count_tokens(micro_batches, settings.mtp_num_layers or 0)
+        total = run_schedule(self.chunks, micro_batches, shape)
         loss = total[0] / total[1]
+        ahead = mtp_loss(self.chunks, settings.step)
         grad_norm = apply_gradients(self.optimizer, loss)
         skipped = grad_norm is None
-        return StepResult(
-            loss.item(), float("nan") if grad_norm is None else grad_norm, int(total[1]), skipped
-        )
+        balance(self.chunks, settings.moe.expert_bias_update_rate, skipped=skipped)
+        norm = float("nan") if grad_norm is None else grad_norm
+        return StepResult(loss.item(), norm, int(total[1]), skipped, ahead)
 
-    def evaluate(self, batches: list[Iterator[Batch]], shape: StepShape) -> float:
+    def evaluate(self, batches: Iterator[Batch], shape: StepShape) -> float:
         for chunk in self.chunks:
             chunk.eval()
+        micro_batches = list(islice(batches, shape.num_microbatches))
         with torch.no_grad():
-            total = run_schedule(self.chunks, batches, shape, forward_only=True)
+            total = run_schedule(self.chunks, micro_batches, shape, forward_only=True)
         for chunk in self.chunks:
             chunk.train()
         return (total[0] / total[1]).item()

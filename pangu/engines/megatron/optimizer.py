@@ -55,7 +55,11 @@ def shards_optimizer(config: Config) -> bool:
 
 
 def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> ChainedOptimizer:
-    """AdamW over all chunks; sharded over data-parallel ranks unless `zero_stage` is 0."""
+    """AdamW over all chunks; sharded over data-parallel ranks unless `zero_stage` is 0.
+
+    Only matrices decay: embeddings, projections, experts, routers. The gains of norms, biases and
+    the router's scale, all of one dimension, do not.
+    """
     o, dtype = config.optimizer, backends.torch_dtype(config.backend.precision)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -74,6 +78,9 @@ def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Ch
         chunks,
         use_gloo_process_groups=False,
     )
+    for group in optimizer.param_groups:
+        # The engine leaves this product to its own scheduler, which is not used here.
+        group["weight_decay"] = o.weight_decay * group["wd_mult"]
     if backends.current().fused_adamw:
         for group in optimizer.param_groups:
             group["fused"] = True

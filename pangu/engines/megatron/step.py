@@ -7,27 +7,31 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import unwrap_model
 
 from pangu import backends
 from pangu.engines.contract import Batch, StepShape
 from pangu.engines.megatron.process_groups import sum_over_losses
+from pangu.moe.config import StepTokens
 
 
 def run_schedule(
     chunks: list[Any],
-    batches: list[Iterator[Batch]],
+    micro_batches: list[Batch],
     shape: StepShape,
     *,
     forward_only: bool = False,
 ) -> torch.Tensor:
     """Forward (and backward) over one global batch.
 
-    `batches` has one iterator per model chunk, all over the same micro-batches.
+    Every model chunk reads the same `micro_batches`, which are this replica's.
     Returns (sum of token losses, tokens) over all ranks, float64 `[2]`.
     """
+    batches = [iter(micro_batches) for _ in chunks]
     outputs: list[torch.Tensor] = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=batches if len(chunks) > 1 else batches[0],
@@ -88,3 +92,30 @@ def token_loss(
     tokens = loss_mask.sum().to(torch.int)
     report = torch.stack([total.detach().double(), tokens.double()])
     return total, tokens, report
+
+
+def count_tokens(micro_batches: list[Batch], mtp_depths: int) -> StepTokens:
+    """What the losses of a global batch are means over; `micro_batches` are this replica's.
+    Collective over the data-parallel ranks."""
+    masks = [batch["loss_mask"] for batch in micro_batches]
+    # A depth's label stands so much further on: at a sequence's end there is none.
+    counts = [
+        sum(mask[:, ahead:].sum().item() for mask in masks) for ahead in range(mtp_depths + 1)
+    ]
+    group = parallel_state.get_data_parallel_group()
+    tokens = torch.tensor(counts, dtype=torch.float32, device=backends.current().device)
+    dist.all_reduce(tokens, group=group)
+    return StepTokens(tokens[0], tokens[1:], len(micro_batches) * group.size())
+
+
+def mtp_loss(chunks: list[Any], step: StepTokens) -> float | None:
+    """Mean of the depths' losses over the global batch since the last call; None for a model
+    without multi-token prediction. Collective over the world."""
+    if not step.mtp.numel():
+        return None
+    sums = torch.zeros(step.mtp.numel(), dtype=torch.float64, device=step.mtp.device)
+    for chunk in chunks:
+        model = unwrap_model(chunk)
+        sums += model.mtp_sums
+        model.mtp_sums.zero_()
+    return (sum_over_losses(sums) / step.mtp.clamp(min=1)).mean().item()
