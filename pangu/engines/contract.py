@@ -57,9 +57,9 @@ class Engine(Protocol):
         """Use `lr` in the next step."""
 
     def train_step(self, batches: Iterator[Batch], shape: StepShape) -> StepResult:
-        """One optimizer step on this replica's next micro-batches. A non-finite loss or gradient on any rank
-        leaves everything as it was: weights, moments, the steps that they count, the balancing
-        bias."""
+        """One optimizer step on this replica's next micro-batches. A non-finite loss or gradient
+        on any rank leaves everything as it was: weights, moments, the steps that they count, the
+        balancing bias."""
 
     def evaluate(self, batches: Iterator[Batch], shape: StepShape) -> float:
         """Mean cross-entropy per token, in nats, over the next global batch; nothing is

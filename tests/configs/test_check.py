@@ -305,19 +305,6 @@ def test_positions_restart_only_where_that_can_be():
     with pytest.raises(ConfigError, match=r"data\.reset_position_ids=True.*nothing restarts"):
         load_checked(reset)
     load_checked([*reset, "data.reset_attention_mask=true"])
-    load_checked([*reset, "model.position_embedding=learned", "train.steps=100"])
-
-
-def test_balance_by_bias_is_a_preset():
-    moe = load_checked(["moe=bias_balanced", "moe.num_expert_groups=1"]).moe
-    assert (moe.router, moe.expert_bias, moe.aux_loss_coefficient) == ("top_k", True, 0.0)
-
-
-def test_positions_restart_only_where_that_can_be():
-    reset = ["data.reset_position_ids=true"]
-    with pytest.raises(ConfigError, match=r"data\.reset_position_ids=True.*nothing restarts"):
-        load_checked(reset)
-    load_checked([*reset, "data.reset_attention_mask=true"])
     load_checked([*reset, "model.position_embedding=learned"])
 
 
