@@ -65,7 +65,9 @@ def run(config: Config, process: ProcessEnvironment) -> int:
     except RuntimeError as error:
         if str(error).startswith("DataLoader worker"):
             # Raised wherever this process happens to be when the kernel tells it.
-            print(f"error: a process that reads data ahead has ended: {error}", file=sys.stderr)
+            where = f"rank {process.rank}, after step {last_step(Path(config.run_dir))}"
+            sentence = f"error: {where}: a process that reads data ahead has ended: {error}"
+            print(sentence, file=sys.stderr)
             return 1
         if not is_failed_collective(error):
             raise
