@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 from configs.violation import ConfigError, Violation
 from launch import port
 from launch.environment import STARTED_BY, ProcessEnvironment
-from pangu.processes import PARENT, PEER_LOST
-from pangu.report.run_files import last_step
+from pangu.processes import PARENT, PEER_LOST, last_step
 
 if TYPE_CHECKING:
     from configs.schema import Config

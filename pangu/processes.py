@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import multiprocessing
 import os
 import signal
 import sys
+from pathlib import Path
 
 # The number of the process that started this one, where `multiprocessing` does not know.
 PARENT = "PANGU_PARENT"
 # The exit code of a rank that waited in vain for another one: not itself the reason.
 PEER_LOST = 4
+_TAIL = 1 << 16  # bytes of metrics.jsonl that hold its last row
 
 
 def die_with_parent() -> None:
@@ -26,3 +29,20 @@ def die_with_parent() -> None:
     parent = forked_by.pid if forked_by else int(os.environ.get(PARENT, os.getppid()))
     if os.getppid() != parent:
         os._exit(128 + signal.SIGKILL)
+
+
+def last_step(run_dir: Path) -> int:
+    """The last step in a run's `metrics.jsonl`, from its end alone; 0 without one."""
+    try:
+        with (run_dir / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+            lines = file.read().splitlines()
+    except OSError:
+        return 0
+    steps = [0]
+    for line in lines:
+        try:
+            steps.append(int(json.loads(line)["step"]))
+        except (ValueError, KeyError, TypeError):  # cut short, or foreign
+            continue
+    return max(steps)

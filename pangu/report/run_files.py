@@ -18,7 +18,6 @@ EXPERT_LOAD = "expert_load.json"
 BASELINES = "baselines.json"
 CONFIG = "config.yaml"
 SAMPLE = "sample.txt"
-_TAIL = 1 << 16  # bytes that hold the last row
 
 
 def read_metrics(path: Path) -> list[Row]:
@@ -32,23 +31,6 @@ def read_metrics(path: Path) -> list[Row]:
         except json.JSONDecodeError:  # written to when it was killed
             continue
     return rows
-
-
-def last_step(run_dir: Path) -> int:
-    """The last step in a run's `metrics.jsonl`, from its end alone; 0 without one."""
-    try:
-        with (run_dir / METRICS).open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
-            lines = file.read().splitlines()
-    except OSError:
-        return 0
-    steps = [0]
-    for line in lines:
-        try:
-            steps.append(int(json.loads(line)["step"]))
-        except (ValueError, KeyError, TypeError):  # cut short, or foreign
-            continue
-    return max(steps)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from configs.violation import ConfigError, Violation
 from launch import port
 from launch.environment import ProcessEnvironment
 from pangu.engines.megatron.fitting import select_backend
-from pangu.processes import PEER_LOST
-from pangu.report.run_files import last_step
+from pangu.processes import PEER_LOST, last_step
 from pangu.training.resilience import Diverged, StopSignal, is_failed_collective, missing_ranks
 
 if TYPE_CHECKING:
