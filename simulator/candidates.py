@@ -109,11 +109,18 @@ def _reasons(
     config: Config, axis: dict[str, Array], everything: bool
 ) -> Iterator[tuple[str, Array]]:
     """What keeps a structure from working, in the order in which a planner would ask."""
+    yield from _indivisible_sizes(config, axis, everything)
+    yield from _bad_stages(config, axis)
+    yield from _bad_schedules(config, axis)
+
+
+def _indivisible_sizes(
+    config: Config, axis: dict[str, Array], everything: bool
+) -> Iterator[tuple[str, Array]]:
+    """Devices and widths that do not split."""
     model, devices = config.model, config.world_size
-    tp, pp, vpp, cp = axis["tp"], axis["pp"], axis["vpp"], axis["cp"]
-    ep, etp, micro = axis["ep"], axis["etp"], axis["micro_batch"]
-    size = tp * pp * cp
-    yield "TP × PP × CP does not divide the devices", devices % size != 0
+    tp, pp, cp, ep, etp = (axis[name] for name in ("tp", "pp", "cp", "ep", "etp"))
+    yield "TP × PP × CP does not divide the devices", devices % (tp * pp * cp) != 0
     yield "EP × ETP × PP does not divide the devices", devices % (ep * etp * pp) != 0
     yield "attention heads do not split over TP", model.num_attention_heads % tp != 0
     groups = query_groups(model)
@@ -134,12 +141,17 @@ def _reasons(
         yield "experts are cut over all TP ranks or none", (etp != 1) & (etp != tp)
     parts = np.where(cp > 1, 2 * cp, 1) * tp
     yield "the sequence does not split over TP × CP", config.train.seq_length % parts != 0
+
+
+def _bad_stages(config: Config, axis: dict[str, Array]) -> Iterator[tuple[str, Array]]:
+    """Layers that do not fill the stages."""
+    model, pp, vpp = config.model, axis["pp"], axis["vpp"]
     yield "interleaving needs a pipeline", (vpp > 1) & (pp == 1)
     stages = pp * vpp
     noop = -model.num_layers % stages
     yield "fewer layers than pipeline stages", stages > model.num_layers + 2
     allowed = np.maximum(model.num_layers // 8, 3)
-    front, apart = (axis["deal"] == DEALS.index(name) for name in ("front", "apart"))
+    apart = axis["deal"] == DEALS.index("apart")
     yield "too many no-op layers to fill the stages", ~apart & (noop > allowed)
     # Only the leading dense layers are cheap enough for one more on a stage.
     others = np.maximum(stages - alone(model), 1)
@@ -147,7 +159,14 @@ def _reasons(
         model.num_layers % others > max(model.num_dense_layers, 1)
     )
     yield "layers do not fill the stages beside MTP and loss", apart & uneven
-    dp = np.maximum(devices // size, 1)
+
+
+def _bad_schedules(config: Config, axis: dict[str, Array]) -> Iterator[tuple[str, Array]]:
+    """Batches that do not divide, schedules that do not fit, and choices that change nothing."""
+    model, pp, vpp, cp = config.model, axis["pp"], axis["vpp"], axis["cp"]
+    front, apart = (axis["deal"] == DEALS.index(name) for name in ("front", "apart"))
+    stages, noop = pp * vpp, -config.model.num_layers % (pp * vpp)
+    micro, dp = axis["micro_batch"], np.maximum(config.world_size // (axis["tp"] * pp * cp), 1)
     batches = config.train.global_batch_size
     yield "the global batch does not divide into micro-batches", batches % (micro * dp) != 0
     microbatches = np.maximum(batches // (micro * dp), 1)

@@ -151,14 +151,7 @@ def predict(config: Config, load: float | None = None) -> Prediction:
     devices = int(layout.devices)
     dtype = peak_dtype(parts)
     flops = model_flops_per_token(config)
-    breakdown = _breakdown(
-        parts,
-        slowest,
-        held[slowest],
-        step,
-        optimizer,
-        gather,
-    )
+    breakdown = _breakdown(parts, slowest, held[slowest], step, optimizer, gather)
     return Prediction(
         step_seconds=step,
         tokens_per_second=tokens / step,

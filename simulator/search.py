@@ -64,6 +64,20 @@ class SearchResult:
     peak_gib: np.ndarray = field(repr=False)
 
 
+def _refuse_layout(config: Config, pinned: frozenset[str]) -> None:
+    if config.parallel.pipeline_layout is not None and KEYS["deal"] in pinned:
+        reason = "a search deals the layers to the stages itself"
+        layout = config.parallel.pipeline_layout
+        raise ConfigError([Violation(KEYS["deal"], layout, reason, "leave it out")])
+
+
+def _refuse_too_many(count: int) -> None:
+    if count > MOST:
+        reason = f"more than {MOST:,} evaluations"
+        hint = "pin some sizes, e.g. parallel.tensor_model_parallel_size=8"
+        raise ConfigError([Violation("search", f"{count:,}", reason, hint)])
+
+
 def search(
     config: Config,
     *,
@@ -85,20 +99,14 @@ def search(
     Raises:
         ConfigError: there are too many candidates.
     """
-    if config.parallel.pipeline_layout is not None and KEYS["deal"] in pinned:
-        reason = "a search deals the layers to the stages itself"
-        layout = config.parallel.pipeline_layout
-        raise ConfigError([Violation(KEYS["deal"], layout, reason, "leave it out")])
     start = time.perf_counter()
+    _refuse_layout(config, pinned)
     structures, rejected = enumerate_layouts(config, pinned, everything)
     policies = recompute_policies(config, pinned, everything)
     for reason in rejected:
         rejected[reason] *= len(policies)
     count = len(structures.tp) * len(policies)
-    if count > MOST:
-        reason = f"more than {MOST:,} evaluations"
-        hint = "pin some sizes, e.g. parallel.tensor_model_parallel_size=8"
-        raise ConfigError([Violation("search", f"{count:,}", reason, hint)])
+    _refuse_too_many(count)
     considered = count + sum(rejected.values())
     step, peak, outside = _evaluate_all(config, structures, policies, progress)
     fitting = fits(load_hardware(config.hardware), peak, outside)

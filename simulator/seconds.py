@@ -24,6 +24,7 @@ from simulator.operators import (
 
 Array = Any
 
+PASSES = ("forward", "input_gradient", "weight_gradient")
 # Forward lines whose results no backward pass reads: the end of a dense layer.
 LAST = ("mlp.fc2", "mlp.fc2 output", "mlp.residual")
 _TIMING: dict[str, Callable[..., Array]] = {
@@ -106,81 +107,98 @@ def message_seconds(hw: Hardware, s: Shapes, message: Message) -> Array:
     return seconds * message.count
 
 
+class _Sums:
+    """What the operators and messages of a block add up to."""
+
+    def __init__(self) -> None:
+        self.passes: dict[str, Array] = dict.fromkeys(PASSES, 0.0)
+        self.experts: dict[str, Array] = dict.fromkeys(PASSES, 0.0)
+        self.repeatable: dict[str, Array] = {}
+        self.lines: list[Line] = []
+
+    def add(self, line: Line, modules: str, *, between_experts: bool = False) -> None:
+        """One line; selective recomputation of `modules` repeats it."""
+        self.lines.append(line)
+        self.passes[line.phase] = self.passes[line.phase] + line.exposed
+        if modules:
+            self.repeatable[modules] = self.repeatable.get(modules, 0.0) + line.seconds
+        if between_experts:
+            self.experts[line.phase] = self.experts[line.phase] + line.exposed
+
+
 def block_seconds(hw: Hardware, s: Shapes, counts: Counts) -> BlockSeconds:
     """Price a block. Messages beside an operator show only what outlasts it."""
-    times: dict[str, Array] = {}
-    passes: dict[str, Array] = {"forward": 0.0, "input_gradient": 0.0, "weight_gradient": 0.0}
-    repeatable: dict[str, Array] = {}
-    experts: dict[str, Array] = {"forward": 0.0, "input_gradient": 0.0, "weight_gradient": 0.0}
-    lines = []
+    sums = _Sums()
+    unshared: dict[str, Array] = {}  # seconds of each line beside which nothing runs yet
     for operator in counts.operators:
-        seconds = operator_seconds(hw, operator)
-        if operator.kind == "vector":
-            seconds = seconds * s.vector_passes
-        if operator.kind == "attention":
-            seconds = seconds * s.traits.attention_span
-        if operator.kind == "attention" and not s.traits.balanced_context:
-            seconds = seconds * np.where(s.layout.ring, 2.0 - 1.0 / s.layout.cp, 1.0)
-        times[f"{operator.name}:{operator.phase}"] = seconds
-        passes[operator.phase] = passes[operator.phase] + seconds
-        again = _again(s.layout, operator.recompute)
-        if operator.recompute:
-            repeatable[operator.recompute] = repeatable.get(operator.recompute, 0.0) + seconds
-        lines.append(
-            Line(
-                operator.name,
-                operator.phase,
-                operator.kind,
-                seconds,
-                seconds,
-                operator.flops * operator.count,
-                operator.bytes * operator.count,
-                repeated=again,
-            )
+        seconds = _in_block(s, operator, operator_seconds(hw, operator))
+        unshared[f"{operator.name}:{operator.phase}"] = seconds
+        line = Line(
+            operator.name,
+            operator.phase,
+            operator.kind,
+            seconds,
+            seconds,
+            operator.flops * operator.count,
+            operator.bytes * operator.count,
+            repeated=_again(s.layout, operator.recompute),
         )
+        sums.add(line, operator.recompute)
     for message in counts.messages:
         seconds = message_seconds(hw, s, message)
-        exposed = seconds
-        if message.beside in times:
-            fused = message.group == "tp" and message.beside.endswith(f":{message.phase}")
-            share = hw.overlap.fused if fused else hw.overlap.independent
-            hidden = np.minimum(seconds * share, times[message.beside])
-            exposed = seconds - hidden
-            times[message.beside] = times[message.beside] - hidden
-        times[f"{message.name}:{message.phase}"] = seconds
-        passes[message.phase] = passes[message.phase] + exposed
-        again = _again(s.layout, message.recompute)
-        if message.recompute:
-            repeatable[message.recompute] = repeatable.get(message.recompute, 0.0) + seconds
-        if message.group in ("ep", "etp", "expert"):
-            experts[message.phase] = experts[message.phase] + exposed
-        lines.append(
-            Line(
-                message.name,
-                message.phase,
-                message.kind,
-                seconds,
-                exposed,
-                bytes=message.bytes * message.count,
-                group=message.group,
-                repeated=again,
-            )
+        exposed = seconds - _hide(hw, message, seconds, unshared)
+        unshared[f"{message.name}:{message.phase}"] = seconds
+        line = Line(
+            message.name,
+            message.phase,
+            message.kind,
+            seconds,
+            exposed,
+            bytes=message.bytes * message.count,
+            group=message.group,
+            repeated=_again(s.layout, message.recompute),
         )
+        between_experts = message.group in ("ep", "etp", "expert")
+        sums.add(line, message.recompute, between_experts=between_experts)
     issued = issue_seconds(hw, s, counts)
-    end = total(line.exposed for line in lines if line.phase == "forward" and line.name in LAST)
+    end = total(
+        each.exposed for each in sums.lines if each.phase == "forward" and each.name in LAST
+    )
     return BlockSeconds(
-        passes["forward"],
-        passes["forward"] - (end if s.traits.recompute_stops_early else 0.0),
-        passes["input_gradient"],
-        passes["weight_gradient"],
-        experts["forward"],
-        experts["input_gradient"],
-        repeatable,
+        sums.passes["forward"],
+        sums.passes["forward"] - (end if s.traits.recompute_stops_early else 0.0),
+        sums.passes["input_gradient"],
+        sums.passes["weight_gradient"],
+        sums.experts["forward"],
+        sums.experts["input_gradient"],
+        sums.repeatable,
         issued.forward,
         issued.backward,
         issued.repeatable,
-        lines,
+        sums.lines,
     )
+
+
+def _in_block(s: Shapes, operator: Operator, seconds: Array) -> Array:
+    """What the engine's habits make of an operator's seconds."""
+    if operator.kind == "vector":
+        seconds = seconds * s.vector_passes
+    if operator.kind == "attention":
+        seconds = seconds * s.traits.attention_span
+        if not s.traits.balanced_context:
+            seconds = seconds * np.where(s.layout.ring, 2.0 - 1.0 / s.layout.cp, 1.0)
+    return seconds
+
+
+def _hide(hw: Hardware, message: Message, seconds: Array, unshared: dict[str, Array]) -> Array:
+    """Seconds of a message that the operator beside it covers, and does not cover another time."""
+    if message.beside not in unshared:
+        return 0.0
+    fused = message.group == "tp" and message.beside.endswith(f":{message.phase}")
+    share = hw.overlap.fused if fused else hw.overlap.independent
+    hidden = np.minimum(seconds * share, unshared[message.beside])
+    unshared[message.beside] = unshared[message.beside] - hidden
+    return hidden
 
 
 def _repeated(layout: Layout, seconds: dict[str, Array]) -> Array:

@@ -83,6 +83,14 @@ class ShapeResult:
     own: Shape | None = field(default=None)
 
 
+def _refuse_empty(config: Config, ranges: Ranges) -> None:
+    empty = [name for name in _NAMES if not getattr(ranges, name)]
+    if empty:
+        raise ConfigError([Violation(name, "", "has no value to try") for name in empty])
+    if not config.model.num_experts:
+        raise ConfigError([Violation("model", config.model.name, "has no experts to shape")])
+
+
 def search_shapes(
     config: Config,
     ranges: Ranges,
@@ -106,11 +114,7 @@ def search_shapes(
         ConfigError: not a model with experts, ranges that are empty, or no shape within limits.
     """
     start = time.perf_counter()
-    empty = [name for name in _NAMES if not getattr(ranges, name)]
-    if empty:
-        raise ConfigError([Violation(name, "", "has no value to try") for name in empty])
-    if not config.model.num_experts:
-        raise ConfigError([Violation("model", config.model.name, "has no experts to shape")])
+    _refuse_empty(config, ranges)
     hardware = load_hardware(config.hardware)
     dimensions, total, active, rejected, candidates = enumerate_shapes(config, ranges)
     if not len(total):

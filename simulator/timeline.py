@@ -156,65 +156,78 @@ def _follow(
 ) -> Timeline:
     """Run fixed orders. Without interleaving a rank waits for its sends; with it they only
     delay the receiver."""
-    waits = send if v == 1 else 0.0
-    delay = send if v > 1 and p > 1 else 0.0
-    last = p * v - 1
-    # When the input of each micro-batch is there, by stage; back[-1] takes what leaves stage 0.
-    ahead: list[dict[int, float]] = [{} for _ in range(last + 1)]
-    back: list[dict[int, float]] = [{} for _ in range(last + 2)]
-    ahead[0] = {batch: 0.0 for _, batch, _ in orders[0]}
-    free = [0.0] * p
+    run = _Following(units, p, p * v - 1)
+    run.waits = send if v == 1 else 0.0
+    run.delay = send if v > 1 and p > 1 else 0.0
+    run.ahead[0] = {batch: 0.0 for _, batch, _ in orders[0]}
     position = [0] * p
-    passes: list[Pass] = []
     waiting = list(range(p))
-
-    def passed_on(stage: int, batch: int, end: float) -> None:
-        if stage < last:
-            ahead[stage + 1][batch] = end + delay
-        else:  # the loss turns round
-            back[stage][batch] = end
-
     while waiting:
-        before = len(passes)
+        before = len(run.passes)
         for rank in waiting:
             order = orders[rank]
-            chunks = units[rank]
             while position[rank] < len(order):
-                kind, batch, chunk = order[position[rank]]
-                stage = chunk * p + rank
-                unit = chunks[chunk]
-                ready = (back if kind == "B" else ahead)[stage].get(batch)
-                if ready is None:
+                # A pair, FB, is one pass over two units.
+                units_of_pass = order[position[rank] : position[rank] + 2]
+                if not run.take(rank, units_of_pass):
                     break
-                start = max(free[rank], ready)
-                there = waits if stage < last else 0.0
-                behind = waits if stage > 0 else 0.0
-                if kind == "F":
-                    end = start + unit.forward + there
-                    passed_on(stage, batch, end)
-                elif kind == "B":
-                    end = start + unit.backward + behind
-                    back[stage - 1][batch] = end + delay
-                else:
-                    _, other, other_chunk = order[position[rank] + 1]
-                    other_stage = other_chunk * p + rank
-                    second = back[other_stage].get(other)
-                    if second is None:
-                        break
-                    start = max(start, second)
-                    paired = chunks[other_chunk]
-                    hidden = (unit.hideable + paired.hideable) / 2
-                    end = start + unit.forward + paired.backward - hidden + there + behind
-                    passed_on(stage, batch, end)
-                    back[other_stage - 1][other] = end + delay
-                    position[rank] += 1
-                passes.append((rank, kind, batch, chunk, start, end))
-                free[rank] = end
-                position[rank] += 1
+                position[rank] += 2 if units_of_pass[0][0] == "FB" else 1
         waiting = [rank for rank in waiting if position[rank] < len(orders[rank])]
-        if len(passes) == before:
+        if len(run.passes) == before:
             raise RuntimeError("the schedule waits for itself")
-    return Timeline(passes, free, max(free))
+    return Timeline(run.passes, run.free, max(run.free))
+
+
+class _Following:
+    """A pipeline that runs given orders: when each rank is free, and when each input is there."""
+
+    def __init__(self, units: list[list[UnitSeconds]], p: int, last: int) -> None:
+        self.units, self.p, self.last = units, p, last
+        self.waits = self.delay = 0.0
+        # When the input of each micro-batch is there, by stage; back[-1] takes what leaves stage 0.
+        self.ahead: list[dict[int, float]] = [{} for _ in range(last + 1)]
+        self.back: list[dict[int, float]] = [{} for _ in range(last + 2)]
+        self.free = [0.0] * p
+        self.passes: list[Pass] = []
+
+    def take(self, rank: int, order: list[Unit]) -> bool:
+        """Run the first unit of `order` on a rank (FB: with the second); False while its input is
+        not there."""
+        kind, batch, chunk = order[0]
+        stage, unit = chunk * self.p + rank, self.units[rank][chunk]
+        ready = (self.back if kind == "B" else self.ahead)[stage].get(batch)
+        if ready is None:
+            return False
+        start = max(self.free[rank], ready)
+        there = self.waits if stage < self.last else 0.0
+        behind = self.waits if stage > 0 else 0.0
+        if kind == "F":
+            end = start + unit.forward + there
+            self._passed_on(stage, batch, end)
+        elif kind == "B":
+            end = start + unit.backward + behind
+            self.back[stage - 1][batch] = end + self.delay
+        else:
+            _, other, other_chunk = order[1]
+            other_stage = other_chunk * self.p + rank
+            second = self.back[other_stage].get(other)
+            if second is None:
+                return False
+            paired = self.units[rank][other_chunk]
+            hidden = (unit.hideable + paired.hideable) / 2
+            start = max(start, second)
+            end = start + unit.forward + paired.backward - hidden + there + behind
+            self._passed_on(stage, batch, end)
+            self.back[other_stage - 1][other] = end + self.delay
+        self.passes.append((rank, kind, batch, chunk, start, end))
+        self.free[rank] = end
+        return True
+
+    def _passed_on(self, stage: int, batch: int, end: float) -> None:
+        if stage < self.last:
+            self.ahead[stage + 1][batch] = end + self.delay
+        else:  # the loss turns round
+            self.back[stage][batch] = end
 
 
 def _zero_bubble(units: list[list[UnitSeconds]], send: float, p: int, m: int) -> Timeline:

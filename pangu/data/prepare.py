@@ -6,11 +6,14 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pangu.data import DataError
+
+if TYPE_CHECKING:
+    from pangu.data.corpus import CorpusInfo
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -67,6 +70,11 @@ def main(
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
+    _report(info, output, held_out)
+
+
+def _report(info: CorpusInfo, output: Path, held_out: float) -> None:
+    """Say what was written, and what was left out."""
     for part, documents in info.documents.items():
         if documents:
             print(

@@ -53,24 +53,13 @@ def goodput(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Useful share of wall time from failures, checkpoints and restarts."""
-    import numpy as np
-
-    from simulator.goodput import goodput as expected
-
     run, copying = _run(overrides, devices) if overrides else (None, None)
     if run:
         devices = str(run.devices)
     costs = (checkpoint_seconds, copying, CHECKPOINT_SECONDS)
     cost = next(seconds for seconds in costs if seconds is not None)
     sizes, hours = _numbers("--devices", devices or SIZES), _numbers("--mtbf-hours", mtbf_hours)
-    rows = []
-    for mean in hours:
-        result = expected(np.array(sizes), mean, cost, restart_seconds, interval_seconds)
-        columns = {name: np.asarray(value).tolist() for name, value in vars(result).items()}
-        rows += [
-            {"device_mtbf_hours": mean, **dict(zip(columns, values, strict=True))}
-            for values in zip(*columns.values(), strict=True)
-        ]
+    rows = _rows(sizes, hours, cost, restart_seconds, interval_seconds)
     if run:
         for row in rows:
             row["tokens_per_second"] = run.tokens_per_second * row["goodput"]
@@ -84,6 +73,25 @@ def goodput(
         console.print("the cost is the copy to the host; a checkpoint is written until the next")
     if mtbf_hours == HOURS:
         console.print("no failure rate given: a range; --mtbf-hours takes your cluster's")
+
+
+def _rows(
+    sizes: list[float], hours: list[float], cost: float, restart: float, interval: float | None
+) -> list[dict[str, Any]]:
+    """One row for each mean time between failures and number of devices."""
+    import numpy as np
+
+    from simulator.goodput import goodput as expected
+
+    rows = []
+    for mean in hours:
+        result = expected(np.array(sizes), mean, cost, restart, interval)
+        columns = {name: np.asarray(value).tolist() for name, value in vars(result).items()}
+        rows += [
+            {"device_mtbf_hours": mean, **dict(zip(columns, values, strict=True))}
+            for values in zip(*columns.values(), strict=True)
+        ]
+    return rows
 
 
 def _run(overrides: list[str], devices: str | None) -> tuple[Prediction, float | None]:
