@@ -84,21 +84,19 @@ def load_for_inference(config: Config, folder: Path) -> tuple[GPTModel, Tokenize
     from pangu.model.build import build_model
 
     source: Path | restore.Found = folder
-    path = folder
     if not (folder / manifest.MANIFEST).is_file():  # a run's folder, not a checkpoint's
         try:
-            found = restore.newest(config)
+            found = restore.newest(str(folder))
         except ConfigError as error:
             reason = error.violations[0].reason
             raise ConfigError([Violation("checkpoint", folder, reason)]) from None
         if found is None:
             reason = "the run has saved no checkpoint yet"
             raise ConfigError([Violation("checkpoint", folder, reason)])
-        source, path = found, found.path
+        source = found
+    chunks, _ = build_model(config)
+    path = restore.load_model(source, chunks)
     try:
-        tokenizer = load_tokenizer(path / restore.TOKENIZER)
+        return chunks[0], load_tokenizer(path / restore.TOKENIZER)
     except DataError as error:
         raise ConfigError([Violation("checkpoint", path, str(error))]) from None
-    chunks, _ = build_model(config)
-    restore.load_model(source, chunks)
-    return chunks[0], tokenizer

@@ -16,11 +16,18 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.tensor_parallel import random
+from torch.distributed.checkpoint.api import CheckpointException
 
 from pangu.checkpoint import model_files
+from pangu.checkpoint.manifest import DamagedCheckpoint
+from pangu.checkpoint.tensor_files import WeightsError
+from pangu.engines.megatron import safe_reader
+from pangu.engines.megatron.process_groups import from_rank_0
 from pangu.engines.state_parts import MAIN, MOMENTS, Part
 
 Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
@@ -74,6 +81,8 @@ def load(path: Path, chunks: Sequence[Any], everything: list[Part] | None) -> No
 
     Raises:
         CheckpointMismatch: before anything is changed.
+        DamagedCheckpoint: on every rank, when a file cannot be read although it is as its manifest
+            says; part of the tensors may be changed.
     """
     entries = model_entries(chunks)
     by_parameter = {part.parameter: part for part in everything or []}
@@ -101,11 +110,51 @@ def load(path: Path, chunks: Sequence[Any], everything: list[Part] | None) -> No
 
 
 def load_random_states(path: Path) -> None:
-    """Random states of this rank; the layout must be the one that wrote them."""
+    """Random states of this rank; the layout must be the one that wrote them. Collective.
+
+    Raises:
+        DamagedCheckpoint: on every rank, when one cannot read its own.
+    """
     if model_files.holds_model(path):
         return
-    loaded = dist_checkpointing.load({_RANDOM: _random_state_entry(None)}, str(path))
-    _set_random_states(loaded[_RANDOM])
+    mine: dict[str, Any] = {}
+    wrong = ""
+    try:
+        mine = _of_the_right_kind(
+            safe_reader.read_object(path, _random_state_entry(None).unique_key)
+        )
+    except (safe_reader.Unreadable, DamagedCheckpoint) as error:
+        wrong = str(error)
+    everywhere = [""] * dist.get_world_size()
+    dist.all_gather_object(everywhere, wrong)
+    if any(everywhere):
+        raise DamagedCheckpoint(next(filter(None, everywhere)))
+    _set_random_states(mine)
+
+
+def _of_the_right_kind(loaded: Any) -> dict[str, Any]:
+    """The states of one rank, if every one is as long as the one that it replaces."""
+    present = _random_states()
+    try:
+        (states,) = loaded
+        pairs = [
+            (states["torch"], present["torch"]),
+            (states["device"], present["device"]),
+            *((states["engine"][name], present["engine"][name]) for name in present["engine"]),
+        ]
+        if all(_alike(*pair) for pair in pairs) and len(states["engine"]) == len(pairs) - 2:
+            return states
+    except (TypeError, ValueError, KeyError):
+        pass
+    raise DamagedCheckpoint("the random states are none")
+
+
+def _alike(saved: Any, present: torch.Tensor) -> bool:
+    return (
+        isinstance(saved, torch.Tensor)
+        and saved.dtype == present.dtype
+        and saved.shape == present.shape
+    )
 
 
 def account(
@@ -119,6 +168,7 @@ def account(
 
     Raises:
         CheckpointMismatch: on every rank, naming all that is missing, extra or of another shape.
+        DamagedCheckpoint: on every rank, when the list of its tensors cannot be read.
     """
     needed = _shapes(entries, "")
     for moment, trained in moments.items():
@@ -129,7 +179,7 @@ def account(
         needed |= other
     saved = {
         key: shape
-        for key, shape in _saved_shapes(path).items()
+        for key, shape in from_rank_0(lambda: _saved_shapes(path)).items()
         if not (weights_only and key.startswith(OPTIMIZER_PREFIX))
     }
     wrong = [
@@ -147,10 +197,12 @@ def account(
 
 
 def _saved_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    if model_files.holds_model(path):
-        return model_files.shapes(path)
-    saved = dist_checkpointing.load_tensors_metadata(str(path)).values()
-    return {entry.key: tuple(entry.global_shape) for entry in saved}
+    try:
+        if model_files.holds_model(path):
+            return model_files.shapes(path)
+        return safe_reader.shapes(safe_reader.read_metadata(path))
+    except (WeightsError, safe_reader.Unreadable) as error:
+        raise DamagedCheckpoint(str(error)) from None
 
 
 def _shapes(entries: dict[str, Sharded], prefix: str) -> dict[str, tuple[int, ...]]:
@@ -188,10 +240,27 @@ def _load_into(
         for name, whole in model_files.read(path, wanted):
             put(entries[name].data, whole)
         return
-    # Also checks that the ranks together read each element of each tensor once.
-    loaded = dist_checkpointing.load(wanted, str(path), validate_access_integrity=True)
+    loaded = _read(path, wanted)
     for name, entry in entries.items():
         put(entry.data, loaded[name])
+
+
+def _read(path: Path, wanted: dict[str, Sharded]) -> dict[str, torch.Tensor]:
+    """This rank's part of every tensor. The engine tells every rank when one could not read."""
+    try:
+        return dist_checkpointing.load(
+            wanted,
+            str(path),
+            TorchDistLoadShardedStrategy(),
+            safe_reader.NoCommonState(),
+            # The ranks together read each element of each tensor once.
+            validate_access_integrity=True,
+        )
+    except CheckpointException as failure:
+        error: BaseException = next(iter(failure.failures.values()))[0]
+    except (CheckpointingException, OSError, ValueError, TypeError, RecursionError) as found:
+        error = found
+    raise DamagedCheckpoint(f"its tensors cannot be read ({safe_reader.reason(error)})")
 
 
 def _check_every_parameter_has_a_part(chunks: Sequence[Any], by_parameter: dict[Any, Part]) -> None:

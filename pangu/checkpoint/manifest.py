@@ -4,25 +4,32 @@
     <run_dir>/checkpoints/.step_….partial/   being written, or left behind by a killed run
     <run_dir>/checkpoints/set_aside/         newer than the step that a run went back to, or damaged
 
+Only such names count, and only where the manifest does not name another step: copies, and whatever
+else is kept there, are neither read nor moved nor deleted.
+
 A folder gets its final name by one rename, when all its files and the manifest are on the disk.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
+import stat
 import time
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 MANIFEST = "manifest.json"
 SET_ASIDE = "set_aside"
 _FORMAT = 1
 _RESTARTS = "restarts.json"
+_NAME = re.compile(r"step_[0-9]{8,18}")
 
 
 class DamagedCheckpoint(Exception):
@@ -54,9 +61,15 @@ def name_of(step: int) -> str:
 
 
 def record(path: Path) -> FileRecord:
-    """Size and checksum of a file, read in pieces."""
+    """Size and checksum of a file, read in pieces.
+
+    Raises:
+        OSError: it cannot be read, or is no file (a pipe never ends).
+    """
     crc = size = 0
-    with path.open("rb") as file:
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "is no file", str(path))
         while piece := file.read(1 << 24):
             crc = zlib.crc32(piece, crc)
             size += len(piece)
@@ -85,20 +98,40 @@ def read(folder: Path) -> Manifest:
     try:
         body: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
         crc = body.pop("crc32")
+        matches = crc == _crc(body)
         manifest = Manifest(
-            step=body["step"],
-            state=body["state"],
-            optimizer_step=body["optimizer_step"],
-            world_size=body["world_size"],
-            files={name: FileRecord(*pair) for name, pair in body["files"].items()},
+            step=_count(body["step"]),
+            state={str(name): _count(value) for name, value in body["state"].items()},
+            optimizer_step=_count(body["optimizer_step"]),
+            world_size=_count(body["world_size"]),
+            files={
+                _inside(name): FileRecord(_count(size), _count(crc32))
+                for name, (size, crc32) in body["files"].items()
+            },
         )
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{MANIFEST} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise DamagedCheckpoint(f"{MANIFEST} cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{MANIFEST} cannot be read ({error})") from None
-    if crc != _crc(body):
+    if not matches:
         raise DamagedCheckpoint(f"{MANIFEST} does not match its own checksum")
     return manifest
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{str(value)[:40]} is no count")
+    return value
+
+
+def _inside(name: str) -> str:
+    """The name of a file of the folder itself: a manifest may come from a stranger."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise ValueError(f"{name[:80]} is no file of the folder")
+    return name
 
 
 def _crc(body: Mapping[str, Any]) -> int:
@@ -126,10 +159,41 @@ def damage(folder: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> l
 
 
 def complete(checkpoints: Path) -> list[Path]:
-    """Folders with a final name, newest step first."""
-    if not checkpoints.is_dir():
+    """Folders with a final name, newest step first, but for those of `misnamed`.
+
+    Raises:
+        OSError: the folder is there and cannot be read.
+    """
+    return [folder for folder in _named(checkpoints) if other_step(folder) is None]
+
+
+def misnamed(checkpoints: Path) -> dict[Path, int]:
+    """Folders with a final name whose manifest, itself whole, is of the step given here: copies."""
+    found = {folder: other_step(folder) for folder in _named(checkpoints)}
+    return {folder: step for folder, step in found.items() if step is not None}
+
+
+def other_step(folder: Path) -> int | None:
+    """The step in a whole manifest, where the folder's name is that of another one."""
+    try:
+        step = read(folder).step
+    except DamagedCheckpoint:
+        return None
+    return step if is_name(folder.name) and step_of(folder) != step else None
+
+
+def is_name(name: str) -> bool:
+    """Whether a folder of this name is a checkpoint of the run."""
+    return bool(_NAME.fullmatch(name)) and name == name_of(int(name.removeprefix("step_")))
+
+
+def _named(checkpoints: Path) -> list[Path]:
+    try:
+        with os.scandir(checkpoints) as entries:
+            names = [entry.name for entry in entries if is_name(entry.name) and entry.is_dir()]
+    except FileNotFoundError:
         return []
-    return sorted((p for p in checkpoints.glob("step_*") if p.is_dir()), reverse=True)
+    return sorted((checkpoints / name for name in names), key=step_of, reverse=True)
 
 
 def step_of(folder: Path) -> int:
@@ -194,7 +258,8 @@ def count_restart(checkpoints: Path, step: int) -> int:
     try:
         counted = json.loads(path.read_text())
         before = counted["restarts"] if counted["step"] == step else 0
-    except (OSError, ValueError, KeyError, TypeError):
+        before = _count(before)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         before = 0
     path.write_text(json.dumps({"step": step, "restarts": before + 1}))
     return before + 1

@@ -7,7 +7,8 @@ another run, or of one checkpoint.
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,12 @@ from pangu.engines.megatron.process_groups import from_rank_0, say
 
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer"
+CHECKPOINTS = "checkpoints"
 
 
 def checkpoints_of(config: Config) -> Path:
     """Where a run keeps its checkpoints."""
-    return Path(config.run_dir) / "checkpoints"
+    return Path(config.run_dir) / CHECKPOINTS
 
 
 def read_config(path: str | Path) -> Config:
@@ -50,10 +52,14 @@ def read_config(path: str | Path) -> Config:
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint whose files are all as they were written."""
+    """A checkpoint whose files are all as they were written.
+
+    `run_dir` is the run whose newest sound one it is; "" for one that was named.
+    """
 
     path: Path
     manifest: Manifest
+    run_dir: str = ""
 
     @property
     def state(self) -> RunState:
@@ -61,9 +67,13 @@ class Found:
         return RunState(**self.manifest.state)
 
 
-def load_model(source: str | Path | Found, chunks: list[Any]) -> None:
+def load_model(source: str | Path | Found, chunks: list[Any]) -> Path:
     """Weights alone, of a checkpoint folder or of one that was found to be sound, into chunks built
     for any layout and precision. Collective.
+
+    Returns:
+        The checkpoint that they came from: where the files of a run's newest are as written and
+        hold no tensors all the same, one before it.
 
     Raises:
         ConfigError: a file is missing or altered, or the checkpoint holds other weights than the
@@ -72,10 +82,33 @@ def load_model(source: str | Path | Found, chunks: list[Any]) -> None:
     found = source if isinstance(source, Found) else _verify(Path(source))
     if isinstance(found, str):
         raise ConfigError([Violation("checkpoint", source, f"is no sound checkpoint: {found}")])
-    try:
-        contents.load(found.path, chunks, None)
-    except CheckpointMismatch as error:
-        raise ConfigError([Violation("checkpoint", found.path, str(error))]) from None
+    return _load(found, lambda found: contents.load(found.path, chunks, None), "checkpoint").path
+
+
+def _load(found: Found, fill: Callable[[Found], None], key: str) -> Found:
+    """Fill something from a checkpoint; from the one before it, of the same run, where it is
+    damaged in a way that its checksums do not show. Collective.
+
+    Raises:
+        ConfigError: there is none before it, or it holds other tensors than are needed.
+    """
+    while True:
+        try:
+            fill(found)
+            return found
+        except CheckpointMismatch as error:
+            raise ConfigError([Violation(key, found.path, str(error))]) from None
+        except DamagedCheckpoint as error:
+            before = _before(found, str(error)) if found.run_dir else None
+            if before is None:
+                reason = f"is no sound checkpoint: {error}"
+                raise ConfigError([Violation(key, found.path, reason)]) from None
+            found = before
+
+
+def _before(found: Found, reason: str) -> Found | None:
+    say(f"checkpoint {found.path} is damaged: {reason}; trying the one before it")
+    return newest(found.run_dir, before=found.manifest.step)
 
 
 def find(config: Config) -> Found | None:
@@ -91,7 +124,7 @@ def find(config: Config) -> Found | None:
     resume = config.checkpoint.resume
     if resume == "never":
         return None
-    found = newest(config) if resume == "auto" else _named(config, Path(resume))
+    found = newest(config.run_dir) if resume == "auto" else _named(Path(resume))
     if found is not None:
         refuse_other_model(config, found.path)
         if resume == "auto":
@@ -99,33 +132,50 @@ def find(config: Config) -> Found | None:
     return found
 
 
-def newest(config: Config, before: int | None = None) -> Found | None:
-    """The newest sound checkpoint of the run folder, of a step less than `before`. Collective.
+def newest(run_dir: str, before: int | None = None) -> Found | None:
+    """The newest sound checkpoint of a run folder, of a step less than `before`. Collective.
 
     Raises:
-        ConfigError: there are checkpoints, but all are damaged.
+        ConfigError: there are checkpoints, but all are damaged; or their folder cannot be read.
     """
-    folders = from_rank_0(lambda: manifest.complete(checkpoints_of(config)))
+    checkpoints = Path(run_dir) / CHECKPOINTS
+
+    def look() -> tuple[list[Path], dict[Path, int]]:
+        return manifest.complete(checkpoints), manifest.misnamed(checkpoints)
+
+    try:
+        folders, copies = from_rank_0(look)
+    except OSError as error:
+        reason = f"{checkpoints} cannot be read: {error.strerror}"
+        raise ConfigError([Violation("checkpoint.resume", run_dir, reason)]) from None
+    if before is None:
+        for folder, step in copies.items():
+            say(f"checkpoint {folder} is left alone: by its manifest it is of step {step}")
     damaged = []
     for folder in folders:
         if before is not None and manifest.step_of(folder) >= before:
             continue
         found = _verify(folder)
         if not isinstance(found, str):
-            return found
+            return replace(found, run_dir=run_dir)
         damaged.append(f"{folder.name} ({found})")
         say(f"checkpoint {folder} is damaged: {found}; trying the one before it")
     if damaged:
-        reason = f"every checkpoint of {config.run_dir} is damaged: {', '.join(damaged)}"
+        reason = f"every checkpoint of {run_dir} is damaged: {', '.join(damaged)}"
         hint = "checkpoint.resume=never to start anew (they are set aside, not deleted)"
         raise ConfigError([Violation("checkpoint.resume", "auto", reason, hint)])
     return None
 
 
-def _named(config: Config, path: Path) -> Found:
-    other = replace(config, run_dir=str(path))
-    if from_rank_0(checkpoints_of(other).is_dir):  # a run folder: its newest sound checkpoint
-        found: Found | str = newest(other) or "no checkpoint is complete"
+def _named(path: Path) -> Found:
+    def is_run_folder() -> bool:
+        try:
+            return (path / CHECKPOINTS).is_dir()
+        except OSError:  # `_verify` says why it cannot be read
+            return False
+
+    if from_rank_0(is_run_folder):  # its newest sound checkpoint
+        found: Found | str = newest(str(path)) or "no checkpoint is complete"
     else:
         found = _verify(path)
     if isinstance(found, str):
@@ -140,9 +190,15 @@ def _verify(folder: Path) -> Found | str:
 
     def read() -> Manifest | str:
         try:
-            return manifest.read(folder)
+            found = manifest.read(folder)
         except DamagedCheckpoint as error:
             return str(error)
+        known = {field.name for field in fields(RunState)}
+        if found.state.keys() - known or found.state.get("step") != found.step:
+            return f"{manifest.MANIFEST} describes no state of a run"
+        if (step := manifest.other_step(folder)) is not None:
+            return f"its manifest says step {step}: it is a copy under another name"
+        return found
 
     found = from_rank_0(read)
     if isinstance(found, str):
@@ -178,7 +234,7 @@ def refuse_other_tokenizer(config: Config, found: Found, tokenizer: Tokenizer) -
         saved = found.path / TOKENIZER / INFO_FILE
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save(Path(folder))
-            return saved.is_file() and saved.read_text() != (Path(folder) / INFO_FILE).read_text()
+            return saved.is_file() and saved.read_bytes() != (Path(folder) / INFO_FILE).read_bytes()
 
     if key not in config.checkpoint.allow_changes and from_rank_0(differ):
         reason = (
@@ -206,23 +262,27 @@ def _bound_restarts(config: Config, found: Found) -> None:
         raise ConfigError([Violation("checkpoint.max_restarts", limit, reason, hint)])
 
 
-def restore(config: Config, found: Found, engine: Engine) -> RunState:
-    """Fill the model and the optimizer, and return the run's state. Collective.
+def restore(config: Config, found: Found, engine: Engine) -> Found:
+    """Fill the model and the optimizer, and return the checkpoint that they were filled from: the
+    one before, where the files of a run's newest are as written and hold no tensors all the same.
+    Collective.
 
     Random states are restored only in the layout that wrote them: in another one there is no
     telling which rank's they would be.
 
     Raises:
-        ConfigError: naming every tensor that is missing or extra.
+        ConfigError: naming every tensor that is missing or extra, or the damage.
     """
     everything = engine.state_parts()
     state_parts.initialize(everything)
-    try:
-        contents.load(found.path, engine.chunks, everything)
-    except CheckpointMismatch as error:
-        raise ConfigError([Violation("checkpoint.resume", found.path, str(error))]) from None
-    state_parts.set_optimizer_step(everything, found.manifest.optimizer_step)
-    saved = read_config(found.path)
-    if found.manifest.world_size == dist.get_world_size() and saved.parallel == config.parallel:
-        contents.load_random_states(found.path)
-    return found.state
+
+    def fill(source: Found) -> None:
+        contents.load(source.path, engine.chunks, everything)
+        saved = read_config(source.path)
+        same_size = source.manifest.world_size == dist.get_world_size()
+        if same_size and saved.parallel == config.parallel:
+            contents.load_random_states(source.path)
+
+    loaded = _load(found, fill, "checkpoint.resume")
+    state_parts.set_optimizer_step(everything, loaded.manifest.optimizer_step)
+    return loaded

@@ -235,10 +235,11 @@ def _saved(folder: Path) -> tuple[Path, str, int]:
     try:
         content = path.read_bytes()
         info = json.loads(content)
-        file, kind, eod = folder / info["file"], str(info["kind"]), info["eod"]
+        # In the folder itself: it may come from a stranger.
+        file, kind, eod = folder / Path(info["file"]).name, str(info["kind"]), info["eod"]
         if not isinstance(eod, int) or not 0 <= eod < info["vocab_size"]:
             raise ValueError(f"its end-of-document token is {eod!r}")
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(f"{path} is damaged: {error!r}") from error
     for part, digest, source in (
         (path, expected_digest(path), SUMS_FILE),

@@ -211,13 +211,13 @@ class Trainer:
         trouble = f"{self.skipped.in_a_row} steps in a row up to {now.step} were not finite"
         if now.rollbacks >= limit:
             raise Diverged(f"{trouble}, after {limit} rollbacks (train.max_rollbacks)")
-        found = restore.newest(self.config)
+        found = restore.newest(self.config.run_dir)
         if found is None:
             raise Diverged(f"{trouble}, and there is no checkpoint to go back to")
         if found.manifest.step == self.rolled_back_to:
-            found = restore.newest(self.config, before=self.rolled_back_to) or found
+            found = restore.newest(self.config.run_dir, before=self.rolled_back_to) or found
         say(f"{trouble}: rolling back to step {found.manifest.step}")
-        self.state = restore.restore(self.config, found, self.engine)
+        self.state = restore.restore(self.config, found, self.engine).state
         self.rolled_back_to = self.last_started = self.last_saved = self.state.step
         phase = schedule.phase_at(self.config, self.state.step)
         if phase == self.phase:  # the data move on; an earlier phase's are read again

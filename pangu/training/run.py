@@ -20,7 +20,10 @@ from pangu.processes import PEER_LOST, last_step
 from pangu.training.resilience import Diverged, StopSignal, is_failed_collective, missing_ranks
 
 if TYPE_CHECKING:
+    from pangu.checkpoint.restore import Found
+    from pangu.checkpoint.run_state import RunState
     from pangu.training.loop import Trainer
+    from pangu.training.schedule import PhaseAt
 
 
 def run(config: Config, process: ProcessEnvironment) -> int:
@@ -127,10 +130,8 @@ def build_trainer(config: Config, stop: StopSignal) -> Trainer:
         ConfigError: the run cannot start from the checkpoint.
     """
     from pangu.checkpoint import restore
-    from pangu.checkpoint.run_state import RunState
     from pangu.engines.megatron import process_groups
     from pangu.engines.megatron.engine import MegatronEngine
-    from pangu.training import schedule
     from pangu.training.expert_load import LoadWindow
     from pangu.training.loop import Trainer, phase_datasets
     from pangu.training.metrics import MetricsFile
@@ -141,10 +142,7 @@ def build_trainer(config: Config, stop: StopSignal) -> Trainer:
     if first:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(config))
-    state = found.state if found else RunState()
-    phase = schedule.phase_at(config, state.step)
-    if state.step == phase.first_step:
-        state.consumed_sequences = 0  # those of the phase before, which ended there
+    state, phase = _start(config, found)
     datasets = phase_datasets(config, phase, state)
     if found:
         restore.refuse_other_tokenizer(config, found, datasets.tokenizer)
@@ -153,7 +151,11 @@ def build_trainer(config: Config, stop: StopSignal) -> Trainer:
         datasets.tokenizer.save(folder / "tokenizer")
     engine = MegatronEngine.build(config)
     if found:
-        restore.restore(config, found, engine)
+        found = restore.restore(config, found, engine)
+        if found.manifest.step != state.step:  # the newest could not be read after all
+            restore.refuse_other_model(config, found.path)
+            state, phase = _start(config, found)
+            datasets = phase_datasets(config, phase, state)
         process_groups.say(f"resuming from {found.path}")
         if changed := restore.describe_changes(config, found):
             process_groups.say(f"changed since that checkpoint: {changed}")
@@ -167,3 +169,15 @@ def build_trainer(config: Config, stop: StopSignal) -> Trainer:
         load=LoadWindow(folder, config.moe, active=first),
         stop=stop,
     )
+
+
+def _start(config: Config, found: Found | None) -> tuple[RunState, PhaseAt]:
+    """Where a run goes on from a checkpoint, or begins."""
+    from pangu.checkpoint.run_state import RunState
+    from pangu.training import schedule
+
+    state = found.state if found else RunState()
+    phase = schedule.phase_at(config, state.step)
+    if state.step == phase.first_step:
+        state.consumed_sequences = 0  # those of the phase before, which ended there
+    return state, phase
