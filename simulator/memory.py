@@ -19,6 +19,7 @@ from simulator.counts.vocabulary import embedding_gradient
 from simulator.hardware import ELEMENT_BYTES, Hardware
 from simulator.layout import SCHEDULES, Layout, StageContent, deal_layers, stage_content
 from simulator.parameters import (
+    LayerKind,
     LayerParameters,
     layer_parameters,
     mtp_extra,
@@ -272,11 +273,7 @@ def rank_memory(
     optimizer: Array = 0.0 if s.traits.swap_optimizer else sharded(1) * state
     if s.traits.transformer_engine:
         gradients = gradients + element * total(matrices.values())
-    largest = np.maximum(
-        blocks_parameters(blocks.dense, s, "dense"), blocks_parameters(blocks.moe, s, "moe")
-    )
-    # ZeRO-3: weights of this layer and the next one, gathered, and the gradient of one
-    gathered = np.where((layout.zero >= 3) & (shard > 1), 3 * element * largest, 0.0)
+    whole = whole_layers(s, blocks, contents)
     live = live_activations(layout, kept, contents, rank)
     head = total(content.head for content in contents)
     embeds = total(content.embedding for content in contents)
@@ -284,17 +281,32 @@ def rank_memory(
     at_embedding = embeds * embedding_gradient(s) - first
     temporary = np.maximum(kept.layer_peak, np.where(head > 0, kept.head_peak, 0.0))
     temporary = np.maximum(temporary, at_embedding)
-    return Memory(
-        weights, gradients, optimizer, live, temporary + gathered, communication_buffers(s)
-    )
+    return Memory(weights, gradients, optimizer, live, temporary + whole, communication_buffers(s))
 
 
-def blocks_parameters(counts: Counts | None, s: Shapes, kind: Any) -> Array:
-    """Parameters of one layer on a rank; 0 where the model has no such layer."""
-    if counts is None:
-        return 0.0
+def whole_layers(s: Shapes, blocks: Blocks, contents: list[StageContent]) -> Array:
+    """Bytes of what ZeRO shards but has in hand whole at a rank's fullest moment: at stage 3 the
+    weights of the layer that computes and of the next one, from stage 2 on the gradient of one.
+    A part without replicas (experts spread over all ranks) is not sharded, and so never gathered.
+    """
     layout = s.layout
-    return layer_parameters(s.model, s.moe, kind, layout.tp, layout.ep, layout.etp).total
+    mtp = total(content.mtp for content in contents)
+    largest: Array = 0.0
+    layers: Array = 0.0
+    kinds: tuple[LayerKind, ...] = ("dense", "moe")
+    for kind in kinds:
+        if getattr(blocks, kind) is None:
+            continue
+        count = total(getattr(content, kind) for content in contents)
+        count = count + (mtp if kind == mtp_kind(s.model) else 0)
+        held = layer_parameters(s.model, s.moe, kind, layout.tp, layout.ep, layout.etp)
+        dense = np.where(layout.dp * layout.cp > 1, held.dense, 0.0)
+        experts = np.where(layout.expert_dp > 1, held.experts, 0.0)
+        largest = np.maximum(largest, np.where(count > 0, dense + experts, 0.0))
+        layers = layers + count
+    copies = np.where(layout.zero >= 3, np.minimum(layers, 2), 0)
+    copies = copies + np.where(layout.zero >= 2, np.minimum(layers, 1), 0)
+    return copies * s.element * largest
 
 
 def _matrices(blocks: Blocks) -> dict[str, Array]:

@@ -25,6 +25,7 @@ from simulator.memory import (
     stage_contents,
     units_in_flight,
 )
+from simulator.ranks import pipeline_ranks
 
 GIB = 2**30
 
@@ -195,3 +196,25 @@ def test_swap_drops_what_recomputation_drops():
     swapped = block_activations(s, blocks(s)).moe
     assert float(before - swapped) == pytest.approx(4096 * 8 * 1344 * 2)
     assert np.ndim(swapped) == 0
+
+
+def temporary(zero: int, ep: int, devices: int) -> float:
+    """GiB that come and go on the fullest rank of Mixtral under TP4 CP2 PP2."""
+    sizes = {"tensor_model": 4, "context": 2, "pipeline_model": 2, "expert_model": ep}
+    layout = [f"parallel.{name}_parallel_size={size}" for name, size in sizes.items()]
+    layout += [f"devices={devices}", f"parallel.zero_stage={zero}", "backend.precision=bf16"]
+    memory = [rank.memory for rank in pipeline_ranks(load(["model=mixtral_8x7b", *layout]))]
+    return max(float(one.temporary) for one in memory) / GIB
+
+
+def test_what_has_no_replicas_is_never_gathered():
+    """Experts spread over all ranks of a stage are whole at every ZeRO stage: from 2 to 3 only
+    the dense part of two layers' weights is added; the gradient of one is there at both."""
+    model = load(["model=mixtral_8x7b"]).model
+    kv = 2 * model.num_query_groups * model.kv_channels
+    attention = model.hidden_size * (2 * model.hidden_size + kv) // 4
+    dense = attention + 2 * model.hidden_size + model.hidden_size * model.num_experts
+    expert = 3 * model.hidden_size * model.moe_ffn_hidden_size
+    for ep, devices, gathered in ((8, 16, dense), (4, 16, dense + 2 * expert)):
+        added = temporary(3, ep, devices) - temporary(2, ep, devices)
+        assert added == pytest.approx(2 * 2 * gathered / GIB)
