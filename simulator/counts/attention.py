@@ -6,7 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from simulator.counts.records import Counts, Message, Operator, Saved, Shapes, matmul, vector
+from simulator.counts.records import (
+    Counts,
+    Message,
+    Operator,
+    Saved,
+    Shapes,
+    matmul,
+    total,
+    vector,
+)
 from simulator.counts.tensor_parallel import after_row, before_column
 from simulator.counts.torch_kernels import norm, rope
 from simulator.parameters import attention_linears, qk_size, query_groups, v_size
@@ -155,7 +164,22 @@ def _core(s: Shapes) -> Counts:
         operators += vector("attention.core quantised", inputs * cast, values / element * cast)
     ring = np.where(layout.ring, 1, 0)
     keys_values = s.tokens * kv_heads * (qk + v) * element * (layout.cp - 1)
-    to_heads = s.tokens * (heads * qk + kv_heads * (qk + v)) * element
+    by_all_to_all = np.where((layout.cp > 1) & (ring == 0), 1, 0)
+    # Fewer key/value heads than ranks are repeated, so that each rank gets some.
+    common = np.gcd(np.asarray(kv_heads, dtype=int), np.asarray(layout.cp, dtype=int))
+    sent = kv_heads * np.where(by_all_to_all, layout.cp / common, 1)
+    exchanged = {
+        "queries": s.tokens * heads * qk * element,
+        "keys": s.tokens * sent * qk * element,
+        "values": s.tokens * sent * v * element,
+        "output": values,
+    }
+    to_heads = total(exchanged.values()) - values
+    # Each is put in order by rank before it is sent, and in order of positions on arrival.
+    rearranged = 4 * (to_heads + values)
+    operators += vector(
+        "attention.exchange copies", rearranged, rearranged, "core_attn", by_all_to_all
+    )
     messages = []
     for phase, back in (("forward", 1.0), ("input_gradient", 2.0)):
         again = "core_attn" if phase == "forward" else ""
@@ -170,30 +194,23 @@ def _core(s: Shapes) -> Counts:
                 again,
                 ring,
             ),
-            Message(
-                "attention heads",
-                phase,  # type: ignore[arg-type]
-                "all_to_all",
-                "cp",
-                to_heads,
-                "",
-                again,
-                1 - ring,
-            ),
-            Message(
-                "attention sequence",
-                phase,  # type: ignore[arg-type]
-                "all_to_all",
-                "cp",
-                values,
-                "",
-                again,
-                1 - ring,
+            *(
+                Message(
+                    f"attention {name}",
+                    phase,  # type: ignore[arg-type]
+                    "all_to_all",
+                    "cp",
+                    moved_bytes,
+                    "",
+                    again,
+                    by_all_to_all,
+                )
+                for name, moved_bytes in exchanged.items()
             ),
         ]
     # Exchanged by all-to-all, the output exists twice: by heads for attention's backward, and by
     # sequence as the input of the output projection.
-    twice = np.where((layout.cp > 1) & (ring == 0), values, 0.0)
+    twice = by_all_to_all * values
     saved = [
         Saved("attention.output", s.tokens * heads * v * element),
         Saved("attention.output by heads", twice, ("core_attn",)),

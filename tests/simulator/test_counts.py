@@ -264,3 +264,27 @@ def test_float8_attention_is_less_than_twice_as_fast():
     ]
     for phase in ("forward", "input_gradient"):
         assert bill[0][phase] / bill[1][phase] == pytest.approx(1.62, abs=0.02)
+
+
+def test_exchange_of_heads_counts_what_the_trainer_moves():
+    """Queries, keys, values and the output by an all-to-all each, copied before it and after it
+    (`pangu.model.attention`); four key/value heads on eight ranks are sent twice."""
+    layout = ["parallel.tensor_model_parallel_size=2", "parallel.context_parallel_size=8"]
+    layout += ["devices=16", "train.seq_length=4096", "backend.precision=bf16"]
+    config = load(["model=pangu_pro_moe", *layout])
+    counted = attention(shapes(config, from_config(config)))
+    tokens, head = 4096 // 8, 128 * 2  # bytes of a head in 16 bits
+    expected = {"queries": 20, "keys": 8, "values": 8, "output": 20}
+    for phase in ("forward", "input_gradient"):
+        sent = {
+            message.name.removeprefix("attention "): float(message.bytes)
+            for message in counted.messages
+            if message.group == "cp" and message.phase == phase and message.count
+        }
+        assert sent == {name: heads * tokens * head for name, heads in expected.items()}
+        (copies,) = (
+            operator.bytes * operator.count
+            for operator in counted.operators
+            if operator.name == "attention.exchange copies" and operator.phase == phase
+        )
+        assert copies == 4 * sum(sent.values())
