@@ -10,7 +10,7 @@ from configs.schema import Config
 from configs.violation import ConfigError, Violation
 from simulator.hardware import load_hardware
 from simulator.predict import Prediction, predict
-from simulator.search import SearchResult, search
+from simulator.search import search
 
 PER_TRILLION = 1e12
 JOULES_PER_MWH = 3.6e9
@@ -107,20 +107,12 @@ def _pair(
         else:
             result = search(config, pinned=pinned, top=1)
             if not result.choices:
-                return Pair(model, hardware, None, None, power, price, _hopeless(result))
+                return Pair(model, hardware, None, None, power, price, result.why_none)
             config, prediction = result.choices[0].config, result.choices[0].prediction
     except ConfigError as error:
         return Pair(model, hardware, None, None, power, price, _sentence(error.violations))
     reason = "" if prediction.fits else "does not fit the device's memory"
     return Pair(model, hardware, config, prediction, power, price, reason)
-
-
-def _hopeless(result: SearchResult) -> str:
-    """Why a search found nothing: memory, if any layout got as far as that."""
-    if result.evaluated:
-        return f"none of {result.evaluated:,} layouts fits the device's memory"
-    number, reason = max((number, reason) for reason, number in result.rejected.items())
-    return f"no layout works: {number:,} of {result.candidates:,} rejected because {reason}"
 
 
 def _sentence(violations: list[Violation]) -> str:

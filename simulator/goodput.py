@@ -21,6 +21,7 @@ import numpy as np
 from configs.violation import ConfigError, Violation
 
 Array = Any
+LEAST = 1e-3  # useful share below which there is nothing to plan
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,17 @@ def goodput(
     checkpoint_seconds: float,
     restart_seconds: float,
     interval_seconds: float | None = None,
+    write_seconds: float = 0.0,
 ) -> Goodput:
     """Useful share of wall time, with the best checkpoint interval unless one is given.
 
     `checkpoint_seconds` is how long training stands still for one checkpoint (with asynchronous
-    saving, only the copy to host memory).
+    saving, only the copy to host memory), `write_seconds` how long it is then written beside
+    training: until it is, a failure falls back to the one before, so that on average as much more
+    work is done again, and the next one waits for it.
 
     Raises:
-        ConfigError: with every time or number that cannot be.
+        ConfigError: with every time or number that cannot be, or leaves no time for work.
     """
     given = {
         "devices": devices,
@@ -64,21 +68,34 @@ def goodput(
         given["interval_seconds"] = interval_seconds
     wrong = [
         Violation(name, value, "must be a positive, finite number")
-        for name, value in given.items()
-        if not np.all(np.isfinite(value) & (np.asarray(value) > 0))
+        for name, values in given.items()
+        for value in np.ravel(values).tolist()
+        if not (np.isfinite(value) and value > 0)
     ]
+    if not np.isfinite(write_seconds) or write_seconds < 0:
+        wrong.append(Violation("write_seconds", write_seconds, "must be finite and not negative"))
     if wrong:
         raise ConfigError(wrong)
     devices = np.asarray(devices, dtype=float)
     mtbf = device_mtbf_hours * 3600.0 / devices
     cost, restart = checkpoint_seconds, restart_seconds
-    best = best_interval(mtbf, cost)
+    with np.errstate(over="ignore", invalid="ignore"):
+        best = np.maximum(best_interval(mtbf, cost), write_seconds)
     interval = best if interval_seconds is None else np.full(mtbf.shape, interval_seconds)
-    expected = expected_seconds(mtbf, interval, cost, restart)
-    useful = interval / expected
-    saving = cost / expected
-    failed = np.expm1((interval + cost) / mtbf)  # attempts per interval that end in a failure
-    restarting = failed * mtbf * np.expm1(restart / mtbf) / expected
+    if np.any(interval < write_seconds):
+        reason = f"a checkpoint takes {write_seconds:.3g} s to write, longer than this"
+        raise ConfigError([Violation("interval_seconds", interval_seconds, reason)])
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = expected_seconds(mtbf, interval, cost, restart + write_seconds)
+        useful = interval / expected
+        saving = cost / expected
+        failed = np.expm1((interval + cost) / mtbf)  # attempts per interval that end in a failure
+        restarting = failed * mtbf * np.expm1(restart / mtbf) / expected
+    if not np.all(np.isfinite(expected) & (useful >= LEAST)):
+        reason = f"devices then fail so often that less than {LEAST:.1%} of the time is useful:"
+        reason += f" {mtbf.min():.3g} s between failures, {cost:.3g} s a checkpoint,"
+        reason += f" {restart:.3g} s a restart"
+        raise ConfigError([Violation("device_mtbf_hours", device_mtbf_hours, reason)])
     return Goodput(
         devices=devices,
         mtbf=mtbf,
@@ -115,6 +132,12 @@ def daly_interval(mtbf: Array, cost: Array) -> Array:
     ratio = cost / (2.0 * mtbf)
     estimate = np.sqrt(2.0 * cost * mtbf) * (1.0 + np.sqrt(ratio) / 3.0 + ratio / 9.0) - cost
     return np.where(ratio < 1.0, estimate, mtbf)
+
+
+def checkpoint_bytes(parameters: float, element: float) -> float:
+    """Bytes of one checkpoint: every weight once, with float32 master weight and Adam's two
+    moments."""
+    return parameters * (element + 12.0)
 
 
 def checkpoint_seconds(held: float, link_gbps: float) -> float:

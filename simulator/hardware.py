@@ -193,6 +193,7 @@ class Hardware:
     evidence: dict[str, str]
     devices_per_node: Ranks = 8
     host_link_gbps: NotNegative = 0.0  # GB/s to host memory, one way per device; 0 = unknown
+    storage_gbps: NotNegative = 0.0  # GB/s that each device writes when all do; 0 = unknown
     sequential_collectives: bool = False
     communicator_buffer_mb: NotNegative = 200.0
     process_base_bytes: NotNegative = 0.0

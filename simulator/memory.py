@@ -33,9 +33,10 @@ Array = Any
 RESERVED_FRACTION = 0.04
 
 
-def fits(hw: Hardware, peak: Array, outside: Array) -> Array:
-    """Whether a peak of the allocator and what lies outside it (bytes) fit the device."""
-    return peak * (1 + RESERVED_FRACTION) + outside <= hw.memory_bytes
+def fits(hw: Hardware, peak: Array, outside: Array, margin: float = 0.0) -> Array:
+    """Whether a peak of the allocator and what lies outside it (bytes) fit the device, also where
+    the peak turns out higher by the part `margin`."""
+    return peak * (1 + margin) * (1 + RESERVED_FRACTION) + outside <= hw.memory_bytes
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,9 @@ from simulator.layout import Layout
 from simulator.memory import fits
 from simulator.predict import Prediction, predict
 
+# What a recommended peak may turn out higher by: forecasts of this trainer's peaks were up to 5 %
+# low (docs/simulator.md).
+MARGIN = 0.05
 CHUNK = 16_384  # layouts evaluated at once: arrays that stay in a core's cache
 MOST = 20_000_000  # evaluations whose results fit into memory and an evening's patience
 PARALLEL_ABOVE = 100_000  # evaluations that are worth a second process
@@ -51,7 +54,8 @@ class Choice:
 @dataclass(frozen=True)
 class SearchResult:
     """Outcome of a search. `rejected` counts candidates by the first reason against them,
-    `evaluated` those that were counted and priced in full."""
+    `evaluated` those that were counted and priced in full, `least_gib` is the smallest of their
+    peaks (infinite where there is none)."""
 
     choices: list[Choice]
     pareto: list[Choice]
@@ -62,6 +66,20 @@ class SearchResult:
     seconds: float
     throughput: np.ndarray = field(repr=False)  # of every fitting candidate
     peak_gib: np.ndarray = field(repr=False)
+    least_gib: float = np.inf
+    memory_gib: float = 0.0  # of a device
+
+    @property
+    def why_none(self) -> str:
+        """Why no layout is left: memory, if any got as far as that."""
+        if self.evaluated:
+            return (
+                f"none of {self.evaluated:,} layouts fits: the smallest peak is"
+                f" {self.least_gib:.1f} of {self.memory_gib:.1f} GiB"
+            )
+        most = max(self.rejected, key=lambda reason: self.rejected[reason])
+        number = self.rejected[most]
+        return f"no layout works: {number:,} of {self.candidates:,} rejected because {most}"
 
 
 def _refuse_layout(config: Config, pinned: frozenset[str]) -> None:
@@ -88,6 +106,8 @@ def search(
 ) -> SearchResult:
     """Rank the layouts of `config.devices` devices for its model and global batch.
 
+    A layout is offered if it fits with `MARGIN` to spare.
+
     Args:
         pinned: configuration keys that keep their value.
         everything: also what only the simulator plans (every schedule, ZeRO stage and way of
@@ -109,8 +129,11 @@ def search(
     _refuse_too_many(count)
     considered = count + sum(rejected.values())
     step, peak, outside = _evaluate_all(config, structures, policies, progress)
-    fitting = fits(load_hardware(config.hardware), peak, outside)
-    rejected["needs more memory than the device has"] = int(count - fitting.sum())
+    hardware = load_hardware(config.hardware)
+    fitting = fits(hardware, peak, outside, MARGIN)
+    rejected[f"needs more memory than the device has, {MARGIN:.0%} kept as margin"] = int(
+        count - fitting.sum()
+    )
     order = np.flatnonzero(fitting)
     order = order[np.argsort(step[order], kind="stable")]
     tokens = config.train.global_batch_size * config.train.seq_length
@@ -134,6 +157,8 @@ def search(
         time.perf_counter() - start,
         throughput[fitting],
         peak[fitting] / 2**30,
+        float(peak.min(initial=np.inf)) / 2**30,
+        hardware.memory_gib,
     )
 
 

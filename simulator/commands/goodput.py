@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,6 +17,13 @@ SIZES = "1024,4096,16384,32768,65536,100000"
 # No failure rate is known to hold elsewhere: a range to read the effect from, one decade wide.
 HOURS = "10000,30000,100000"
 CHECKPOINT_SECONDS = 30.0
+OPTIONS = {
+    "devices": "--devices",
+    "device_mtbf_hours": "--mtbf-hours",
+    "checkpoint_seconds": "--checkpoint-seconds",
+    "restart_seconds": "--restart-seconds",
+    "interval_seconds": "--interval-seconds",
+}
 
 
 def goodput(
@@ -23,7 +31,8 @@ def goodput(
         list[str] | None,
         typer.Argument(
             help="model=… hardware=… devices=N …: a run, for its useful tokens/s; its checkpoint"
-            " stands still for the copy of weights and optimizer state to the host."
+            " stands still for the copy of weights and optimizer state to the host, and is then"
+            " written at hardware.storage_gbps (GB/s per device)."
         ),
     ] = None,
     devices: Annotated[
@@ -53,57 +62,57 @@ def goodput(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Useful share of wall time from failures, checkpoints and restarts."""
-    run, copying = _run(overrides, devices) if overrides else (None, None)
+    run = _run(overrides, devices) if overrides else None
     if run:
-        devices = str(run.devices)
+        devices = str(run.forecast.devices)
+    copying = run.copy_seconds if run else None
     costs = (checkpoint_seconds, copying, CHECKPOINT_SECONDS)
     cost = next(seconds for seconds in costs if seconds is not None)
     sizes, hours = _numbers("--devices", devices or SIZES), _numbers("--mtbf-hours", mtbf_hours)
-    rows = _rows(sizes, hours, cost, restart_seconds, interval_seconds)
+    written = run.write_seconds if run else 0.0
+    rows = _rows(sizes, hours, (cost, restart_seconds, interval_seconds, written))
     if run:
         for row in rows:
-            row["tokens_per_second"] = run.tokens_per_second * row["goodput"]
+            row["tokens_per_second"] = run.forecast.tokens_per_second * row["goodput"]
     if as_json:
-        print(json.dumps({"rows": rows, "checkpoint_seconds": cost}))
+        fits = {"fits": run.forecast.fits} if run else {}
+        found = {"rows": rows, "checkpoint_seconds": cost, "write_seconds": written}
+        print(json.dumps(found | fits))
         return
-    _table(rows, run)
+    _table(rows, run.forecast if run else None)
     console = wide_console()
     console.print(f"a checkpoint costs {cost:.3g} s, a restart {restart_seconds:g} s")
     if run and cost == copying:
         console.print("the cost is the copy to the host; a checkpoint is written until the next")
+    if run and run.write_seconds:
+        console.print(f"writing {run.written_gib:,.0f} GiB takes {run.write_seconds:.3g} s")
+    elif run:
+        console.print("how long writing takes is not known: hardware.storage_gbps=GB/s per device")
     if mtbf_hours == HOURS:
         console.print("no failure rate given: a range; --mtbf-hours takes your cluster's")
 
 
-def _rows(
-    sizes: list[float], hours: list[float], cost: float, restart: float, interval: float | None
-) -> list[dict[str, Any]]:
-    """One row for each mean time between failures and number of devices."""
-    import numpy as np
+@dataclass(frozen=True)
+class Run:
+    """The forecast of a run and of its checkpoint: GiB, seconds of copying it to the host (None
+    where nobody knows how fast the devices reach it) and of writing it (0: likewise)."""
 
-    from simulator.goodput import goodput as expected
-
-    rows = []
-    for mean in hours:
-        result = expected(np.array(sizes), mean, cost, restart, interval)
-        columns = {name: np.asarray(value).tolist() for name, value in vars(result).items()}
-        rows += [
-            {"device_mtbf_hours": mean, **dict(zip(columns, values, strict=True))}
-            for values in zip(*columns.values(), strict=True)
-        ]
-    return rows
+    forecast: Prediction
+    written_gib: float
+    copy_seconds: float | None
+    write_seconds: float
 
 
-def _run(overrides: list[str], devices: str | None) -> tuple[Prediction, float | None]:
-    """The forecast of a run, and how long its devices copy a checkpoint to the host; None where
-    nobody knows how fast they reach it.
+def _run(overrides: list[str], devices: str | None) -> Run:
+    """What the keys `overrides` describe.
 
     Raises:
         ConfigError: with everything wrong with the run, or the number of devices said twice.
     """
     from configs.violation import ConfigError, Violation
-    from simulator.goodput import checkpoint_seconds
+    from simulator.goodput import checkpoint_bytes, checkpoint_seconds
     from simulator.hardware import load_hardware
+    from simulator.parameters import count_parameters
     from simulator.predict import predict
 
     if devices is not None:
@@ -111,9 +120,45 @@ def _run(overrides: list[str], devices: str | None) -> tuple[Prediction, float |
         raise ConfigError([Violation("--devices", devices, reason)])
     config = load_plan(overrides)
     run = predict(config)
-    link = load_hardware(config.hardware).host_link_gbps
+    hardware = load_hardware(config.hardware)
+    link, storage = hardware.host_link_gbps, hardware.storage_gbps * run.devices
     held = max(float(s.memory.weights) + float(s.memory.optimizer) for s in run.stages)
-    return run, checkpoint_seconds(held, link) if link else None
+    written = checkpoint_bytes(count_parameters(config).allocated, 2.0)
+    return Run(
+        run,
+        written / 2**30,
+        checkpoint_seconds(held, link) if link else None,
+        checkpoint_seconds(written, storage) if storage else 0.0,
+    )
+
+
+def _rows(
+    sizes: list[float], hours: list[float], seconds: tuple[float, float, float | None, float]
+) -> list[dict[str, Any]]:
+    """One row for each mean time between failures and number of devices; `seconds` of a
+    checkpoint, a restart, an interval and of writing.
+
+    Raises:
+        ConfigError: mistakes, under the names of the options.
+    """
+    import numpy as np
+
+    from configs.violation import ConfigError
+    from simulator.goodput import goodput as expected
+
+    rows = []
+    for mean in hours:
+        try:
+            result = expected(np.array(sizes), mean, *seconds)
+        except ConfigError as error:
+            renamed = [replace(v, key=OPTIONS.get(v.key, v.key)) for v in error.violations]
+            raise ConfigError(renamed) from None
+        columns = {name: np.asarray(value).tolist() for name, value in vars(result).items()}
+        rows += [
+            {"device_mtbf_hours": mean, **dict(zip(columns, values, strict=True))}
+            for values in zip(*columns.values(), strict=True)
+        ]
+    return rows
 
 
 def _table(rows: list[dict[str, Any]], run: Prediction | None) -> None:

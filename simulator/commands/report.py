@@ -36,7 +36,7 @@ def report(
         bar = progress_bar("evaluating layouts", quiet=as_json)
         found = find(config, pinned=pinned, progress=bar)
         if not found.choices:
-            raise ConfigError([Violation("search", f"{found.candidates:,} layouts", "none fits")])
+            raise ConfigError([Violation("devices", config.world_size, found.why_none)])
         config, prediction = found.choices[0].config, found.choices[0].prediction
     else:
         config = load_plan(overrides)

@@ -53,9 +53,10 @@ def search(
         print(json.dumps(to_json(result)))
     else:
         _show(result)
+    if not result.choices:
+        hint = "more devices, or pin fewer sizes"
+        raise ConfigError([Violation("devices", config.world_size, result.why_none, hint)])
     if emit:
-        if not result.choices:
-            raise ConfigError([Violation("search", emit, "nothing fits, so nothing to write")])
         from simulator.emit import experiment, launch_flags
 
         best = result.choices[0].config
@@ -100,6 +101,8 @@ _AT_ONE = ["parallel=single", "train.micro_batch_size=1"]
 
 
 def to_json(result: SearchResult) -> dict[str, Any]:
+    from simulator.search import MARGIN
+
     best = _entry(result.choices[0]) if result.choices else {}
     return {
         **{key: best.get(key) for key in _FIGURES},
@@ -107,6 +110,7 @@ def to_json(result: SearchResult) -> dict[str, Any]:
         "seconds": result.seconds,
         "candidates": result.candidates,
         "fitting": result.fitting,
+        "memory_margin": MARGIN,
         "rejected": result.rejected,
         "ranking": [_entry(choice) for choice in result.choices],
         "pareto": [_entry(choice) for choice in result.pareto],
@@ -129,16 +133,18 @@ def _entry(choice: Choice) -> dict[str, Any]:
 
 
 def _show(result: SearchResult) -> None:
+    from simulator.search import MARGIN
+
     console = wide_console()
     rate = result.evaluated / max(result.seconds, 1e-9)
     console.print(
         f"{result.candidates:,} candidates, {result.evaluated:,} evaluated in"
-        f" {result.seconds:.1f} s ({rate:,.0f}/s), {result.fitting:,} fit"
+        f" {result.seconds:.1f} s ({rate:,.0f}/s), {result.fitting:,} fit with {MARGIN:.0%} of"
+        " their peak to spare"
     )
     for reason, count in sorted(result.rejected.items(), key=lambda item: -item[1]):
         console.print(f"  {count:>12,} rejected because {reason}")
     if not result.choices:
-        console.print("[red]no layout fits[/]")
         return
     console.print(_table("fastest layouts", result.choices))
     console.print(_table("Pareto front: throughput against memory", result.pareto))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from configs.compose import load
+from simulator.counts.attention import attention
 from simulator.counts.layer import blocks, layer
 from simulator.counts.moe import distinct_nodes, moe
 from simulator.counts.records import Counts, shapes

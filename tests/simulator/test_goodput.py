@@ -6,8 +6,10 @@ import sys
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from configs.violation import ConfigError
+from simulator.__main__ import application
 from simulator.goodput import best_interval, daly_interval, expected_seconds, goodput
 
 
@@ -102,3 +104,48 @@ def test_a_run_gives_its_checkpoint_and_its_useful_tokens() -> None:
 def test_impossible_inputs_are_named_together() -> None:
     with pytest.raises(ConfigError, match=r"(?s)devices=0.*restart_seconds=nan"):
         goodput(0, 1000.0, 1.0, float("nan"))
+
+
+def written_in_background(
+    mtbf: float, interval: float, cost: float, restart: float, write: float
+) -> float:
+    """Useful share with failures drawn one by one, where a checkpoint counts once it is written,
+    `write` seconds after training went on."""
+    rng = np.random.default_rng(5)
+    clock = useful = 0.0
+    for _ in range(40_000):
+        done = (rng.exponential(mtbf)) / (interval + cost)  # intervals until the failure
+        whole = int(done)
+        clock += done * (interval + cost) + restart
+        safe = whole if (done - whole) * (interval + cost) >= write else max(whole - 1, 0)
+        useful += safe * interval
+    return useful / clock
+
+
+def test_a_checkpoint_counts_once_it_is_written() -> None:
+    """Restarts are short here, so that none is itself interrupted."""
+    result = goodput(10.0, 100_000 / 3600, 3.0, 5.0, interval_seconds=300.0, write_seconds=200.0)
+    drawn = written_in_background(10_000.0, 300.0, 3.0, 5.0, 200.0)
+    assert result.goodput == pytest.approx(drawn, abs=0.003)
+    whole = result.goodput + result.checkpointing + result.lost_work + result.restarting
+    assert whole == pytest.approx(1.0)
+    # Left to choose, the next checkpoint waits until this one is written.
+    assert goodput(10.0, 100_000 / 3600, 3.0, 5.0, write_seconds=900.0).interval == 900.0
+    with pytest.raises(ConfigError, match="takes 200 s to write, longer than this"):
+        goodput(10.0, 28.0, 3.0, 5.0, interval_seconds=60.0, write_seconds=200.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--devices", "0"], "--devices=0.0: must be a positive, finite number"),
+        (["--devices", "8,1e400"], "--devices=inf: must be"),
+        (["--restart-seconds", "-1"], "--restart-seconds=-1.0: must be"),
+        (["--mtbf-hours", "1e-9"], "--mtbf-hours=1e-09: devices then fail so often"),
+        (["--checkpoint-seconds", "1e12"], "--mtbf-hours=10000.0: devices then fail so often"),
+    ],
+)
+def test_nonsense_is_a_sentence(arguments, sentence) -> None:
+    done = CliRunner().invoke(application(["goodput"]), ["goodput", *arguments])
+    assert isinstance(done.exception, ConfigError)  # `main` prints it and exits with 2
+    assert str(done.exception).startswith(sentence)
