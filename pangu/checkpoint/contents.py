@@ -27,7 +27,7 @@ from pangu.checkpoint import model_files
 from pangu.checkpoint.manifest import DamagedCheckpoint
 from pangu.checkpoint.tensor_files import WeightsError
 from pangu.engines.megatron import safe_reader
-from pangu.engines.megatron.process_groups import from_rank_0
+from pangu.engines.ranks import from_rank_0
 from pangu.engines.state_parts import MAIN, MOMENTS, Part
 
 Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory

@@ -25,7 +25,7 @@ from pangu.checkpoint.run_state import RunState
 from pangu.data.tokenizer import INFO_FILE, Tokenizer
 from pangu.engines import state_parts
 from pangu.engines.contract import Engine
-from pangu.engines.megatron.process_groups import from_rank_0, say
+from pangu.engines.ranks import from_rank_0, say
 
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer"

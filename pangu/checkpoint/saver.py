@@ -40,7 +40,7 @@ from pangu.checkpoint.run_state import RunState
 from pangu.data.tokenizer import Tokenizer
 from pangu.engines import state_parts
 from pangu.engines.contract import Engine
-from pangu.engines.megatron.process_groups import from_rank_0, say
+from pangu.engines.ranks import from_rank_0, say
 from pangu.engines.state_parts import Part
 from pangu.processes import die_with_parent
 

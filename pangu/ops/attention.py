@@ -60,6 +60,12 @@ def attention_reference(
     return torch.einsum("bnst,tbne->sbne", probs, value)
 
 
+def _as_wide(value: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Values filled up with zeros to the query's head size: fused kernels want one (MLA: two)."""
+    missing = query.size(3) - value.size(3)
+    return F.pad(value, (0, missing)) if missing else value
+
+
 def attention_sdpa(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -75,8 +81,7 @@ def attention_sdpa(
     if not causal and (queries > 1 or document_ids is not None):
         mask = visible(queries, keys, document_ids, query.device)
     width = value.size(3)
-    if width != query.size(3):  # the flash kernels want one head size (MLA has two)
-        value = F.pad(value, (0, query.size(3) - width))
+    value = _as_wide(value, query)
     out = F.scaled_dot_product_attention(
         query.permute(1, 2, 0, 3),
         key.permute(1, 2, 0, 3),
@@ -102,8 +107,7 @@ def attention_npu(
 
     queries, keys = query.size(0), key.size(0)
     width = value.size(3)
-    if width != query.size(3):
-        value = F.pad(value, (0, query.size(3) - width))
+    value = _as_wide(value, query)
     hidden = ~visible(queries, keys, document_ids, query.device)  # True = masked out
     out = torch_npu.npu_fusion_attention(
         query.permute(1, 2, 0, 3).contiguous(),

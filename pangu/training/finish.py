@@ -13,7 +13,7 @@ from megatron.core.utils import unwrap_model
 from configs.schema import Config
 from pangu.data.datasets import Datasets, sequences_held, token_rows
 from pangu.data.ngram import NgramModels
-from pangu.engines.megatron.process_groups import say
+from pangu.engines.ranks import say
 from pangu.inference.decode import NotFinite, generate, obstacle
 from pangu.inference.sampling import Sampler
 from pangu.report.run_files import BASELINES, SAMPLE, replace_text

@@ -16,7 +16,7 @@ from pangu.checkpoint.run_state import RunState
 from pangu.checkpoint.saver import Saved, Saver
 from pangu.data.datasets import Datasets, batches, build_datasets, sequences_held
 from pangu.engines.contract import Batch, Engine, StepShape
-from pangu.engines.megatron.process_groups import say
+from pangu.engines.ranks import say
 from pangu.moe.load import read_expert_bias, read_load
 from pangu.report.run_files import read_metrics
 from pangu.training import schedule

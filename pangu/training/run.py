@@ -16,6 +16,7 @@ from configs.violation import ConfigError, Violation
 from launch import port
 from launch.environment import ProcessEnvironment
 from pangu.engines.megatron.fitting import select_backend
+from pangu.engines.ranks import say
 from pangu.processes import PEER_LOST, last_step
 from pangu.training.resilience import Diverged, StopSignal, is_failed_collective, missing_ranks
 
@@ -59,10 +60,10 @@ def run(config: Config, process: ProcessEnvironment) -> int:
         if trainer.state.step >= config.train.steps:
             finish(trainer)
         if code:
-            process_groups.say(trainer.lost())
+            say(trainer.lost())
         return code
     except Diverged as error:
-        process_groups.say(f"the run has diverged: {error}")
+        say(f"the run has diverged: {error}")
         return 3
     except RuntimeError as error:
         if str(error).startswith("DataLoader worker"):
@@ -130,7 +131,6 @@ def build_trainer(config: Config, stop: StopSignal) -> Trainer:
         ConfigError: the run cannot start from the checkpoint.
     """
     from pangu.checkpoint import restore
-    from pangu.engines.megatron import process_groups
     from pangu.engines.megatron.engine import MegatronEngine
     from pangu.training.expert_load import LoadWindow
     from pangu.training.loop import Trainer, phase_datasets
@@ -156,9 +156,9 @@ def build_trainer(config: Config, stop: StopSignal) -> Trainer:
             restore.refuse_other_model(config, found.path)
             state, phase = _start(config, found)
             datasets = phase_datasets(config, phase, state)
-        process_groups.say(f"resuming from {found.path}")
+        say(f"resuming from {found.path}")
         if changed := restore.describe_changes(config, found):
-            process_groups.say(f"changed since that checkpoint: {changed}")
+            say(f"changed since that checkpoint: {changed}")
     return Trainer(
         config=config,
         engine=engine,
