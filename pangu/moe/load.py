@@ -84,7 +84,7 @@ def read_expert_bias(chunks: Sequence[torch.nn.Module]) -> dict[int, list[float]
     A collective over the whole world.
     """
     config = get_model_config(chunks[0])
-    if not config.moe_router_enable_expert_bias:
+    if not config.num_moe_experts or not config.moe.expert_bias:
         return {}
     layers = config.num_layers + (config.mtp_num_layers or 0)
     # Each rank's copies, and how many they are.
