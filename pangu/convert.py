@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,14 @@ import typer
 from pangu.command_line import run
 
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
+
+
+class Dtype(StrEnum):
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
 Out = Annotated[Path, typer.Option("--out", help="a new folder")]
 
 
@@ -30,13 +39,18 @@ def import_(
 
 @app.command()
 def export(
-    path: Annotated[Path, typer.Argument(help="a folder that import or compress wrote")],
+    path: Annotated[Path, typer.Argument(help="a run, a checkpoint, or what import wrote")],
     out: Out,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="of the weights; left out, as they are stored")
+    ] = None,
 ) -> None:
-    """A folder of ours becomes a Hugging Face model: safetensors, config.json, tokenizer."""
+    """A model of ours becomes a Hugging Face one: safetensors, config.json, tokenizer."""
+    import torch
+
     from pangu.weights.convert import export_model
 
-    kind = export_model(path, out, _bar)
+    kind = export_model(path, out, _bar, getattr(torch, dtype.value) if dtype else None)
     print(f"{kind.name} is in {out}")
 
 

@@ -14,6 +14,9 @@ import torch
 from configs.compose import load, read_file
 from configs.schema import Config
 from configs.violation import ConfigError
+from pangu.checkpoint import manifest, model_files
+from pangu.checkpoint.restore import CHECKPOINTS
+from pangu.checkpoint.run_tensors import RunTensors
 from pangu.checkpoint.tensor_files import Safetensors, Source, WeightsError, read_json
 from pangu.data import DataError
 from pangu.data.tokenizer import load_tokenizer
@@ -121,35 +124,57 @@ def _keep_tokenizer(kept: Path, target: Path, fields: architectures.Fields) -> N
             return
 
 
-def export_model(path: Path, out: Path, progress: Progress = iter) -> Architecture:
-    """Write a folder of ours as a Hugging Face model; see `import_model`.
+def export_model(
+    path: Path, out: Path, progress: Progress = iter, dtype: torch.dtype | None = None
+) -> Architecture:
+    """Write a folder of ours, or the newest sound checkpoint of a run, as a Hugging Face model; see
+    `import_model`. Floating-point weights become `dtype`, or stay as they are stored.
 
     Raises:
         WeightsError: it is no folder of ours, or no class of Hugging Face computes its model.
     """
+    path = _whole_checkpoint(path)
     try:
         config = read_file(path / model_folder.CONFIG, "model")
     except ConfigError as error:
         raise WeightsError(str(error)) from None
-    source = Safetensors(path)
-    kept = path / model_folder.HUGGING_FACE
+    source: Source = Safetensors(path) if model_files.holds_model(path) else RunTensors(path)
     fields = architectures.fields_of(config)
     kind = ARCHITECTURES[fields["architectures"][0]]
     wanted = tensor_names.links(config, kind)
     _account_ours(wanted, source, path)
     with ModelFolder(out) as folder:
-        dtypes = set()
+        written = set()
         for link in progress(wanted):
             whole = source.read(link.ours)
-            dtypes.add(whole.dtype)
+            # The balancing bias moves in steps that 16 bits do not hold.
+            if dtype is not None and not link.ours.endswith("expert_bias"):
+                whole = whole.to(dtype)
+            written.add(whole.dtype)
             for name, part in zip(link.theirs, link.split(whole), strict=True):
                 # The parts may share one storage, which a file would hold as often.
                 folder.add(name, part.clone())
         folder.finish()
-        if kept.is_dir():
-            model_folder.copy_companions(kept, folder.partial)
-        _write_config(folder.partial / "config.json", fields, dtypes)
+        _write_companions(path, folder.partial)
+        _write_config(folder.partial, fields, written)
     return kind
+
+
+def _whole_checkpoint(path: Path) -> Path:
+    """The folder itself, or the newest sound checkpoint of a run."""
+    if (path / manifest.MANIFEST).is_file():
+        folders = [path]
+    elif (folders := manifest.complete(path / CHECKPOINTS)) == []:
+        raise WeightsError(f"{path} is no folder of a model and no run with a checkpoint")
+    wrong = []
+    for folder in folders:
+        try:
+            if not (damage := manifest.damage(folder, manifest.read(folder))):
+                return folder
+            wrong += damage
+        except manifest.DamagedCheckpoint as error:
+            wrong.append(str(error))
+    raise WeightsError(f"{path} has no sound checkpoint: {'; '.join(wrong)}")
 
 
 def _account_ours(wanted: list[Link], source: Source, path: Path) -> None:
@@ -159,13 +184,22 @@ def _account_ours(wanted: list[Link], source: Source, path: Path) -> None:
         raise WeightsError(f"{path} does not hold the model of its config.yaml: see {odd}")
 
 
-def _write_config(file: Path, fields: architectures.Fields, dtypes: set[torch.dtype]) -> None:
+def _write_companions(path: Path, target: Path) -> None:
+    """Tokenizer and settings as they came, or the run's own tokenizer."""
+    if (kept := path / model_folder.HUGGING_FACE).is_dir():
+        model_folder.copy_companions(kept, target)
+    elif (path / model_folder.TOKENIZER).is_dir():
+        model_folder.copy_companions(path / model_folder.TOKENIZER, target)
+
+
+def _write_config(folder: Path, fields: architectures.Fields, written: set[torch.dtype]) -> None:
     """Our fields over those that the model came with, which hold more (token ids, …)."""
+    file = folder / "config.json"
     before = read_json(file) if file.is_file() else {}
     if before.get("architectures") != fields["architectures"]:
         before = {key: before[key] for key in before if key.endswith("_token_id")}
     theta = {"rope_type": "default", "rope_theta": fields["rope_theta"]}
-    widths = sorted(dtypes, key=lambda dtype: dtype.itemsize)
-    dtype = str(widths[0]).removeprefix("torch.") if widths else "float32"
+    # Of a model with a float32 balancing bias, what the rest is in.
+    dtype = str(min(written, key=lambda one: one.itemsize)).removeprefix("torch.")
     merged = before | fields | {"rope_parameters": theta, "dtype": dtype, "torch_dtype": dtype}
     file.write_text(json.dumps(merged, indent=1) + "\n")

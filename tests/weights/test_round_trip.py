@@ -2,8 +2,11 @@
 itself: logits of ours equal theirs, and what goes out is what came in, to the last bit."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import checkpoint_runs
+import gloo
 import pytest
 import torch
 from gloo import single
@@ -18,11 +21,13 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from configs.compose import read_file
+from configs.compose import load, read_file
+from configs.schema import LaunchConfig, ParallelConfig
 from pangu.checkpoint import restore
 from pangu.checkpoint.tensor_files import Safetensors, WeightsError
 from pangu.convert import main
 from pangu.model.build import build_model
+from pangu.weights.architectures import fields_of
 from pangu.weights.convert import export_model, import_model
 
 COMMON = {
@@ -81,9 +86,13 @@ def save_theirs(name: str, folder: Path, dtype: torch.dtype = torch.float32):
     return model
 
 
-def load_ours(folder: Path):
+def one_process(config):
+    return replace(config, parallel=ParallelConfig(), launch=LaunchConfig())
+
+
+def load_ours(folder: Path, config=None):
     single()
-    chunks, _ = build_model(read_file(folder / "config.yaml", "model"))
+    chunks, _ = build_model(config or read_file(folder / "config.yaml", "model"))
     restore.load_model(folder, chunks)
     return chunks[0].eval()
 
@@ -243,6 +252,34 @@ def test_pangu_pro_under_its_released_names(tmp_path):
     assert all(torch.equal(back.read(key), value) for key, value in tensors.items())
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["parallel.expert_model_parallel_size=2"],
+        ["parallel.pipeline_model_parallel_size=2", "parallel.zero_stage=0"],
+        ["parallel.tensor_model_parallel_size=2"],
+    ],
+)
+def test_what_two_ranks_trained_goes_out_whole(layout, tmp_path):
+    """Every expert of every rank, in its place: logits of the exported model in plain torch are
+    those of the run's own checkpoint, read by one process."""
+    overrides = ["train.steps=2", "model.add_qkv_bias=true", "model.num_layers=2"]
+    overrides += ["model.add_attention_output_bias=true", "model.tie_embeddings=false", *layout]
+    gloo.run(2, checkpoint_runs.train, tmp_path / "run", overrides)
+    export_model(tmp_path / "run", tmp_path / "out")
+    config = read_file(tmp_path / "run" / "config.yaml", "model")
+    ours = load_ours(tmp_path / "run" / "checkpoints" / "step_00000002", one_process(config))
+    import_model(tmp_path / "out", tmp_path / "back")
+    back = load_ours(tmp_path / "back")
+    assert torch.equal(logits_of_ours(back), logits_of_ours(ours))
+    theirs = Safetensors(tmp_path / "out")
+    for number, layer in enumerate(ours.decoder.layers):
+        for expert in range(8):
+            name = f"model.layers.{number}.mlp.experts.{expert}.up_proj.weight"
+            assert torch.equal(theirs.read(name), layer.mlp.experts.w1[expert, :, 1].t())
+
+
 def damage_shard(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -322,10 +359,7 @@ def test_a_folder_that_exists_is_left_alone(tmp_path, capsys):
     assert (tmp_path / "ours" / "precious").read_text() == "mine"
 
 
-def test_a_model_that_no_class_computes_is_refused(tmp_path):
-    save_theirs("llama", tmp_path / "theirs")
-    import_model(tmp_path / "theirs", tmp_path / "ours")
-    file = tmp_path / "ours" / "config.yaml"
-    file.write_text(file.read_text().replace("sandwich_norm: false", "sandwich_norm: true"))
+def test_a_model_that_no_class_computes_is_refused():
+    config = load(["model.sandwich_norm=true"])
     with pytest.raises(WeightsError, match=r"model\.sandwich_norm=True"):
-        export_model(tmp_path / "ours", tmp_path / "back")
+        fields_of(config)
