@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from simulator.counts.records import (
     Counts,
     Message,
     Operator,
+    Phase,
     Saved,
     Shapes,
     matmul,
@@ -113,112 +115,127 @@ def _latent(s: Shapes) -> Counts:
     return Counts(operators, messages, saved)
 
 
+@dataclass(frozen=True)
+class _Heads:
+    """What a tensor-parallel rank has of attention, by heads, for one micro-batch."""
+
+    heads: Array
+    kv_heads: Array
+    qk: int
+    v: int
+    pairs: Array  # of query and key, by head
+    output: Array  # bytes
+
+
+def _heads(s: Shapes) -> _Heads:
+    heads = s.model.num_attention_heads / s.layout.tp
+    v = v_size(s.model)
+    return _Heads(
+        heads,
+        np.maximum(query_groups(s.model) / s.layout.tp, 1),
+        qk_size(s.model),
+        v,
+        s.layout.micro_batch * heads / s.layout.cp * s.seq_length**2,
+        s.tokens * heads * v * s.element,
+    )
+
+
 def _core(s: Shapes) -> Counts:
     """Scores, softmax and weighted values, and what context parallelism moves around them."""
-    model, layout, element = s.model, s.layout, s.element
-    heads = model.num_attention_heads / layout.tp
-    kv_heads = np.maximum(query_groups(model) / layout.tp, 1)
-    qk, v = qk_size(model), v_size(model)
-    shape = {
-        "batch": layout.micro_batch,
-        "heads": heads / layout.cp,
-        "seq_q": s.seq_length,
-        "seq_kv": s.seq_length,
-        "qk_dim": qk,
-        "v_dim": max(qk, v) if s.traits.padded_values else v,
-        "kv_heads": np.maximum(kv_heads / layout.cp, 1),
-        "fused": s.traits.fused_attention,
-        "passes": s.vector_passes,
-        "flash_2": s.traits.flash_attention_2,
-        "dtype": "bf16" if s.dtype in ("fp8", "int8") and not s.traits.fp8_attention else s.dtype,
-    }
-    pairs = layout.micro_batch * heads / layout.cp * s.seq_length**2
-    masked = 0.5 if s.traits.fused_attention else 1.0
-    flops = 2.0 * pairs * (qk + v) * masked
-    extra = 2.0 * pairs * qk * masked if s.traits.fused_attention else 0.0
-    values = s.tokens * heads * v * element
-    moved = s.tokens * (heads * qk + kv_heads * (qk + v)) * element + values
-    scores = 0.0 if s.traits.fused_attention else 2.0 * element * pairs
-    operators = [
-        Operator(
-            "attention.core",
-            "forward",
-            "attention",
-            flops,
-            moved + scores,
-            shape | {"backward": False},
-            "core_attn",
-        ),
-        Operator(
-            "attention.core",
-            "input_gradient",
-            "attention",
-            2 * flops + extra,
-            2 * (moved + scores),
-            shape | {"backward": True},
-        ),
-    ]
-    if shape["dtype"] == "fp8":  # operands, and the output's gradient, cast for both directions
-        cast = element + 2 * s.linear_element
-        inputs = s.tokens * (heads * qk + kv_heads * (qk + v))
-        operators += vector("attention.core quantised", inputs * cast, values / element * cast)
-    ring = np.where(layout.ring, 1, 0)
-    keys_values = s.tokens * kv_heads * (qk + v) * element * (layout.cp - 1)
-    by_all_to_all = np.where((layout.cp > 1) & (ring == 0), 1, 0)
-    # Fewer key/value heads than ranks are repeated, so that each rank gets some.
-    common = np.gcd(np.asarray(kv_heads, dtype=int), np.asarray(layout.cp, dtype=int))
-    sent = kv_heads * np.where(by_all_to_all, layout.cp / common, 1)
-    exchanged = {
-        "queries": s.tokens * heads * qk * element,
-        "keys": s.tokens * sent * qk * element,
-        "values": s.tokens * sent * v * element,
-        "output": values,
-    }
-    to_heads = total(exchanged.values()) - values
+    own, layout = _heads(s), s.layout
+    exchanged = _exchanged(s, own)
+    to_heads = total(exchanged.values()) - own.output
+    by_all_to_all = np.where((layout.cp > 1) & np.logical_not(layout.ring), 1, 0)
     # Each is put in order by rank before it is sent, and in order of positions on arrival.
-    rearranged = 4 * (to_heads + values)
-    operators += vector(
-        "attention.exchange copies", rearranged, rearranged, "core_attn", by_all_to_all
-    )
-    messages = []
-    for phase, back in (("forward", 1.0), ("input_gradient", 2.0)):
-        again = "core_attn" if phase == "forward" else ""
-        messages += [
-            Message(
-                "attention ring",
-                phase,  # type: ignore[arg-type]
-                "send_recv",
-                "cp",
-                keys_values * back,
-                f"attention.core:{phase}",
-                again,
-                ring,
-            ),
-            *(
-                Message(
-                    f"attention {name}",
-                    phase,  # type: ignore[arg-type]
-                    "all_to_all",
-                    "cp",
-                    moved_bytes,
-                    "",
-                    again,
-                    by_all_to_all,
-                )
-                for name, moved_bytes in exchanged.items()
-            ),
-        ]
+    rearranged = 4 * (to_heads + own.output)
+    copies = vector("attention.exchange copies", rearranged, rearranged, "core_attn", by_all_to_all)
     # Exchanged by all-to-all, the output exists twice: by heads for attention's backward, and by
     # sequence as the input of the output projection.
-    twice = by_all_to_all * values
     saved = [
-        Saved("attention.output", s.tokens * heads * v * element),
-        Saved("attention.output by heads", twice, ("core_attn",)),
+        Saved("attention.output", s.tokens * own.heads * own.v * s.element),
+        Saved("attention.output by heads", by_all_to_all * own.output, ("core_attn",)),
     ]
     if s.traits.fused_attention:
-        saved.append(Saved("attention.softmax statistics", 4.0 * s.tokens * heads, ("core_attn",)))
+        statistics = 4.0 * s.tokens * own.heads
+        saved.append(Saved("attention.softmax statistics", statistics, ("core_attn",)))
         peak = 3 * to_heads
     else:
-        saved.append(Saved("attention.probabilities", pairs * element, ("core_attn",)))
-        peak = 2 * pairs * element
-    return Counts(operators, messages, saved, backward_peak=peak)
+        probabilities = own.pairs * s.element
+        saved.append(Saved("attention.probabilities", probabilities, ("core_attn",)))
+        peak = 2 * own.pairs * s.element
+    messages = _core_messages(s, own, exchanged, by_all_to_all)
+    return Counts(_core_operators(s, own) + copies, messages, saved, backward_peak=peak)
+
+
+def _core_operators(s: Shapes, own: _Heads) -> list[Operator]:
+    layout, traits = s.layout, s.traits
+    shape = {
+        "batch": layout.micro_batch,
+        "heads": own.heads / layout.cp,
+        "seq_q": s.seq_length,
+        "seq_kv": s.seq_length,
+        "qk_dim": own.qk,
+        "v_dim": max(own.qk, own.v) if traits.padded_values else own.v,
+        "kv_heads": np.maximum(own.kv_heads / layout.cp, 1),
+        "fused": traits.fused_attention,
+        "passes": s.vector_passes,
+        "flash_2": traits.flash_attention_2,
+        "dtype": "bf16" if s.dtype in ("fp8", "int8") and not traits.fp8_attention else s.dtype,
+    }
+    masked = 0.5 if traits.fused_attention else 1.0
+    flops = 2.0 * own.pairs * (own.qk + own.v) * masked
+    extra = 2.0 * own.pairs * own.qk * masked if traits.fused_attention else 0.0
+    inputs = s.tokens * (own.heads * own.qk + own.kv_heads * (own.qk + own.v))
+    scores = 0.0 if traits.fused_attention else 2.0 * s.element * own.pairs
+    moved = inputs * s.element + own.output + scores
+    name = "attention.core"
+    forward = shape | {"backward": False}
+    backward = shape | {"backward": True}
+    operators = [
+        Operator(name, "forward", "attention", flops, moved, forward, "core_attn"),
+        Operator(name, "input_gradient", "attention", 2 * flops + extra, 2 * moved, backward),
+    ]
+    if shape["dtype"] == "fp8":  # operands, and the output's gradient, cast for both directions
+        cast = s.element + 2 * s.linear_element
+        operators += vector(f"{name} quantised", inputs * cast, own.output / s.element * cast)
+    return operators
+
+
+def _exchanged(s: Shapes, own: _Heads) -> dict[str, Array]:
+    """Bytes that an all-to-all over the context-parallel ranks moves, by what they are."""
+    layout = s.layout
+    # Fewer key/value heads than ranks are repeated, so that each rank gets some.
+    common = np.gcd(np.asarray(own.kv_heads, dtype=int), np.asarray(layout.cp, dtype=int))
+    by_all_to_all = (layout.cp > 1) & np.logical_not(layout.ring)
+    sent = own.kv_heads * np.where(by_all_to_all, layout.cp / common, 1)
+    return {
+        "queries": s.tokens * own.heads * own.qk * s.element,
+        "keys": s.tokens * sent * own.qk * s.element,
+        "values": s.tokens * sent * own.v * s.element,
+        "output": own.output,
+    }
+
+
+def _core_messages(
+    s: Shapes, own: _Heads, exchanged: dict[str, Array], by_all_to_all: Array
+) -> list[Message]:
+    """Keys and values round a ring, or heads for positions and back."""
+    ring = np.where(s.layout.ring, 1, 0)
+    kv_bytes = s.tokens * own.kv_heads * (own.qk + own.v) * s.element
+    round_ring = kv_bytes * (s.layout.cp - 1)
+    messages = []
+    phases: tuple[tuple[Phase, float, str], ...] = (
+        ("forward", 1.0, "core_attn"),
+        ("input_gradient", 2.0, ""),
+    )
+    for phase, back, again in phases:
+        beside = f"attention.core:{phase}"
+        volume = round_ring * back
+        messages.append(
+            Message("attention ring", phase, "send_recv", "cp", volume, beside, again, ring)
+        )
+        messages += [
+            Message(f"attention {name}", phase, "all_to_all", "cp", size, "", again, by_all_to_all)
+            for name, size in exchanged.items()
+        ]
+    return messages
