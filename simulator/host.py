@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from simulator.counts.records import EAGER_PASSES, Counts, Operator, Shapes
+from simulator.counts.records import EAGER_PASSES, Counts, Modules, Operator, Shapes
 from simulator.hardware import Hardware
 
 Array = Any
@@ -37,7 +37,7 @@ class Issue:
 
     forward: Array = 0.0
     backward: Array = 0.0
-    repeatable: dict[str, Array] = field(default_factory=dict)
+    repeatable: dict[Modules, Array] = field(default_factory=dict)
 
 
 def issue_seconds(hw: Hardware, s: Shapes, counts: Counts) -> Issue:
@@ -47,7 +47,7 @@ def issue_seconds(hw: Hardware, s: Shapes, counts: Counts) -> Issue:
     each = hw.launch_us.host * 1e-6
     forward: Array = 0.0
     backward: Array = 0.0
-    repeatable: dict[str, Array] = {}
+    repeatable: dict[Modules, Array] = {}
     calls = [(o.phase, o.recompute, _calls(s, o)) for o in counts.operators]
     calls += [
         (m.phase, m.recompute, np.where((s.layout.size(m.group) > 1), m.count, 0))

@@ -11,7 +11,7 @@ import numpy as np
 
 from simulator.collectives import collective_seconds
 from simulator.counts.layer import Blocks
-from simulator.counts.records import Counts, Message, Operator, Shapes, total
+from simulator.counts.records import Counts, Message, Modules, Operator, Shapes, total
 from simulator.hardware import Hardware
 from simulator.host import issue_seconds
 from simulator.layout import Layout
@@ -66,11 +66,11 @@ class BlockSeconds:
     weight_gradient: Array = 0.0
     experts_forward: Array = 0.0
     experts_backward: Array = 0.0
-    # Forward seconds that selective recomputation of a module ("a|b": of either) repeats.
-    repeatable: dict[str, Array] = field(default_factory=dict)
+    # Forward seconds that selective recomputation of a module, or of any of several, repeats.
+    repeatable: dict[Modules, Array] = field(default_factory=dict)
     host_forward: Array = 0.0
     host_backward: Array = 0.0
-    host_repeatable: dict[str, Array] = field(default_factory=dict)
+    host_repeatable: dict[Modules, Array] = field(default_factory=dict)
     lines: list[Line] = field(default_factory=list)
 
     def recompute(self, layout: Layout) -> Array:
@@ -113,10 +113,10 @@ class _Sums:
     def __init__(self) -> None:
         self.passes: dict[str, Array] = dict.fromkeys(PASSES, 0.0)
         self.experts: dict[str, Array] = dict.fromkeys(PASSES, 0.0)
-        self.repeatable: dict[str, Array] = {}
+        self.repeatable: dict[Modules, Array] = {}
         self.lines: list[Line] = []
 
-    def add(self, line: Line, modules: str, *, between_experts: bool = False) -> None:
+    def add(self, line: Line, modules: Modules, *, between_experts: bool = False) -> None:
         """One line; selective recomputation of `modules` repeats it."""
         self.lines.append(line)
         self.passes[line.phase] = self.passes[line.phase] + line.exposed
@@ -201,19 +201,19 @@ def _hide(hw: Hardware, message: Message, seconds: Array, unshared: dict[str, Ar
     return hidden
 
 
-def _repeated(layout: Layout, seconds: dict[str, Array]) -> Array:
+def _repeated(layout: Layout, seconds: dict[Modules, Array]) -> Array:
     result: Array = 0.0
     for modules, each in seconds.items():
         result = result + _again(layout, modules) * each
     return result
 
 
-def _again(layout: Layout, modules: str) -> Array:
-    """1 where selective recomputation of one of `modules` ("a|b") is on."""
+def _again(layout: Layout, modules: Modules) -> Array:
+    """1 where selective recomputation of one of `modules` is on."""
     if not modules:
         return 0.0
     on: Array = False
-    for module in modules.split("|"):
+    for module in (modules,) if isinstance(modules, str) else modules:
         on = on | layout.drops(module)
     return np.where(on & np.logical_not(layout.swap), 1.0, 0.0)
 

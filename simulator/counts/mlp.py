@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from simulator.counts.records import Counts, Saved, Shapes, matmul, vector
+from simulator.counts.records import Counts, Modules, Saved, Shapes, matmul, vector
 from simulator.counts.tensor_parallel import after_row, before_column
 from simulator.counts.torch_kernels import norm
 from simulator.parameters import mlp_linears
@@ -29,10 +29,10 @@ def dense_mlp(s: Shapes) -> Counts:
     return around + two_matrices(s, s.model.ffn_hidden_size, "mlp", "mlp")
 
 
-def two_matrices(s: Shapes, width: int, name: str, module: str) -> Counts:
+def two_matrices(s: Shapes, width: int, name: str, module: Modules) -> Counts:
     """fc1, activation function, fc2 of an MLP over the tensor-parallel group; recomputed or
-    swapped with `module` ("a|b": either)."""
-    modules = tuple(module.split("|"))
+    swapped with `module`, or any of several."""
+    modules = (module,) if isinstance(module, str) else module
     tp, element = s.layout.tp, s.element
     fc1, fc2 = mlp_linears(s.model, width, name)
     inner = s.tokens * fc1.local_outputs(tp) * element

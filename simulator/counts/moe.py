@@ -52,7 +52,7 @@ def moe(s: Shapes, load: Array = 1.0) -> Counts:
     counts = counts + _experts(s, load)
     if s.model.shared_expert_ffn_hidden_size:
         counts = counts + two_matrices(
-            s, s.model.shared_expert_ffn_hidden_size, "shared_expert", "shared_experts|moe"
+            s, s.model.shared_expert_ffn_hidden_size, "shared_expert", ("shared_experts", "moe")
         )
     return counts
 
@@ -141,7 +141,7 @@ def _between_products(s: Shapes, inner: Array, outer: Array) -> list[Operator]:
     halves and joins them again; its gradient reads the clamped tensor too."""
     if s.traits.fused_experts:
         return []
-    again = "moe_act|moe"
+    again = ("moe_act", "moe")
     operators = vector("experts.activation", inner + outer, 2 * inner + outer, again)
     if s.traits.clamped_experts:
         operators += vector("experts.clamp", 4 * inner, 5 * inner, again)

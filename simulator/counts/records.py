@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from simulator.parameters import Linear
 Array = Any
 EAGER_PASSES = 4.0  # of eager code, which runs a fused vector operator as several
 Phase = Literal["forward", "input_gradient", "weight_gradient"]
+Modules: TypeAlias = str | tuple[str, ...]  # names as in memory.recompute_modules; "" is none
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv"]
 
 
@@ -25,7 +26,8 @@ class Operator:
 
     `shape` holds the keyword arguments of the timing function of its `kind`
     (`simulator.operators`). `recompute` names the module whose selective recomputation repeats
-    a forward operator ("a|b": either's). `count` is 0 where a layout has no such operator.
+    a forward operator, or several of which any does. `count` is 0 where a layout has no such
+    operator.
     """
 
     name: str
@@ -34,7 +36,7 @@ class Operator:
     flops: Array
     bytes: Array
     shape: dict[str, Any]
-    recompute: str = ""
+    recompute: Modules = ""
     count: Array = 1
 
 
@@ -52,7 +54,7 @@ class Message:
     group: str
     bytes: Array
     beside: str = ""
-    recompute: str = ""
+    recompute: Modules = ""
     count: Array = 1
     # Where only some ranks of the group take part: how many, and how far apart.
     ranks: Array | None = None
@@ -160,7 +162,7 @@ def shapes(config: Config, layout: Layout) -> Shapes:
 
 
 def matmul(
-    s: Shapes, linear: Linear, rows: Array, split: Array, recompute: str = "", count: Array = 1
+    s: Shapes, linear: Linear, rows: Array, split: Array, recompute: Modules = "", count: Array = 1
 ) -> list[Operator]:
     """Forward, input gradient and weight gradient of `linear` over `rows` tokens."""
     inputs, outputs = linear.local_inputs(split), linear.local_outputs(split)
@@ -206,7 +208,13 @@ def _added_gradient(s: Shapes, name: str, elements: Array, count: Array = 1) -> 
 
 
 def _quantised(
-    s: Shapes, name: str, rows: Array, inputs: Array, outputs: Array, recompute: str, count: Array
+    s: Shapes,
+    name: str,
+    rows: Array,
+    inputs: Array,
+    outputs: Array,
+    recompute: Modules,
+    count: Array,
 ) -> list[Operator]:
     """What a product's operands in fewer than 16 bits cost: its input forward and its output's
     gradient backward, each read once and written twice, plain and transposed."""
@@ -217,7 +225,7 @@ def _quantised(
 
 
 def grouped_matmul(
-    s: Shapes, linear: Linear, experts: Array, rows: Array, split: Array, recompute: str = ""
+    s: Shapes, linear: Linear, experts: Array, rows: Array, split: Array, recompute: Modules = ""
 ) -> list[Operator]:
     """The same over `experts` matrices, `rows` tokens each, in one launch or one after another."""
     if not s.traits.grouped_experts:
@@ -256,7 +264,7 @@ def grouped_matmul(
 
 
 def vector(
-    name: str, forward: Array, backward: Array, recompute: str = "", count: Array = 1
+    name: str, forward: Array, backward: Array, recompute: Modules = "", count: Array = 1
 ) -> list[Operator]:
     """An elementwise operator or reduction, given the bytes that it reads and writes."""
     return [

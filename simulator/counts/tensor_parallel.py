@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from simulator.counts.records import Message, Shapes
+from simulator.counts.records import Message, Modules, Shapes
 
 Array = Any
 
 
 def before_column(
-    s: Shapes, linear: str, width: Array, recompute: str = "", group: str = "tp"
+    s: Shapes, linear: str, width: Array, recompute: Modules = "", group: str = "tp"
 ) -> list[Message]:
     """Around a column-cut matrix whose input is `[tokens, width]`.
 
@@ -65,7 +65,7 @@ def before_column(
 
 
 def after_row(
-    s: Shapes, linear: str, width: Array, recompute: str = "", group: str = "tp"
+    s: Shapes, linear: str, width: Array, recompute: Modules = "", group: str = "tp"
 ) -> list[Message]:
     """Around a row-cut matrix whose output is `[tokens, width]`."""
     parallel = _sequence_parallel(s)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from simulator.counts.records import Operator, Shapes, vector
+from simulator.counts.records import Modules, Operator, Shapes, vector
 
 Array = Any
 
@@ -22,7 +22,9 @@ SCAN_BYTES_PER_ROW = 20e3
 ROPE_PASSES = 12.0
 
 
-def norm(s: Shapes, name: str, rows: Array, width: Array, recompute: str = "") -> list[Operator]:
+def norm(
+    s: Shapes, name: str, rows: Array, width: Array, recompute: Modules = ""
+) -> list[Operator]:
     """A norm over `rows` rows of `width`: read and written forward; backward it reads input and
     gradient, writes one, and sums the gain's gradient over all rows."""
     size = rows * width * s.element
