@@ -26,6 +26,7 @@ from simulator.parameters import (
     mlp_linears,
     query_groups,
 )
+from simulator.quality import expected_loss, model_loss, used
 from simulator.search import search
 from simulator.serving import serving
 from simulator.words import layout_words
@@ -67,12 +68,13 @@ class Shape:
     tpot_ms: float | None = None
     mfu: float | None = None
     own: bool = False
+    loss: float | None = None  # of `simulator.quality`, where it is asked for
 
 
 @dataclass(frozen=True)
 class ShapeResult:
-    """Shapes of the shortlist that work, fastest first, and the front of throughput against
-    active parameters. `rejected` counts by reason."""
+    """Shapes of the shortlist that work, fastest first, and the front of throughput against the
+    expected loss, or active parameters where that is not asked for. `rejected` counts by reason."""
 
     shapes: list[Shape]
     pareto: list[Shape]
@@ -97,6 +99,7 @@ def search_shapes(
     goal: Goal,
     *,
     shortlist: int = 48,
+    tokens: float | None = None,
     pinned: frozenset[str] = frozenset(),
     progress: Callable[[int, int], None] | None = None,
 ) -> ShapeResult:
@@ -108,6 +111,8 @@ def search_shapes(
     Args:
         goal: decoding throughput within `inference.latency_limit_ms`, or training throughput.
         shortlist: how many shapes the full model sees.
+        tokens: that a shape is trained on; those are left out whose expected loss
+            (`simulator.quality`) is above that of `config`'s model. None: the loss is not asked.
         pinned: configuration keys that a layout search keeps.
 
     Raises:
@@ -116,7 +121,7 @@ def search_shapes(
     start = time.perf_counter()
     _refuse_empty(config, ranges)
     hardware = load_hardware(config.hardware)
-    dimensions, total, active, rejected, candidates = enumerate_shapes(config, ranges)
+    dimensions, total, active, rejected, candidates = enumerate_shapes(config, ranges, tokens)
     if not len(total):
         most = max(rejected, key=lambda reason: rejected[reason])
         reason = f"none is left, {rejected[most]:,} because {most}"
@@ -132,11 +137,13 @@ def search_shapes(
     judge = _served if goal == "inference" else _trained
     shapes: list[Shape] = []
     own = judge(config, _dimensions(config), pinned, True)
+    if own:
+        own = _learning(own, config, tokens)
     for done, index in enumerate(chosen, start=1):
         picked = {name: int(values[index]) for name, values in dimensions.items()}
         shape = judge(shaped(config, picked), picked, pinned, False)
         if shape:
-            shapes.append(shape)
+            shapes.append(_learning(shape, shaped(config, picked), tokens))
         if progress:
             progress(done, len(chosen))
     failed = len(chosen) - len(shapes)
@@ -150,8 +157,12 @@ def search_shapes(
     return ShapeResult(shapes, front(shapes), candidates, len(chosen), rejected, seconds, own)
 
 
+def _learning(shape: Shape, config: Config, tokens: float | None) -> Shape:
+    return replace(shape, loss=model_loss(config, tokens)) if tokens else shape
+
+
 def enumerate_shapes(
-    config: Config, ranges: Ranges
+    config: Config, ranges: Ranges, tokens: float | None = None
 ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, dict[str, int], int]:
     """All shapes within limits, as arrays by dimension, with total and active parameters; then
     how many others there are by reason, and how many in all."""
@@ -173,6 +184,7 @@ def enumerate_shapes(
         ("fewer experts than a token chooses", columns["num_experts"] < top_k),
         ("parameters outside the limits", _outside(total, ranges.parameters)),
         ("active parameters outside the limits", _outside(active, ranges.active)),
+        ("a higher loss expected than the model's own", _worse(config, columns, active, tokens)),
     ):
         count = int((alive & bad).sum())
         if count:
@@ -197,6 +209,19 @@ def _remainder(model: ModelConfig, columns: dict[str, np.ndarray]) -> np.ndarray
     if model.attention == "mla":  # has no KV heads of its own
         return np.zeros(len(columns["num_layers"]), dtype=bool)
     bad: np.ndarray = columns["num_attention_heads"] % columns["num_query_groups"] != 0
+    return bad
+
+
+def _worse(
+    config: Config, columns: dict[str, np.ndarray], active: np.ndarray, tokens: float | None
+) -> np.ndarray:
+    if not tokens:
+        return np.zeros(len(active), dtype=bool)
+    width = columns["moe_ffn_hidden_size"]
+    shared = np.round(_shared_ratio(config.model) * width)
+    expansion, granularity = used(config, columns["num_experts"], width, shared)
+    loss = expected_loss(active, expansion, granularity, tokens)
+    bad: np.ndarray = loss > model_loss(config, tokens) * (1 + 1e-9)
     return bad
 
 
@@ -384,10 +409,14 @@ def _trained(
 
 
 def front(shapes: list[Shape]) -> list[Shape]:
-    """Of shapes with the fastest first, those of which no faster one has more active
-    parameters."""
+    """Of shapes with the fastest first, those of which no faster one learns more: has a lower
+    loss, or more active parameters where the loss is not known."""
     result: list[Shape] = []
     for shape in shapes:
-        if not result or shape.active > result[-1].active:
+        if not result or _learns(shape) > _learns(result[-1]):
             result.append(shape)
     return result
+
+
+def _learns(shape: Shape) -> float:
+    return shape.active if shape.loss is None else -shape.loss

@@ -1,4 +1,4 @@
-"""Throughput against active parameters of a shape search."""
+"""Throughput of a shape search against what its shapes learn."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from configs.schema import Config
 from configs.violation import ConfigError, Violation
-from simulator.shape import Goal, ShapeResult
+from simulator.shape import Goal, Shape, ShapeResult
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -25,17 +25,17 @@ def pareto_plot(path: Path, config: Config, goal: Goal, result: ShapeResult) -> 
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    active = [s.active / 1e9 for s in result.shapes]
+    learnt = [_learnt(s) for s in result.shapes]
     rates = [s.tokens_per_second_per_device for s in result.shapes]
     colors = [s.parameters / 1e9 for s in result.shapes]
-    dots = axes.scatter(active, rates, c=colors, cmap="viridis", s=26, zorder=3)
+    dots = axes.scatter(learnt, rates, c=colors, cmap="viridis", s=26, zorder=3)
     figure.colorbar(dots, label="total parameters, billions")
-    front = [(s.active / 1e9, s.tokens_per_second_per_device) for s in result.pareto]
+    front = [(_learnt(s), s.tokens_per_second_per_device) for s in result.pareto]
     axes.plot(*zip(*front, strict=True), color="tab:orange", label="Pareto front")
     if result.own:
         own = result.own
         axes.scatter(
-            [own.active / 1e9],
+            [_learnt(own)],
             [own.tokens_per_second_per_device],
             marker="*",
             s=220,
@@ -48,9 +48,14 @@ def pareto_plot(path: Path, config: Config, goal: Goal, result: ShapeResult) -> 
     within = f" within {limit:g} ms per token" if goal == "inference" and limit else ""
     assert config.hardware is not None
     axes.set_title(f"{goal} on {config.world_size} × {config.hardware['name']}{within}")
-    axes.set_xlabel("active parameters, billions")
+    known = result.shapes[0].loss is not None
+    axes.set_xlabel("expected loss, nats per token" if known else "active parameters, billions")
     axes.set_ylabel("tokens/s per device")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _learnt(shape: Shape) -> float:
+    return shape.active / 1e9 if shape.loss is None else shape.loss

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
     from configs.schema import Config
     from simulator.predict import Prediction
+    from simulator.sensitivity import Effect
 
+SHOWN = 1e-3  # change of the step
 MIB = 2**20
 
 
@@ -26,6 +28,9 @@ def predict(
     ],
     explain: Annotated[
         bool, typer.Option("--explain", help="Every operator and message, and the evidence.")
+    ] = False,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Which figures of the machine it hangs on.")
     ] = False,
     trace: Annotated[
         Path | None, typer.Option(help="Write a Chrome/Perfetto timeline to this file.")
@@ -41,13 +46,43 @@ def predict(
         from simulator.trace import chrome_trace
 
         trace.write_text(json.dumps(chrome_trace(prediction)))
+    effects = _effects(config) if sensitivity else []
     if as_json:
-        print(json.dumps(prediction.to_json() | ({"bill": _bill(prediction)} if explain else {})))
+        more: dict[str, object] = {"bill": _bill(prediction)} if explain else {}
+        if sensitivity:
+            more["sensitivity"] = [vars(effect) for effect in effects]
+        print(json.dumps(prediction.to_json() | more))
         return
     console = wide_console()
     _summary(console, config, prediction)
     if explain:
         _explain(console, config, prediction)
+    if sensitivity:
+        _hangs_on(console, effects)
+
+
+def _effects(config: Config) -> list[Effect]:
+    from simulator.sensitivity import sensitivity
+
+    return sensitivity(config)
+
+
+def _hangs_on(console: Console, effects: list[Effect]) -> None:
+    """Figures that move the step by at least a thousandth."""
+    from rich.table import Table
+
+    from simulator.hardware import GRADES
+
+    def percent(change: float | None) -> str:
+        return "" if change is None else f"{change:+.1%}"
+
+    table = Table("figure", "10 % lower", "10 % higher", "evidence")
+    for effect in effects:
+        if effect.size >= SHOWN:
+            words = GRADES.get(effect.evidence[:1], "")
+            table.add_row(effect.figure, percent(effect.lower), percent(effect.higher), words)
+    table.title = "what the step hangs on: its change with a figure of the machine"
+    console.print(table)
 
 
 def _bill(prediction: Prediction) -> list[dict[str, object]]:

@@ -38,6 +38,13 @@ def shape(
     expert_width: Annotated[str, typer.Option()] = "768:2560:64",
     parameters: Annotated[str, typer.Option(help="Limits FROM:TO in billions.")] = "60:80",
     active: Annotated[str, typer.Option(help="The same for active parameters.")] = "0:1e6",
+    tokens: Annotated[
+        float, typer.Option(help="Billions that a shape is trained on, for its expected loss.")
+    ] = 1000.0,
+    quality: Annotated[
+        bool,
+        typer.Option(help="Leave out shapes that are expected to learn less than the model given."),
+    ] = True,
     shortlist: Annotated[int, typer.Option(min=1, help="Shapes for the full model.")] = 48,
     top: Annotated[int, typer.Option(min=1, help="Shapes to show.")] = 10,
     plot: Annotated[
@@ -67,6 +74,7 @@ def shape(
         ranges,
         goal.value,
         shortlist=shortlist,
+        tokens=_positive("--tokens", tokens) * 1e9 if quality else None,
         pinned=frozenset(line.lstrip("+").partition("=")[0] for line in overrides),
         progress=progress_bar("full model of the shortlist", quiet=as_json),
     )
@@ -80,6 +88,16 @@ def shape(
         _show(config, goal, result, top)
         if plot:
             print(f"wrote {plot}")
+
+
+def _positive(option: str, value: float) -> float:
+    from math import isfinite
+
+    from configs.violation import ConfigError, Violation
+
+    if not (isfinite(value) and value > 0):
+        raise ConfigError([Violation(option, value, "must be a positive, finite number")])
+    return value
 
 
 def values(option: str, text: str) -> list[int]:
@@ -135,6 +153,8 @@ def to_json(result: ShapeResult) -> dict[str, Any]:
 
 
 def _show(config: Config, goal: Goal, result: ShapeResult, top: int) -> None:
+    from simulator.quality import FITTED, SOURCE
+
     console = wide_console()
     console.print(
         f"{result.candidates:,} shapes counted, {result.shortlisted} through the full model in"
@@ -146,32 +166,51 @@ def _show(config: Config, goal: Goal, result: ShapeResult, top: int) -> None:
     where = f"{config.world_size} × {config.hardware['name']}"
     console.print(_table(f"fastest shapes, {goal.value} on {where}", result.shapes[:top]))
     shown = [*result.pareto, *([result.own] if result.own else [])]
-    title = "Pareto front: throughput against active parameters"
+    learnt = shown[0].loss is not None
+    against = "expected loss" if learnt else "active parameters"
+    title = f"Pareto front: throughput against {against}"
     console.print(_table(f"{title}; last, {config.model.name} itself", shown))
-    console.print("what a shape learns is not modelled: active parameters stand in for it")
+    if learnt:
+        console.print(f"loss: {SOURCE}; {FITTED}: beyond that an extrapolation; --no-quality")
+    else:
+        console.print("what a shape learns is not asked: active parameters stand in for it")
+
+
+COLUMNS = {
+    "layers": "num_layers",
+    "hidden": "hidden_size",
+    "heads": "num_attention_heads",
+    "KV": "num_query_groups",
+    "experts": "num_experts",
+    "groups": "num_expert_groups",
+    "width": "moe_ffn_hidden_size",
+}
 
 
 def _table(title: str, shapes: list[Shape]) -> Any:
+    """One row for each shape. Dimensions that are the same for all stand in the caption."""
     from rich.table import Table
 
+    same = {
+        name: shapes[0].dimensions[key]
+        for name, key in COLUMNS.items()
+        if len({shape.dimensions[key] for shape in shapes}) == 1
+    }
     table = Table(title=title)
-    names = ["layers", "hidden", "heads", "KV", "experts", "groups", "width", "B", "active B"]
-    serving = shapes[0].tpot_ms is not None
+    if same:
+        table.caption = "all: " + ", ".join(f"{name} {value}" for name, value in same.items())
+    names = [name for name in COLUMNS if name not in same]
+    serving, learnt = shapes[0].tpot_ms is not None, shapes[0].loss is not None
     rest = ["batch", "ms/token"] if serving else ["MFU"]
-    for name in [*names, "tokens/s/device", *rest, "GiB"]:
+    rest += ["loss"] if learnt else []
+    for name in [*names, "B", "active B", "tokens/s/device", *rest, "GiB"]:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("layout")
     for one in shapes:
-        d = one.dimensions
         served = [str(one.batch), f"{one.tpot_ms:.1f}"] if serving else [f"{one.mfu:.1%}"]
+        served += [f"{one.loss:.4f}"] if learnt else []
         table.add_row(
-            str(d["num_layers"]),
-            str(d["hidden_size"]),
-            str(d["num_attention_heads"]),
-            str(d["num_query_groups"]),
-            str(d["num_experts"]),
-            str(d["num_expert_groups"]),
-            str(d["moe_ffn_hidden_size"]),
+            *(str(one.dimensions[COLUMNS[name]]) for name in names),
             f"{one.parameters / 1e9:.1f}",
             f"{one.active / 1e9:.1f}",
             f"{one.tokens_per_second_per_device:,.0f}",
