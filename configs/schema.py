@@ -288,6 +288,8 @@ class SimulationConfig:
     # Otherwise logits in float32, overwritten by their exponentials and by the gradient where the
     # vocabulary is not cut (`pangu.ops.cross_entropy`); else megatron-core's own passes.
     inplace_cross_entropy: bool = True
+    # Metrics that the engine computes from the logits beside the loss, each a cross-entropy.
+    loss_metrics: Amount = 0
     # On NVIDIA: PyTorch's kernels for norms, rotary embedding, the router and what sorts and sums
     # rows, and an optimizer step in several passes; else fused ones as TransformerEngine's.
     torch_kernels: bool = True
@@ -298,6 +300,8 @@ class SimulationConfig:
     expert_streams: bool = False
     # The host issues a layer's kernels one by one, or replays graphs of them.
     launch: Literal["eager", "captured"] = "eager"
+    # In every MoE layer the host reads how many rows an expert gets, and so cannot issue ahead.
+    host_reads_counts: bool = False
     # Float8 wants every expert's rows in multiples: copied into padded tensors and back.
     padded_experts: bool = False
     # Experts' products, activation, biases and quantisation in a pair of kernels, forward and back.
@@ -326,8 +330,9 @@ class SimulationConfig:
     # ZeRO-3 as FSDP and Megatron run it, or as DeepSpeed did in 2021: rings that know nothing of
     # nodes, and weights gathered a third time for recomputation (arXiv 2104.07857, section 4.1).
     sharding: Literal["fsdp", "deepspeed_2021"] = "fsdp"
-    # Zipf exponent of how often experts are chosen by a top-k router; 0: alike.
-    expert_popularity_exponent: Annotated[float, Limits(0, 10)] = 0.0
+    # Zipf exponent of how often experts are chosen by a top-k router; 0: alike; null: what real
+    # routers show (`simulator.imbalance`). Balance that is forced is declared: moe=forced_balance.
+    expert_popularity_exponent: Annotated[float, Limits(0, 10)] | None = None
     swap_modules: list[RecomputeModule] = field(default_factory=list)  # activations kept on host
     swap_optimizer: bool = False  # optimizer state kept on host between steps
 

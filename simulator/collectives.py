@@ -22,6 +22,9 @@ from simulator.hardware import Hardware, Kind, Link
 
 Array = Any
 
+# The least part of an all-reduce's rate, as 1 + this, before the low-latency protocol takes over.
+LOW_LATENCY = 4.0
+
 
 def collective_seconds(
     hw: Hardware, kind: Kind, bytes: Array, size: Array, stride: Array = 1, concurrent: Array = 1
@@ -79,6 +82,9 @@ def _transfer(
     if link.topology == "mesh":
         bandwidth = bandwidth * np.clip((peers - 1.0) / (link.devices - 1.0), 1e-9, 1.0)
     ramp = 1.0 + link.half_mib * 2**20 / np.maximum(bytes, 1.0)
+    if kind == "all_reduce" and link.all_reduce_half_mib:  # tiny ones go by another protocol
+        half = link.all_reduce_half_mib * 2**20
+        ramp = np.maximum(ramp, 1.0 + np.minimum(half / np.maximum(bytes, 1.0), LOW_LATENCY))
     return np.where(peers > 1, volume / bandwidth * ramp, 0.0)
 
 

@@ -36,7 +36,9 @@ from simulator.pipeline import Ranks, RankSeconds, distinct_ranks, hidden_second
 from simulator.seconds import BlockSeconds, StageBlocks, price_blocks
 
 Array = Any
+FLAT_EXCHANGE = 0.5  # of what copy engines or few-core dispatchers hide
 HOST_NORM = 7.0  # of host and device seconds; calibrated on the runs of one node
+SYNCHRONISED_NORM = 2.0  # where the host waits for the device in every layer
 BUCKET_ELEMENTS = 40e6  # megatron-core's smallest gradient bucket
 
 
@@ -241,10 +243,12 @@ def rank_seconds(parts: Parts, contents: list[StageContent]) -> RankSeconds:
         count * (block.experts_forward + block.experts_backward) for block, count in counts
     )
     computing = forward + backward + weight - exchanged
-    hideable = np.minimum(exchanged * parts.hardware.overlap.exchange, computing)
+    hideable = np.minimum(exchanged * exchange_share(parts), computing)
     issuing = issuing_seconds(layout, counts, repeated)
+    reads = parts.shapes.traits.host_reads_counts and parts.shapes.model.num_experts
+    norm = SYNCHRONISED_NORM if reads else HOST_NORM
     waits = [
-        waiting(host, device)
+        waiting(host, device, norm)
         for host, device in zip(issuing, (forward, backward + weight), strict=True)
     ]
     return RankSeconds(
@@ -252,15 +256,25 @@ def rank_seconds(parts: Parts, contents: list[StageContent]) -> RankSeconds:
     )
 
 
-def waiting(host: Array, device: Array) -> Array:
+def exchange_share(parts: Parts) -> float:
+    """Part of the expert exchange that another micro-batch's computing hides. The preset's is of
+    copy engines, or of dispatchers that take few cores; a flat exchange is the collective library's
+    kernels, which occupy the device where collectives are kernels at all."""
+    share = parts.hardware.overlap.exchange
+    kernels = parts.hardware.backend == "cuda" and parts.shapes.traits.dispatch == "flat"
+    return share * FLAT_EXCHANGE if kernels else share
+
+
+def waiting(host: Array, device: Array, norm: float = HOST_NORM) -> Array:
     """Seconds that the device waits for a host that takes `host` to issue its `device` seconds.
 
     Neither is ahead for long: short kernels starve the device, long ones fill its queue, and where
-    both take alike, a part of a pass is lost.
+    both take alike, a part of a pass is lost. A host that waits for the device in every layer
+    begins each with an empty queue.
     """
     longer = np.maximum(np.maximum(host, device), 1e-12)
-    both = (host / longer) ** HOST_NORM + (device / longer) ** HOST_NORM
-    return np.maximum(longer * both ** (1.0 / HOST_NORM) - device, 0.0)
+    both = (host / longer) ** norm + (device / longer) ** norm
+    return np.maximum(longer * both ** (1.0 / norm) - device, 0.0)
 
 
 def rank_blocks(parts: Parts, contents: list[StageContent]) -> list[tuple[BlockSeconds, Array]]:

@@ -64,7 +64,8 @@ class Link:
     reaches (g - 1)/(n - 1) of the bandwidth (HCCS inside an Atlas 800 A2 node).
     `latency_us` is per step. `efficiency` is the part of the bandwidth that a collective of each
     kind reaches with large messages (bus bandwidth / link bandwidth), and `half_mib` the message
-    at which half of that is reached.
+    at which half of that is reached, by an all-reduce `all_reduce_half_mib` if that is more: its
+    pieces go around twice, in step, and between nodes small ones never fill the links.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Link:
     topology: Literal["switch", "mesh"] = "switch"
     devices_per_port: Count = 1
     half_mib: NotNegative = 0.0
+    all_reduce_half_mib: NotNegative = 0.0
 
     @property
     def bandwidth(self) -> float:
@@ -119,7 +121,7 @@ class Attention:
     keep d/(d + `half_head`) relative to 128's. `cache` is the part of the memory efficiency that
     reading keys and values keeps, which is what decoding a token spends its time on;
     `in_training` as with `Matmul`; `flash_2` is the part of the rates that FlashAttention 2
-    reaches."""
+    reaches, `unequal` the part kept where values are narrower than keys."""
 
     forward: Efficiency
     backward: Efficiency
@@ -128,6 +130,7 @@ class Attention:
     cache: Kept = 1.0
     in_training: Kept = 1.0
     flash_2: Kept = 1.0
+    unequal: Kept = 1.0
 
 
 @dataclass(frozen=True)

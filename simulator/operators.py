@@ -127,7 +127,8 @@ def attention_seconds(
     curve = hw.attention
     head = np.minimum(qk_dim, v_dim)
     head_factor = head / (head + curve.half_head) * (128.0 + curve.half_head) / 128.0
-    best = curve.in_training * (curve.backward if backward else curve.forward)
+    best: Array = curve.in_training * (curve.backward if backward else curve.forward)
+    best = best * np.where(v_dim < qk_dim, curve.unequal, 1.0)
     if flash_2:
         best = best * curve.flash_2
     reached = best * np.minimum(head_factor, 1.05)

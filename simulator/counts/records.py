@@ -258,6 +258,11 @@ def grouped_matmul(
             )
         )
     operators += _added_gradient(s, linear.name, experts * inputs * outputs)
+    if s.torch_kernels:  # gradients of experts without a row are set to zero
+        cleared = 2 * s.element * experts * inputs * outputs
+        shape = {"bytes": cleared}
+        name = f"{linear.name} gradient cleared"
+        operators.append(Operator(name, "weight_gradient", "vector", 0, cleared, shape))
     if s.traits.fused_experts:  # between the two products, casts are theirs
         inputs, outputs = (inputs, 0.0) if linear.split == "column" else (0.0, outputs)
     return operators + _quantised(s, linear.name, experts * rows, inputs, outputs, recompute, 1)

@@ -59,6 +59,7 @@ def head(s: Shapes) -> Counts:
             *norm(s, "head.norm", s.shard, hidden),
             *matmul(wide, linear, s.tokens, tp),
             *vector("head.loss", forward * logits, backward * logits),
+            *vector("head.metrics", s.traits.loss_metrics * 3 * element * logits, 0.0),
         ],
         messages=[
             *before_column(s, "head", hidden),

@@ -55,6 +55,7 @@ VOCABULARIES = {"Mixtral": 32768, "Llama": 128256, "Qwen": 151936, "GPT": 51200}
 # Microsoft's fork of Megatron in 2022: unfused attention, no sequence parallelism, float16
 # gradients reduced whole, pipeline sends cut over tensor-parallel ranks.
 DEEPSPEED = "Megatron-DeepSpeed"
+DROPPED = ("CF=1", "token drop", "token-drop", "tokendrop")
 
 
 def case(row: Row) -> Case:
@@ -179,7 +180,7 @@ def _moe(row: Row) -> MoEConfig:
     # Token drop with capacity factor 1 fills every expert to its mean.
     real = row.mentions("dropless, real", "; dropless", "MindSpeed") or row["notes"] == "dropless"
     balanced = not row["notes"].startswith("dropless;") and (
-        row.mentions("force-balanced", "forced balance", "CF=1", "SimuMax") or not real
+        row.mentions("force-balanced", "forced balance", "SimuMax", *DROPPED) or not real
     )
     groups, chosen = next((x for name, x in GROUPS.items() if name in row["model"]), (1, 0))
     return MoEConfig(
@@ -187,6 +188,8 @@ def _moe(row: Row) -> MoEConfig:
         top_k=row.number("topk", 2),
         num_expert_groups=groups,
         topk_group=chosen,
+        # Balanced by bias, without an auxiliary loss to speak of.
+        expert_bias=re.match(r"DeepSeek-?V3|Kimi", row["model"]) is not None,
         # As MindSpeed's scripts for this family have it; the others exchange rows.
         dispatcher="allgather"
         if "DeepSeek-V2" in row["model"] and row.mentions("script examples/")
@@ -329,7 +332,11 @@ def _traits(row: Row) -> SimulationConfig:
         # llm-foundry's tables in pure bfloat16 are of PyTorch 1.13, in mixed precision of 2.1.
         recompute_stops_early=row.mentions("torchtitan", "mixed precision DEFAULT"),
         fp32_gradients=not (early or row.mentions("mixed precision PURE", "Bridge", "FSDP on")),
+        launch=_launch(row),
+        host_reads_counts=row.number("n_experts") > 0 and not row.mentions(*DROPPED),
         inplace_cross_entropy=False,
+        # Composer's training metrics: cross-entropy and perplexity of every batch.
+        loss_metrics=2 if row.mentions("llm-foundry") else 0,
         torch_kernels=False,
         expert_streams=True,
         gradient_accumulation_fusion=not row.mentions("SC21 arXiv", "llm-foundry", DEEPSPEED),
@@ -342,6 +349,12 @@ def _traits(row: Row) -> SimulationConfig:
         tp_comm_overlap=fused or row.mentions("Megatron-Bridge", "NeMo"),
         swap_optimizer=row.mentions("swap-optimizer"),
     )
+
+
+def _launch(row: Row) -> Literal["eager", "captured"]:
+    """Megatron-Bridge's recipes capture graphs on Blackwell, not on Hopper."""
+    bridge = recipe(row) is not None and re.search(r"B[23]00", row["device"]) is not None
+    return "captured" if bridge or row.mentions("CUDA graph") else "eager"
 
 
 def _model_ranks(parallel: ParallelConfig) -> int:

@@ -205,3 +205,23 @@ def test_what_outlasts_its_work_slows_it_down() -> None:
     hw = replace(h100, overlap=replace(h100.overlap, independent=0.7, beside=0.5))
     assert outlasting(hw, 10.0, 4.0) == pytest.approx(8.0)
     assert outlasting(hw, 10.0, 40.0) == pytest.approx(3.0)
+
+
+def test_small_all_reduces_between_nodes_are_far_below_the_link() -> None:
+    """Tensor parallelism of 16 over two nodes: 8 MiB reach a fifth of what the link would carry,
+    gradients of gigabytes nearly all of it; inside a node nothing changes."""
+    hw = read_hardware("a100")
+    level = hw.links[-1]
+    plain = replace(hw, links=[*hw.links[:-1], replace(level, all_reduce_half_mib=0)])
+
+    def slower(mib: float, size: int, kind: str = "all_reduce") -> float:
+        bytes = mib * 2**20
+        return float(
+            collective_seconds(hw, kind, bytes, size)  # type: ignore[arg-type]
+            / collective_seconds(plain, kind, bytes, size)  # type: ignore[arg-type]
+        )
+
+    assert 1.5 < slower(8, 16) < 5.0
+    assert slower(8192, 16) == pytest.approx(1.0, abs=0.01)
+    assert slower(8, 8) == 1.0
+    assert slower(8, 16, "all_to_all") == 1.0

@@ -403,3 +403,33 @@ def test_bad_tables_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         read_table(tmp_path / "none.csv")
     assert PACKAGED.is_file()
+
+
+def test_what_engines_of_a_time_ran() -> None:
+    def traits(row: str):
+        return case(ROWS[row]).config.simulation
+
+    assert traits("nemo2407_LLAMA3-8B_8").flash_attention_2
+    assert traits("titan_h200_4n").flash_attention_2
+    assert not traits("mbridge_26.02_189").flash_attention_2
+    assert traits("mbridge_26.08_10").launch == "captured"
+    assert traits("mbridge_26.04_129").launch == "eager"
+    assert traits("mbridge_26.04_129").host_reads_counts
+    assert not traits("folding_t3_9").host_reads_counts  # every expert has its capacity
+    assert not traits("vtrain_single_26").host_reads_counts
+    early = case(ROWS["vtrain_single_26"]).config
+    assert not early.parallel.sequence_parallel
+    assert early.parallel.zero_stage == 0
+    assert not early.simulation.fp32_gradients
+    assert not early.simulation.fused_attention
+    assert not early.simulation.gradient_accumulation_fusion
+
+
+def test_which_routers_are_balanced() -> None:
+    def moe(row: str):
+        return case(ROWS[row]).config.moe
+
+    assert moe("zoo_q235_ctx16384_dropless").router == "top_k"
+    assert moe("zoo_q235_ctx16384_forced").router == "forced_balance"
+    assert moe("mbridge_25.09_249").router == "forced_balance"  # tokens are dropped
+    assert moe("ms_head_dsv3_A3").expert_bias
