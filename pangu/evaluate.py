@@ -1,4 +1,4 @@
-"""How well a model predicts text: `python -m pangu.evaluate MODEL --text FILE`.
+"""How good a model is: `python -m pangu.evaluate MODEL [--text FILE] [--task FILE]`.
 
 MODEL is a run folder, one of its checkpoints, or a folder that `pangu.convert import` wrote.
 """
@@ -23,21 +23,74 @@ app = typer.Typer(add_completion=False, help=__doc__)
 @app.command()
 def evaluate(
     model: Annotated[Path, typer.Argument(help="a run folder, a checkpoint or an imported model")],
-    text: Annotated[Path, typer.Option("--text", help="a UTF-8 text file")],
-    tokens: Annotated[int, typer.Option(min=2, help="at most so many tokens of it")] = 2**31,
+    text: Annotated[Path | None, typer.Option("--text", help="a UTF-8 text file")] = None,
+    task: Annotated[
+        list[Path] | None, typer.Option("--task", help="questions: requests.jsonl(.gz), repeatable")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="at most so many tokens of the text")] = 2**31,
     window: Annotated[int, typer.Option(min=2, help="tokens that see each other")] = 1024,
+    limit: Annotated[int, typer.Option(min=1, help="at most so many questions a task")] = 2**31,
     backend: Annotated[str, typer.Option(help="auto, cpu, cuda or npu")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="numbers alone")] = False,
 ) -> None:
-    """Perplexity and bits per byte of a text, with their standard error from window to window."""
-    report = text_report(model, text, tokens, window, backend)
+    """Perplexity and bits per byte of a text, accuracy on multiple-choice questions; each with its
+    standard error."""
+    if text is None and not task:
+        raise typer.BadParameter("nothing to judge by: --text FILE or --task FILE")
+    report: dict[str, Any] = {}
+    if text is not None:
+        report |= text_report(model, text, tokens, window, backend)
+    if task:
+        report["tasks"] = task_report(model, task, limit, backend)
     if as_json:
         print(json.dumps(report))
         return
-    low, high = report["perplexity_interval"]
-    print(f"{report['tokens']:,} tokens of {text}, windows of {window}")
-    print(f"perplexity     {report['perplexity']:.3f}  ({low:.3f} to {high:.3f}, one sigma)")
-    print(f"bits per byte  {report['bits_per_byte']:.4f}")
+    if text is not None:
+        low, high = report["perplexity_interval"]
+        print(f"{report['tokens']:,} tokens of {text}, windows of {window}")
+        print(f"perplexity     {report['perplexity']:.3f}  ({low:.3f} to {high:.3f}, one sigma)")
+        print(f"bits per byte  {report['bits_per_byte']:.4f}")
+    for name, found in report.get("tasks", {}).items():
+        print(f"{name}: {found['questions']} questions")
+        for key in ("accuracy", "accuracy_per_character"):
+            value, error = found[key], found[f"{key}_standard_error"]
+            print(f"  {key.replace('_', ' '):24}{value:7.1%} ± {error:.1%}")
+
+
+def task_report(
+    folder: Path, tasks: list[Path], limit: int, backend: str
+) -> dict[str, dict[str, float]]:
+    """Accuracies by the name of the task.
+
+    Raises:
+        ConfigError: the model or a task cannot be used.
+    """
+    from configs.violation import ConfigError, Violation
+    from pangu.trained_model import loaded
+
+    with loaded(folder, backend) as (model, tokenizer, _):
+        from pangu.inference.choices import TaskError, accuracies, answer_nats, read_task
+
+        reports = {}
+        for path in tasks:
+            try:
+                questions = read_task(path, limit)
+            except TaskError as error:
+                raise ConfigError([Violation("--task", path, str(error))]) from None
+            nats = answer_nats(model, tokenizer, questions, progress=_bar)
+            found: dict[str, float] = {"questions": len(questions)}
+            for key, accuracy in accuracies(questions, nats).items():
+                found[key] = accuracy.value
+                found[f"{key}_standard_error"] = accuracy.standard_error
+            reports[_name(path)] = found
+    return reports
+
+
+def _name(path: Path) -> str:
+    """`arc_easy/rc_0shot` of the suite's `…/arc_easy/rc_0shot/requests.jsonl.gz`."""
+    if path.name.startswith("requests."):
+        return "/".join(path.resolve().parts[-3:-1])
+    return path.name
 
 
 def text_report(folder: Path, text: Path, tokens: int, window: int, backend: str) -> dict[str, Any]:
@@ -83,7 +136,7 @@ def text_report(folder: Path, text: Path, tokens: int, window: int, backend: str
 def _bar(windows: Iterable) -> Iterable:
     from tqdm import tqdm
 
-    return tqdm(windows, unit="window", leave=False, file=sys.stderr)
+    return tqdm(windows, unit="batch", leave=False, file=sys.stderr)
 
 
 def main(arguments: list[str]) -> int:
