@@ -57,7 +57,8 @@ def search(
         hint = "more devices, or pin fewer sizes"
         raise ConfigError([Violation("devices", config.world_size, result.why_none, hint)])
     if emit:
-        from simulator.emit import experiment, launch_flags
+        from simulator.emit import experiment
+        from simulator.flags import launch_flags
 
         best = result.choices[0].config
         emit.write_text(experiment(best, overrides))

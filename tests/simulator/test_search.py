@@ -17,8 +17,9 @@ from configs.compose import load
 from configs.schema import ParallelConfig
 from configs.violation import ConfigError
 from simulator.candidates import configure, enumerate_layouts, recompute_policies
-from simulator.emit import experiment, launch_flags
+from simulator.emit import experiment
 from simulator.evaluate import evaluate
+from simulator.flags import launch_flags
 from simulator.layout import DEALS, from_config
 from simulator.predict import predict
 from simulator.search import search
@@ -115,15 +116,6 @@ def test_emitted_experiment_is_the_recommendation(result, tmp_path):
     assert predict(trained).step_seconds == pytest.approx(best.prediction.step_seconds)
     # what the user adds on the command line still wins
     assert load([f"experiment={file}", "train.seq_length=2048"]).train.seq_length == 2048
-
-
-def test_launch_flags(config):
-    plan = load(["model=pangu_pro_moe", "parallel=pangu_pro", "devices=4000", "memory=full"])
-    flags = launch_flags(plan).splitlines()
-    assert "--tensor-model-parallel-size 8" in flags
-    assert "--num-layers-per-virtual-pipeline-stage 2" in flags
-    assert "--noop-layers 0,49" in flags
-    assert "--recompute-granularity full" in flags
 
 
 def test_too_many_candidates_are_refused(config, monkeypatch):
