@@ -46,6 +46,7 @@ def goodput(
     checkpoint_seconds: float,
     restart_seconds: float,
     interval_seconds: float | None = None,
+    *,
     write_seconds: float = 0.0,
 ) -> Goodput:
     """Useful share of wall time, with the best checkpoint interval unless one is given.
@@ -58,24 +59,14 @@ def goodput(
     Raises:
         ConfigError: with every time or number that cannot be, or leaves no time for work.
     """
-    given = {
-        "devices": devices,
-        "device_mtbf_hours": device_mtbf_hours,
-        "checkpoint_seconds": checkpoint_seconds,
-        "restart_seconds": restart_seconds,
-    }
-    if interval_seconds is not None:
-        given["interval_seconds"] = interval_seconds
-    wrong = [
-        Violation(name, value, "must be a positive, finite number")
-        for name, values in given.items()
-        for value in np.ravel(values).tolist()
-        if not (np.isfinite(value) and value > 0)
-    ]
-    if not np.isfinite(write_seconds) or write_seconds < 0:
-        wrong.append(Violation("write_seconds", write_seconds, "must be finite and not negative"))
-    if wrong:
-        raise ConfigError(wrong)
+    _refuse_impossible(
+        write_seconds,
+        devices=devices,
+        device_mtbf_hours=device_mtbf_hours,
+        checkpoint_seconds=checkpoint_seconds,
+        restart_seconds=restart_seconds,
+        interval_seconds=1.0 if interval_seconds is None else interval_seconds,
+    )
     devices = np.asarray(devices, dtype=float)
     mtbf = device_mtbf_hours * 3600.0 / devices
     cost, restart = checkpoint_seconds, restart_seconds
@@ -108,6 +99,19 @@ def goodput(
         restarting=restarting,
         failures_per_day=86400.0 / mtbf,
     )
+
+
+def _refuse_impossible(write_seconds: float, **given: Array) -> None:
+    wrong = [
+        Violation(name, value, "must be a positive, finite number")
+        for name, values in given.items()
+        for value in np.ravel(values).tolist()
+        if not (np.isfinite(value) and value > 0)
+    ]
+    if not np.isfinite(write_seconds) or write_seconds < 0:
+        wrong.append(Violation("write_seconds", write_seconds, "must be finite and not negative"))
+    if wrong:
+        raise ConfigError(wrong)
 
 
 def expected_seconds(mtbf: Array, interval: Array, cost: Array, restart: Array) -> Array:

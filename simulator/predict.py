@@ -151,7 +151,9 @@ def predict(config: Config, load: float | None = None) -> Prediction:
     devices = int(layout.devices)
     dtype = peak_dtype(parts)
     flops = model_flops_per_token(config)
-    breakdown = _breakdown(parts, slowest, held[slowest], step, optimizer, gather)
+    breakdown = _breakdown(
+        parts, slowest, held[slowest], step=step, optimizer=optimizer, gather=gather
+    )
     return Prediction(
         step_seconds=step,
         tokens_per_second=tokens / step,
@@ -285,6 +287,7 @@ def _breakdown(
     parts: Parts,
     rank: int,
     held: _Rank,
+    *,
     step: float,
     optimizer: float,
     gather: float,

@@ -131,35 +131,37 @@ def search(
     step, peak, outside = _evaluate_all(config, structures, policies, progress)
     hardware = load_hardware(config.hardware)
     fitting = fits(hardware, peak, outside, MARGIN)
-    rejected[f"needs more memory than the device has, {MARGIN:.0%} kept as margin"] = int(
-        count - fitting.sum()
-    )
+    too_large = f"needs more memory than the device has, {MARGIN:.0%} kept as margin"
+    rejected[too_large] = int(count - fitting.sum())
     order = np.flatnonzero(fitting)
     order = order[np.argsort(step[order], kind="stable")]
-    tokens = config.train.global_batch_size * config.train.seq_length
-    throughput = tokens / step / config.world_size
-    chosen = list(itertools.islice(_first_of_each(order, len(policies)), 2 * top))
-    front = _pareto(order, peak)
-
-    def choice(index: int) -> Choice:
-        layout = candidates(structures, policies, np.array([index])).take(0)
-        one = configure(config, layout)
-        return Choice(one, predict(one))
-
-    choices = sorted(map(choice, chosen), key=lambda c: c.prediction.step_seconds)[:top]
+    fastest = itertools.islice(_first_of_each(order, len(policies)), 2 * top)
+    choice = partial(_choice, config, structures, policies)
+    choices = sorted(map(choice, fastest), key=lambda c: c.prediction.step_seconds)[:top]
     return SearchResult(
         choices,
-        [choice(int(index)) for index in front],
+        [choice(int(index)) for index in _pareto(order, peak)],
         {reason: number for reason, number in rejected.items() if number},
         considered,
         count,
         int(fitting.sum()),
         time.perf_counter() - start,
-        throughput[fitting],
+        config.train.global_batch_size
+        * config.train.seq_length
+        / step[fitting]
+        / config.world_size,
         peak[fitting] / 2**30,
         float(peak.min(initial=np.inf)) / 2**30,
         hardware.memory_gib,
     )
+
+
+def _choice(
+    config: Config, structures: Layout, policies: list[dict[str, Any]], index: int
+) -> Choice:
+    layout = candidates(structures, policies, np.array([index])).take(0)
+    one = configure(config, layout)
+    return Choice(one, predict(one))
 
 
 def _evaluate_chunk(

@@ -128,8 +128,7 @@ def search_shapes(
         raise ConfigError([Violation("shape", f"{candidates:,} shapes", reason)])
     if goal == "inference":
         rate = coarse_decoding(config, hardware, dimensions, total, active)
-        outside = int((rate <= 0).sum())
-        if outside:
+        if outside := int((rate <= 0).sum()):
             rejected["weights and one sequence exceed memory or the latency limit"] = outside
     else:
         rate = coarse_training(config, hardware, active)
@@ -146,8 +145,7 @@ def search_shapes(
             shapes.append(_learning(shape, shaped(config, picked), tokens))
         if progress:
             progress(done, len(chosen))
-    failed = len(chosen) - len(shapes)
-    if failed:
+    if failed := len(chosen) - len(shapes):
         rejected["no layout fits memory and latency"] = failed
     if not shapes:
         reason = f"none of {len(total):,} shapes within the limits fits memory and latency on them"

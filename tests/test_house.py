@@ -22,7 +22,14 @@ HOUSE = (
     {"pangu/sweep", "pangu/trained_model"},
     {"entry points"},
 )
+SCREEN, MOST_POSITIONAL = 60, 7
+# The engine's, or torch's, own signatures.
+TAKEN_AS_THEY_ARE = {"attention.__init__", "attention.forward"}
 LEVEL = {name: level for level, names in enumerate(HOUSE) for name in names}
+
+
+def rglob(top: str) -> list[Path]:
+    return sorted((ROOT / top).rglob("*.py"))
 
 
 def place(file: Path) -> str:
@@ -70,6 +77,23 @@ def breaches(file: Path) -> set[tuple[str, str]]:
 
 def test_imports_go_one_way():
     tops = ("configs", "simulator", "pangu", "launch")
-    files = [file.relative_to(ROOT) for top in tops for file in (ROOT / top).rglob("*.py")]
+    files = [file.relative_to(ROOT) for top in tops for file in rglob(top)]
     found = set().union(*(breaches(file) for file in files if file != Path("pangu/__init__.py")))
     assert not found
+
+
+def test_functions_fit_a_screen_and_long_lists_of_arguments_are_keywords():
+    long, many = {}, {}
+    for file in (f for top in ("configs", "simulator", "pangu", "launch") for f in rglob(top)):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            name, lines = f"{file.stem}.{node.name}", node.end_lineno - node.lineno + 1
+            if lines > SCREEN:
+                long[name] = lines
+            positional = [*node.args.posonlyargs, *node.args.args]
+            options = "Annotated" in ast.unparse(node.args)  # of a command line
+            if len(positional) > MOST_POSITIONAL and not options:
+                many[name] = len(positional)
+    assert long == {}
+    assert many.keys() - TAKEN_AS_THEY_ARE == set()

@@ -94,13 +94,12 @@ def build_datasets(
         )
     if violations:
         raise ConfigError(violations)
-    train = _build(config, blend, 0, train_samples, seq_length, config.seed, tokenizer)
+    of_training = {"split": 0, "samples": train_samples, "seed": config.seed}
+    train = _build(config, blend, tokenizer, seq_length=seq_length, **of_training)
     validation = None
     if validation_blend and validation_samples:
-        seed = _VALIDATION_SEED
-        validation = _build(
-            config, validation_blend, 1, validation_samples, seq_length, seed, tokenizer
-        )
+        held_out = {"split": 1, "samples": validation_samples, "seed": _VALIDATION_SEED}
+        validation = _build(config, validation_blend, tokenizer, seq_length=seq_length, **held_out)
     return Datasets(train, validation, tokenizer)
 
 
@@ -171,11 +170,12 @@ def _check_blend(key: str, blend: dict[str, float], seq_length: int) -> list[Vio
 def _build(
     config: Config,
     blend: dict[str, float],
+    tokenizer: Tokenizer,
+    *,
     split: int,
     samples: int,
     seq_length: int,
     seed: int,
-    tokenizer: Tokenizer,
 ) -> Any:
     """The dataset of one split with megatron-core's builder; 0 is training, 1 validation."""
     from pangu.data.blend import BlendBuilder

@@ -47,7 +47,7 @@ def balance_scores(logits: torch.Tensor, score_function: str) -> torch.Tensor:
     return scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
 
 
-def balance_pull(counts: torch.Tensor, coefficient: float, tokens: int) -> torch.Tensor:
+def balance_gradient(counts: torch.Tensor, coefficient: float, tokens: int) -> torch.Tensor:
     """∂L/∂score of each expert: α·fᵢ/tokens, float32.
 
     `counts` `[E]` with `tokens` the micro-batch's, or `[B, E]` with those of its B sequences.
@@ -83,22 +83,22 @@ class _LossGradient(torch.autograd.Function):
         logits_TE: torch.Tensor,
         input_TH: torch.Tensor,
         weight_EH: torch.Tensor,
-        pull: torch.Tensor,
+        score_gradient: torch.Tensor,
         terms: Terms,
     ) -> torch.Tensor:
-        ctx.save_for_backward(input_TH, weight_EH, pull)
+        ctx.save_for_backward(input_TH, weight_EH, score_gradient)
         ctx.terms = terms
         return weights_TE.view_as(weights_TE)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        input_TH, weight_EH, pull = ctx.saved_tensors
+        input_TH, weight_EH, score_gradient = ctx.saved_tensors
         terms: Terms = ctx.terms
         logits_TE = terms.logits(input_TH, weight_EH)
         with torch.enable_grad():
             logits_TE.requires_grad_()
             scores = balance_scores(logits_TE, terms.score_function).unflatten(0, terms.shape)
-            auxiliary = (scores.sum(dim=0) * pull).sum()
+            auxiliary = (scores.sum(dim=0) * score_gradient).sum()
             z = _z_loss(logits_TE, terms)
             (grad,) = torch.autograd.grad(auxiliary + z, logits_TE)
         terms.record(auxiliary.detach(), z.detach())
@@ -116,10 +116,11 @@ def _z_loss(logits_TE: torch.Tensor, terms: Terms) -> torch.Tensor:
 
 def attach(
     weights_TE: torch.Tensor,
+    *,
     logits_TE: torch.Tensor,
     input_TH: torch.Tensor,
     weight_EH: torch.Tensor,
-    pull: torch.Tensor,
+    score_gradient: torch.Tensor,
     terms: Terms,
 ) -> torch.Tensor:
     """The same weights; their backward also sends the losses' gradient to `logits_TE`.
@@ -127,5 +128,5 @@ def attach(
     `terms.logits(input_TH, weight_EH)` must give `logits_TE` again.
     """
     return _LossGradient.apply(
-        weights_TE, logits_TE, input_TH.detach(), weight_EH.detach(), pull, terms
+        weights_TE, logits_TE, input_TH.detach(), weight_EH.detach(), score_gradient, terms
     )

@@ -15,7 +15,7 @@ from megatron.core.transformer.moe.router import Router
 
 from pangu.moe.config import MoETransformerConfig
 from pangu.moe.load import LayerLoad
-from pangu.moe.losses import Terms, attach, balance_pull
+from pangu.moe.losses import Terms, attach, balance_gradient
 from pangu.moe.routing import routing_for
 
 
@@ -130,7 +130,7 @@ class ExpertRouter(Router):
         tokens = positions * sequences * self.token_group.size()
         with torch.no_grad():
             counts = self._scope_counts(chosen_SBE).to(logits_TE.dtype)
-            pull = balance_pull(counts, moe.aux_loss_coefficient, tokens)
+            score_gradient = balance_gradient(counts, moe.aux_loss_coefficient, tokens)
         terms = Terms(
             shape=(positions, sequences),
             score_function=moe.score_function,
@@ -140,7 +140,14 @@ class ExpertRouter(Router):
             logits=router_logits,
             record=self._record_losses,
         )
-        return attach(weights_TE, logits_TE, input_TH, self.weight, pull, terms)
+        return attach(
+            weights_TE,
+            logits_TE=logits_TE,
+            input_TH=input_TH,
+            weight_EH=self.weight,
+            score_gradient=score_gradient,
+            terms=terms,
+        )
 
     def _factor(self, tokens: int) -> float | torch.Tensor:
         """What the engine divides by, over the number of micro-batches."""

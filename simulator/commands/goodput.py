@@ -82,14 +82,20 @@ def goodput(
     _table(rows, run.forecast if run else None)
     console = wide_console()
     console.print(f"a checkpoint costs {cost:.3g} s, a restart {restart_seconds:g} s")
-    if run and cost == copying:
-        console.print("the cost is the copy to the host; a checkpoint is written until the next")
-    if run and run.write_seconds:
-        console.print(f"writing {run.written_gib:,.0f} GiB takes {run.write_seconds:.3g} s")
-    elif run:
-        console.print("how long writing takes is not known: hardware.storage_gbps=GB/s per device")
+    if run:
+        _explain(run, copied=cost == copying)
     if mtbf_hours == HOURS:
         console.print("no failure rate given: a range; --mtbf-hours takes your cluster's")
+
+
+def _explain(run: Run, *, copied: bool) -> None:
+    console = wide_console()
+    if copied:
+        console.print("the cost is the copy to the host; a checkpoint is written until the next")
+    if run.write_seconds:
+        console.print(f"writing {run.written_gib:,.0f} GiB takes {run.write_seconds:.3g} s")
+    else:
+        console.print("how long writing takes is not known: hardware.storage_gbps=GB/s per device")
 
 
 @dataclass(frozen=True)
@@ -149,7 +155,7 @@ def _rows(
     rows = []
     for mean in hours:
         try:
-            result = expected(np.array(sizes), mean, *seconds)
+            result = expected(np.array(sizes), mean, *seconds[:3], write_seconds=seconds[3])
         except ConfigError as error:
             renamed = [replace(v, key=OPTIONS.get(v.key, v.key)) for v in error.violations]
             raise ConfigError(renamed) from None

@@ -47,9 +47,7 @@ def shape(
     ] = True,
     shortlist: Annotated[int, typer.Option(min=1, help="Shapes for the full model.")] = 48,
     top: Annotated[int, typer.Option(min=1, help="Shapes to show.")] = 10,
-    plot: Annotated[
-        Path | None, typer.Option(help="Write the Pareto plot (PNG, SVG, PDF).")
-    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the Pareto plot (.png, .svg).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Search the shape of a model; the ranges left out are those that Pangu Pro MoE came from."""
@@ -78,16 +76,20 @@ def shape(
         pinned=frozenset(line.lstrip("+").partition("=")[0] for line in overrides),
         progress=progress_bar("full model of the shortlist", quiet=as_json),
     )
-    if plot:
-        from simulator.shape_plot import pareto_plot
-
-        pareto_plot(plot, config, goal.value, result)
     if as_json:
         print(json.dumps(to_json(result)))
     else:
         _show(config, goal, result, top)
-        if plot:
-            print(f"wrote {plot}")
+    if plot:
+        _plot(plot, config, goal, result, quiet=as_json)
+
+
+def _plot(path: Path, config: Config, goal: Goal, result: ShapeResult, *, quiet: bool) -> None:
+    from simulator.shape_plot import pareto_plot
+
+    pareto_plot(path, config, goal.value, result)
+    if not quiet:
+        print(f"wrote {path}")
 
 
 def _positive(option: str, value: float) -> float:
