@@ -118,7 +118,7 @@ def attention_seconds(
     )
     if not fused:
         shape = (batch * heads, seq_q, seq_kv, qk_dim, v_dim)
-        return _unfused_attention(hw, *shape, passes, backward, dtype)
+        return _unfused_attention(hw, *shape, passes=passes, backward=backward, dtype=dtype)
     element = ELEMENT_BYTES[dtype]
     pairs = batch * heads * seq_q * seq_kv
     if causal:
@@ -186,6 +186,7 @@ def _unfused_attention(
     seq_kv: Array,
     qk_dim: Array,
     v_dim: Array,
+    *,
     passes: float,
     backward: bool,
     dtype: str,
