@@ -88,10 +88,12 @@ def test_hierarchical_dispatch_halves_the_traffic_between_nodes():
     assert float(inside.bytes) == 8 * row
 
 
-def test_published_layout_of_pangu_ultra_is_within_3_percent_of_the_best():
-    """Everything else free on 6,144 devices: TP, PP, VPP, CP, EP, ETP, micro-batch and how layers
-    are dealt to stages. Ahead are the same stages over half as many ranks, and single-sequence
-    micro-batches."""
+def test_published_layout_of_pangu_ultra_is_within_3_percent_of_the_best(monkeypatch):
+    """Without the margin of memory that a search keeps, which the published layout does not
+    leave. Everything else free on 6,144 devices: TP, PP, VPP, CP, EP, ETP, micro-batch and how
+    layers are dealt to stages. Ahead are the same stages over half as many ranks, and
+    single-sequence micro-batches."""
+    monkeypatch.setattr("simulator.search.MARGIN", 0.0)
     config = load(ULTRA)
     published = predict(config).step_seconds
     sizes = ("tensor_model", "pipeline_model", "expert_model")
