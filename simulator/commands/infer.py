@@ -13,6 +13,7 @@ from simulator.commands import wide_console
 if TYPE_CHECKING:
     from configs.schema import Config
 
+SLOW = 5.0  # seconds to the first token that nobody waits for unasked
 MOST_DEVICES = 1024  # that a refusal looks for a number that would work among
 
 
@@ -48,6 +49,7 @@ def infer(
         for name, step in (("prefill", result.prefill), ("decode", result.decode)):
             plain[f"{name}_parts"] = {key: float(value) for key, value in step.parts.items()}
         plain |= {"largest_batch": most, "stopped_by": stopped_by, "devices": layout.devices}
+        plain["warnings"] = _warnings(config, result.ttft_seconds)
         print(json.dumps(plain))
         return
     from rich.table import Table
@@ -76,6 +78,17 @@ def infer(
             name, f"{1e3 * float(result.decode.parts[name]):.2f}", f"{1e3 * float(first):.2f}"
         )
     console.print(table)
+    for warning in _warnings(config, result.ttft_seconds):
+        console.print(f"note: {warning}")
+
+
+def _warnings(config: Config, ttft_seconds: float) -> list[str]:
+    """What a user who asked for nothing in particular may not have wanted."""
+    options = config.inference
+    if options.latency_limit_ms or options.batch_size or ttft_seconds < SLOW:
+        return []
+    sentence = f"the batch is the largest that fits, and its first token takes {ttft_seconds:.0f} s"
+    return [f"{sentence}: inference.latency_limit_ms=50 limits the batch"]
 
 
 def _more_devices(config: Config) -> str:

@@ -7,9 +7,11 @@ import sys
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from configs.compose import load
 from configs.violation import ConfigError
+from simulator.__main__ import application
 from simulator.hardware import load_hardware
 from simulator.inference import (
     decode_step,
@@ -119,3 +121,16 @@ def test_a_refusal_names_the_devices_that_would_do() -> None:
     never = subprocess.run(hopeless, capture_output=True, text=True)
     assert never.returncode == 2
     assert never.stderr.strip() == "devices=4: no batch stays within 0.001 ms per token"
+
+
+def test_a_first_token_that_nobody_waits_for_is_said():
+    """Where neither a batch nor a limit was asked for."""
+    served = ["infer", "model=pangu_pro_moe", "hardware=ascend_910b_376t", "devices=8", "--json"]
+    said = []
+    for more in ([], ["inference.latency_limit_ms=50"], ["inference.batch_size=456"]):
+        done = CliRunner().invoke(application(["infer"]), [*served, *more])
+        said.append(json.loads(done.stdout))
+    assert said[0]["ttft_seconds"] > 20
+    (warning,) = said[0]["warnings"]
+    assert f"first token takes {said[0]['ttft_seconds']:.0f} s" in warning
+    assert said[1]["warnings"] == said[2]["warnings"] == []

@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from configs.check import load_checked, violations
 from configs.compose import load
 from configs.schema import ParallelConfig
 from configs.violation import ConfigError
+from simulator.__main__ import application
 from simulator.candidates import configure, enumerate_layouts, recompute_policies
 from simulator.emit import experiment
 from simulator.evaluate import evaluate
@@ -116,6 +119,28 @@ def test_emitted_experiment_is_the_recommendation(result, tmp_path):
     assert predict(trained).step_seconds == pytest.approx(best.prediction.step_seconds)
     # what the user adds on the command line still wins
     assert load([f"experiment={file}", "train.seq_length=2048"]).train.seq_length == 2048
+
+
+def test_what_is_offered_fits_with_a_margin(result):
+    """4 % for the driver and 5 % for what forecasts of memory were off by."""
+    for choice in [*result.choices, *result.pareto]:
+        p = choice.prediction
+        outside = max(float(stage.memory.buffers) for stage in p.stages) / 2**30
+        assert p.peak_memory_gib * 1.05 * 1.04 + outside <= p.memory_gib * (1 + 1e-9)
+
+
+def test_a_search_that_finds_nothing_says_how_near_it_came():
+    plan = ["model=pangu_pro_moe", "hardware=h100", "devices=2", "train.global_batch_size=2"]
+    done = CliRunner().invoke(application(["search"]), ["search", *plan])
+    assert isinstance(done.exception, ConfigError)  # `main` prints it and exits with 2
+    told = re.fullmatch(
+        r"devices=2: none of [\d,]+ layouts fits: the smallest peak is ([\d.]+) of 80.0 GiB"
+        r" \(more devices, or pin fewer sizes\)",
+        str(done.exception),
+    )
+    assert told
+    # 72 B parameters over two devices: weights, float32 gradients, sharded optimizer state
+    assert 71.99e9 / 2 * (2 + 4 + 12) / 2**30 < float(told[1]) < 1000
 
 
 def test_too_many_candidates_are_refused(config, monkeypatch):
