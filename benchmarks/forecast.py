@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 from configs.compose import load
-from simulator.predict import Prediction, predict
+from simulator.predict import Forecast, predict
 
 RUNS = {
     "one process": ["launch.processes=1"],
@@ -52,7 +52,7 @@ def measure(overrides: list[str], folder: str) -> tuple[float, float]:
     return seconds, max(row["memory_gib"] for row in steps)
 
 
-def line(name: str, expected: Prediction, seconds: float, memory: float) -> str:
+def line(name: str, expected: Forecast, seconds: float, memory: float) -> str:
     """A row of the table."""
     time_error = expected.step_seconds / seconds - 1
     memory_error = expected.peak_memory_gib / memory - 1

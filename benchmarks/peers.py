@@ -30,7 +30,7 @@ from rich.table import Table
 
 from configs.schema import Config
 from configs.violation import ConfigError
-from simulator.predict import Prediction, predict
+from simulator.predict import Forecast, predict
 from simulator.validation.engine import Case, NotPredictable, case
 from simulator.validation.measure import in_unit
 from simulator.validation.rows import Accuracy, Outcome, accuracy
@@ -45,7 +45,7 @@ class Shared:
     """A row that can be forecast, and our forecast."""
 
     found: Case
-    prediction: Prediction
+    prediction: Forecast
     ours: Outcome
 
     @property

@@ -1,7 +1,7 @@
 """The planner's only door for `pangu`: what a run will take, what its model is, and what a machine
 that was measured is like.
 
-- before a run: `predict` (a `Prediction`), `pipeline_ranks` where no machine is named;
+- before a run: `predict` (a `Forecast`), `pipeline_ranks` where no machine is named;
 - behind MFU and reports: `model_flops_per_token`, `count_parameters`, `fill_page`;
 - for calibration: `Hardware` and its parts, `load_hardware`, `operator_seconds`, `count_layer`.
 """
@@ -23,18 +23,18 @@ from simulator.host import issue_seconds
 from simulator.layout import from_config
 from simulator.page import fill as fill_page
 from simulator.parameters import count_parameters, model_flops_per_token
-from simulator.predict import Prediction, predict
+from simulator.predict import Forecast, predict
 from simulator.ranks import Rank, pipeline_ranks
 
 __all__ = [
     "Attention",
+    "Forecast",
     "Hardware",
     "Launch",
     "LayerCount",
     "Link",
     "Matmul",
     "Overlap",
-    "Prediction",
     "Rank",
     "count_layer",
     "count_parameters",

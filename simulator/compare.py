@@ -9,7 +9,7 @@ from typing import Any
 from configs.schema import Config
 from configs.violation import ConfigError, Violation
 from simulator.hardware import load_hardware
-from simulator.predict import Prediction, predict
+from simulator.predict import Forecast, predict
 from simulator.search import search
 
 PER_TRILLION = 1e12
@@ -24,7 +24,7 @@ class Pair:
     model: str
     hardware: str
     config: Config | None
-    prediction: Prediction | None
+    prediction: Forecast | None
     power_w: float | None  # of one device
     price_per_hour: float | None
     reason: str = ""

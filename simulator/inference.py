@@ -46,7 +46,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Forecast:
+class ServingForecast:
     """What serving `batch` sequences gives; see `forecast`."""
 
     batch: int
@@ -104,7 +104,7 @@ def prefill(serving: Serving, batch: Array, length: Array) -> Step:
     )
 
 
-def forecast(serving: Serving, batch: int) -> Forecast:
+def forecast(serving: Serving, batch: int) -> ServingForecast:
     """Latency and throughput of `batch` sequences of `input_length` and `output_length` tokens.
 
     The cache holds the prompt and, on average, half of the output. With drafting, a step verifies
@@ -122,7 +122,7 @@ def forecast(serving: Serving, batch: int) -> Forecast:
     gained = sum(options.acceptance_rate**i for i in range(options.draft_tokens + 1))
     tpot = float(step.seconds) / gained
     memory = float(memory_bytes(serving, batch)) / 2**30
-    return Forecast(
+    return ServingForecast(
         batch=batch,
         ttft_seconds=float(first.seconds),
         tpot_seconds=tpot,

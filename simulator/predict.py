@@ -73,7 +73,7 @@ class ErrorBar:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class Forecast:
     """Forecast of one training step. Seconds, GiB, bytes as named; see `breakdown` for where the
     step's seconds go on its slowest rank."""
 
@@ -121,7 +121,7 @@ class Prediction:
         return result
 
 
-def predict(config: Config, load: float | None = None) -> Prediction:
+def predict(config: Config, load: float | None = None) -> Forecast:
     """Forecast `config`.
 
     `load` overrides the expected imbalance of expert-parallel ranks.
@@ -154,7 +154,7 @@ def predict(config: Config, load: float | None = None) -> Prediction:
     breakdown = _breakdown(
         parts, slowest, held[slowest], step=step, optimizer=optimizer, gather=gather
     )
-    return Prediction(
+    return Forecast(
         step_seconds=step,
         tokens_per_second=tokens / step,
         tokens_per_second_per_device=tokens / step / devices,

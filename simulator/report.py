@@ -10,7 +10,7 @@ import numpy as np
 from configs.schema import Config
 from simulator.hardware import GRADES
 from simulator.page import fill
-from simulator.predict import Prediction
+from simulator.predict import Forecast
 from simulator.search import Choice, SearchResult
 from simulator.words import layout_words, recompute_words
 
@@ -22,14 +22,14 @@ PASSES = ("F", "B", "I", "W", "FB")
 
 
 def write_report(
-    path: Path, config: Config, prediction: Prediction, search: SearchResult | None = None
+    path: Path, config: Config, prediction: Forecast, search: SearchResult | None = None
 ) -> None:
     """Write the page of a forecast, and of the search that it won."""
     path.write_text(fill(TEMPLATE, report_data(config, prediction, search)), encoding="utf-8")
 
 
 def report_data(
-    config: Config, prediction: Prediction, search: SearchResult | None = None
+    config: Config, prediction: Forecast, search: SearchResult | None = None
 ) -> dict[str, Any]:
     """What the page shows. Seconds, GiB and shares as plain numbers."""
     p = prediction
@@ -52,7 +52,7 @@ def report_data(
     }
 
 
-def _tiles(p: Prediction) -> list[list[str]]:
+def _tiles(p: Forecast) -> list[list[str]]:
     """[value, what it is]."""
     error = ""
     if p.error:
@@ -73,7 +73,7 @@ def _tiles(p: Prediction) -> list[list[str]]:
     return tiles
 
 
-def _timeline(p: Prediction) -> dict[str, Any]:
+def _timeline(p: Forecast) -> dict[str, Any]:
     """Passes by rank as [kind, micro-batch, chunk, start, end], and what follows them."""
     ranks: list[list[list[float]]] = [[] for _ in p.stages]
     drawn = 0.0
@@ -99,7 +99,7 @@ def _timeline(p: Prediction) -> dict[str, Any]:
     }
 
 
-def _memory(p: Prediction) -> dict[str, Any]:
+def _memory(p: Forecast) -> dict[str, Any]:
     gib = [[float(getattr(stage.memory, kind)) / 2**30 for kind in MEMORY] for stage in p.stages]
     return {
         "kinds": MEMORY,
@@ -109,7 +109,7 @@ def _memory(p: Prediction) -> dict[str, Any]:
     }
 
 
-def _bill(p: Prediction) -> list[list[Any]]:
+def _bill(p: Forecast) -> list[list[Any]]:
     """The operators and messages that show most: block, what, phase, how often per micro-batch,
     ms each, exposed ms in all."""
     lines: list[list[Any]] = [
@@ -126,7 +126,7 @@ def _bill(p: Prediction) -> list[list[Any]]:
     return sorted(lines, key=lambda line: float(line[-1]), reverse=True)[:MOST_LINES]
 
 
-def _search(result: SearchResult, p: Prediction) -> dict[str, Any]:
+def _search(result: SearchResult, p: Forecast) -> dict[str, Any]:
     count = len(result.throughput)
     chosen = np.random.default_rng(0).permutation(count)[:MOST_POINTS]
     cloud = np.stack([p.memory_gib - result.peak_gib[chosen], result.throughput[chosen]], axis=1)

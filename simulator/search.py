@@ -29,7 +29,7 @@ from simulator.evaluate import evaluate
 from simulator.hardware import load_hardware
 from simulator.layout import Layout
 from simulator.memory import fits
-from simulator.predict import Prediction, predict
+from simulator.predict import Forecast, predict
 
 # What a recommended peak may turn out higher by: forecasts of this trainer's peaks were up to 5 %
 # low (docs/simulator.md).
@@ -44,7 +44,7 @@ class Choice:
     """One layout of the ranking and its forecast."""
 
     config: Config
-    prediction: Prediction
+    prediction: Forecast
 
     @property
     def headroom_gib(self) -> float:

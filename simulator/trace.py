@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from simulator.predict import Prediction
+from simulator.predict import Forecast
 
 NAMES = {
     "F": "forward",
@@ -16,7 +16,7 @@ NAMES = {
 LAYER_TRACK = 1_000_000  # process id of the tracks that show one block's operators
 
 
-def chrome_trace(prediction: Prediction) -> dict[str, Any]:
+def chrome_trace(prediction: Forecast) -> dict[str, Any]:
     """One process per pipeline rank, and one per building block with its operators in the order
     of issue. Times in µs."""
     events = [

@@ -8,12 +8,12 @@ from typing import Any
 
 from configs.schema import Config
 from configs.violation import ConfigError
-from simulator.api import Prediction, predict
+from simulator.api import Forecast, predict
 
 WARM_UP = 2  # steps of a run that are slower than the rest: first allocations, first messages
 
 
-def forecast(config: Config, devices: int) -> Prediction | str | None:
+def forecast(config: Config, devices: int) -> Forecast | str | None:
     """The forecast of a run on `devices` ranks, or why there is none; None where the
     configuration names no `hardware`."""
     if not config.hardware:
@@ -24,7 +24,7 @@ def forecast(config: Config, devices: int) -> Prediction | str | None:
         return str(error.violations[0])
 
 
-def announce(expected: Prediction | str) -> str:
+def announce(expected: Forecast | str) -> str:
     """One line for the start of a run."""
     if isinstance(expected, str):
         return f"no forecast: {expected}"
@@ -34,7 +34,7 @@ def announce(expected: Prediction | str) -> str:
     return line
 
 
-def compare(expected: Prediction, rows: list[dict[str, Any]]) -> str | None:
+def compare(expected: Forecast, rows: list[dict[str, Any]]) -> str | None:
     """One line for the end of a run with the metrics `rows`; None where it was too short."""
     steps = [row for row in rows if "step_seconds" in row][WARM_UP:]
     if not steps:

@@ -25,7 +25,7 @@ from pangu.training.forecast import announce, compare, forecast
 from pangu.training.metrics import MetricsFile, describe_run, step_row
 from pangu.training.progress import Progress
 from pangu.training.resilience import Diverged, SkippedSteps, StopSignal
-from simulator.api import Prediction
+from simulator.api import Forecast
 
 LOAD_INTERVAL = 100  # steps over which an expert that nobody chose counts as dead
 
@@ -91,7 +91,7 @@ class Trainer:
                 if self.datasets.validation and self.due(self.config.train.validate_every):
                     self.validate(progress)
                 self.save_if_due()
-            if isinstance(expected, Prediction) and rank == 0:
+            if isinstance(expected, Forecast) and rank == 0:
                 rows = [row for row in read_metrics(self.metrics.path) if row["step"] > first_step]
                 if line := compare(expected, rows):
                     progress.say(line)

@@ -11,7 +11,7 @@ import typer
 from simulator.commands import load_plan, wide_console
 
 if TYPE_CHECKING:
-    from simulator.predict import Prediction
+    from simulator.predict import Forecast
 
 SIZES = "1024,4096,16384,32768,65536,100000"
 # No failure rate is known to hold elsewhere: a range to read the effect from, one decade wide.
@@ -103,7 +103,7 @@ class Run:
     """The forecast of a run and of its checkpoint: GiB, seconds of copying it to the host (None
     where nobody knows how fast the devices reach it) and of writing it (0: likewise)."""
 
-    forecast: Prediction
+    forecast: Forecast
     written_gib: float
     copy_seconds: float | None
     write_seconds: float
@@ -167,7 +167,7 @@ def _rows(
     return rows
 
 
-def _table(rows: list[dict[str, Any]], run: Prediction | None) -> None:
+def _table(rows: list[dict[str, Any]], run: Forecast | None) -> None:
     from rich.table import Table
 
     names = ["device fails every", "devices", "failures/day", "checkpoint every", "Young", "Daly"]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from configs.schema import Config
-    from simulator.predict import Prediction
+    from simulator.predict import Forecast
     from simulator.sensitivity import Effect
 
 SHOWN = 1e-3  # change of the step
@@ -85,7 +85,7 @@ def _hangs_on(console: Console, effects: list[Effect]) -> None:
     console.print(table)
 
 
-def _bill(prediction: Prediction) -> list[dict[str, object]]:
+def _bill(prediction: Forecast) -> list[dict[str, object]]:
     return [
         {
             "block": entry.block,
@@ -103,7 +103,7 @@ def _bill(prediction: Prediction) -> list[dict[str, object]]:
     ]
 
 
-def _summary(console: Console, config: Config, p: Prediction) -> None:
+def _summary(console: Console, config: Config, p: Forecast) -> None:
     from rich.table import Table
 
     error = ""
@@ -137,7 +137,7 @@ def _summary(console: Console, config: Config, p: Prediction) -> None:
     _memory(console, p)
 
 
-def _memory(console: Console, p: Prediction) -> None:
+def _memory(console: Console, p: Forecast) -> None:
     """Stages that differ, each once."""
     from rich.table import Table
 
@@ -156,7 +156,7 @@ def _memory(console: Console, p: Prediction) -> None:
     console.print(table)
 
 
-def _explain(console: Console, config: Config, p: Prediction) -> None:
+def _explain(console: Console, config: Config, p: Forecast) -> None:
     from rich.table import Table
 
     table = Table("block", "×", "line", "phase", "µs", "exposed µs", "TFLOPS", "MiB", "again")

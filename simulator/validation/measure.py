@@ -8,7 +8,7 @@ from pathlib import Path
 
 from configs.violation import ConfigError
 from simulator.parameters import model_flops_per_token
-from simulator.predict import Prediction, predict
+from simulator.predict import Forecast, predict
 from simulator.validation.engine import Case, NotPredictable, case
 from simulator.validation.rows import Outcome
 from simulator.validation.split import split_of
@@ -59,7 +59,7 @@ def outcome(row: Row, packaged: bool) -> Outcome:
     )
 
 
-def in_unit(found: Case, result: Prediction) -> float:
+def in_unit(found: Case, result: Forecast) -> float:
     """A forecast in its row's unit.
 
     Model FLOPs are counted as the row's engine counts them.

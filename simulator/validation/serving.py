@@ -11,7 +11,7 @@ from pathlib import Path
 
 from configs.compose import load
 from simulator.hardware import load_hardware
-from simulator.inference import Forecast, forecast
+from simulator.inference import ServingForecast, forecast
 from simulator.serving import serving
 from simulator.validation.rows import Outcome
 
@@ -28,7 +28,7 @@ DENSE = {
 }
 
 
-def predict_serving(row: dict[str, str]) -> Forecast:
+def predict_serving(row: dict[str, str]) -> ServingForecast:
     """The forecast behind one row of `serving.csv`."""
     if row["layers"]:
         model = ["model.name=dense", "model.num_experts=0", "model.kv_channels=128"]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from configs.compose import load
-from simulator.predict import Prediction, predict
+from simulator.predict import Forecast, predict
 
 RUN = ["hardware=h200", "devices=1", "train.seq_length=4096", "train.micro_batch_size=4"]
 RUN += ["train.global_batch_size=8"]
@@ -34,7 +34,7 @@ KERNELS = {
 }
 
 
-def milliseconds(result: Prediction, names: tuple[str, ...], phases: tuple[str, ...]) -> float:
+def milliseconds(result: Forecast, names: tuple[str, ...], phases: tuple[str, ...]) -> float:
     """Of a step; a norm's gain counts with its norm."""
     return 1e3 * result.num_microbatches * sum(
         each.count * float(each.line.seconds)
@@ -43,11 +43,11 @@ def milliseconds(result: Prediction, names: tuple[str, ...], phases: tuple[str, 
     )  # fmt: skip
 
 
-def added_up(result: Prediction, *names: str) -> float:
+def added_up(result: Forecast, *names: str) -> float:
     return sum(milliseconds(result, (name,), BOTH) for name in names)
 
 
-def moved(result: Prediction) -> tuple[float, float]:
+def moved(result: Forecast) -> tuple[float, float]:
     """Sums of a token's rows, and gathers of them."""
     sums = milliseconds(result, ("moe.permute",), BACK)
     sums += milliseconds(result, ("moe.unpermute",), FORWARD)

@@ -4,7 +4,7 @@ import pytest
 
 from configs.compose import load
 from pangu.training.forecast import announce, compare, forecast
-from simulator.predict import Prediction
+from simulator.predict import Forecast
 
 RUN = ["model=moge_tiny", "data=synthetic", "train.micro_batch_size=4"]
 
@@ -22,7 +22,7 @@ def test_an_impossible_forecast_says_why() -> None:
 
 def test_the_run_is_compared_with_its_forecast_after_the_warm_up() -> None:
     expected = forecast(load([*RUN, "hardware=a100"]), 1)
-    assert isinstance(expected, Prediction)
+    assert isinstance(expected, Forecast)
     assert announce(expected).startswith("forecast: ")
     step, memory = expected.step_seconds, expected.peak_memory_gib
     slow = [{"step": n, "step_seconds": 100.0, "memory_gib": 1.0} for n in (1, 2)]
@@ -40,7 +40,7 @@ def test_a_machine_may_state_what_a_process_and_a_step_cost() -> None:
         load([*RUN, "hardware=a100", "hardware.process_base_bytes=2147483648",
               "hardware.launch_us.step=1e6"]), 1
     )  # fmt: skip
-    assert isinstance(plain, Prediction)
-    assert isinstance(costly, Prediction)
+    assert isinstance(plain, Forecast)
+    assert isinstance(costly, Forecast)
     assert costly.peak_memory_gib - plain.peak_memory_gib == pytest.approx(2.0)
     assert costly.step_seconds - plain.step_seconds == pytest.approx(1.0)
