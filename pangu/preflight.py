@@ -102,7 +102,8 @@ def unusable_folders(config: Config) -> list[Violation]:
         try:
             _try_to_make(Path(folder))
             for folder in filter(os.path.lexists, wanted):
-                tempfile.TemporaryFile(dir=folder).close()
+                with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+                    file.write(bytes(1 << 16))  # a full disk still makes empty files
         except (OSError, ValueError) as error:
             reason = f"{folder} cannot be written to: {getattr(error, 'strerror', None) or error}"
             found.append(Violation(key, wanted[0], reason, "another folder"))

@@ -43,6 +43,12 @@ def last_step(run_dir: Path) -> int:
     for line in lines:
         try:
             steps.append(int(json.loads(line)["step"]))
-        except (ValueError, KeyError, TypeError):  # cut short, or foreign
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            OverflowError,
+            RecursionError,
+        ):  # cut short, foreign
             continue
     return max(steps)

@@ -12,6 +12,7 @@ A folder gets its final name by one rename, when all its files and the manifest 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -231,9 +232,33 @@ def set_aside(folder: Path) -> Path:
     return target
 
 
-def set_aside_after(checkpoints: Path, step: int) -> list[Path]:
-    """Set aside every checkpoint of a later step: the run goes on from `step`."""
-    return [set_aside(folder) for folder in complete(checkpoints) if step_of(folder) > step]
+def set_aside_after(checkpoints: Path, step: int) -> tuple[list[Path], list[tuple[Path, str]]]:
+    """Set aside every checkpoint of a later step: the run goes on from `step`.
+
+    Returns:
+        Those that were moved; and those that could not be, which are damaged, with the reason.
+
+    Raises:
+        OSError: a sound one cannot be moved: the next start would go on from there.
+    """
+    moved, left = [], []
+    for folder in complete(checkpoints):
+        if step_of(folder) <= step:
+            continue
+        try:
+            moved.append(set_aside(folder))
+        except OSError as error:
+            if not _is_damaged(folder):
+                raise
+            left.append((folder, str(error.strerror)))
+    return moved, left
+
+
+def _is_damaged(folder: Path) -> bool:
+    try:
+        return bool(damage(folder, read(folder)))
+    except DamagedCheckpoint:
+        return True
 
 
 def remove_partial(checkpoints: Path) -> None:
@@ -246,9 +271,10 @@ def prune(checkpoints: Path, keep_last: int, keep_every: int) -> None:
     """Delete all but the newest `keep_last` and, unless 0, every multiple of `keep_every`."""
     for folder in complete(checkpoints)[max(1, keep_last) :]:
         if not (keep_every and step_of(folder) % keep_every == 0):
-            # The manifest first: a deletion cut short leaves nothing that looks complete.
-            (folder / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # not ours to delete, it seems
+                # The manifest first: a deletion cut short leaves nothing that looks complete.
+                (folder / MANIFEST).unlink(missing_ok=True)
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def count_restart(checkpoints: Path, step: int) -> int:
@@ -261,10 +287,13 @@ def count_restart(checkpoints: Path, step: int) -> int:
         before = _count(before)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         before = 0
-    path.write_text(json.dumps({"step": step, "restarts": before + 1}))
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"step": step, "restarts": before + 1}))
+    partial.replace(path)
     return before + 1
 
 
 def forget_restarts(checkpoints: Path) -> None:
     """The run has made progress."""
-    (checkpoints / _RESTARTS).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        (checkpoints / _RESTARTS).unlink(missing_ok=True)

@@ -65,15 +65,22 @@ class Saver:
 
     def prepare(self, step: int) -> None:
         """Before the first step of a run that starts at `step`: clear what killed runs left, and
-        set aside what is newer."""
+        set aside what is newer.
 
-        def clear() -> list[Path]:
+        Raises:
+            OSError: on every rank; a sound newer checkpoint cannot be moved, or there is no room.
+        """
+
+        def clear() -> tuple[list[Path], list[tuple[Path, str]]]:
             self.folder.mkdir(parents=True, exist_ok=True)
             manifest.remove_partial(self.folder)
             return manifest.set_aside_after(self.folder, step)
 
-        for path in from_rank_0(clear):
+        moved, left = from_rank_0(clear)
+        for path in moved:
             say(f"starting from step {step}: {path.name} is set aside in {path.parent}")
+        for path, why in left:
+            say(f"warning: {path} is damaged and cannot be set aside ({why}): it stays where it is")
 
     def start(self, state: RunState) -> Saved | None:
         """Begin to save; returns at once, unless the save fails at once."""
@@ -81,7 +88,7 @@ class Saver:
         partial = self.folder / f".{manifest.name_of(state.step)}.{os.getpid()}.partial"
         made: Path | str = from_rank_0(lambda: _make_folder(partial))
         if isinstance(made, str):
-            return self._report(Saved(state.step, made))
+            return Saved(state.step, made)
         everything = self.engine.state_parts()
         state_parts.initialize(everything)
         plan = self._plan(everything, made)
@@ -132,7 +139,7 @@ class Saver:
         results: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(results, writing.wait())
         error = from_rank_0(lambda: self._publish(writing, results))
-        return self._report(Saved(writing.manifest.step, error))
+        return Saved(writing.manifest.step, error)
 
     def close(self) -> None:
         """The run leaves in good order: starting again from where it stands is no failure."""
@@ -159,21 +166,13 @@ class Saver:
             writing.manifest.files.update(files)
             manifest.write(partial, writing.manifest)
             manifest.publish(partial, self.folder / manifest.name_of(writing.manifest.step))
-            c = self.config.checkpoint
-            manifest.prune(self.folder, c.keep_last, c.keep_every)
-            manifest.forget_restarts(self.folder)
         except Exception as error:  # whatever a full or failing disk makes a library raise
             shutil.rmtree(partial, ignore_errors=True)
             return _reason(error)
+        c = self.config.checkpoint
+        manifest.prune(self.folder, c.keep_last, c.keep_every)
+        manifest.forget_restarts(self.folder)
         return None
-
-    def _report(self, saved: Saved) -> Saved:
-        if saved.error:
-            say(
-                f"warning: the checkpoint of step {saved.step} could not be saved ({saved.error}); "
-                "those before it are untouched"
-            )
-        return saved
 
 
 class _Plan(TorchDistSaveShardedStrategy):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import TypeVar
 
 from configs.compose import read_file
 from configs.schema import Config
@@ -17,12 +19,16 @@ from pangu.report.run_files import (
     SAMPLE,
     ExpertLoad,
     Row,
+    numbers,
     perplexity,
     read_metrics,
 )
 
 # Metrics that tell of what a step shares the machine with.
 RATES = ("tokens_per_second_per_device", "model_tflops_per_device", "mfu")
+
+
+T = TypeVar("T")
 
 
 class ReportError(Exception):
@@ -83,12 +89,12 @@ def read_run(folder: Path) -> RunData:
     """Read a run folder, of a finished run or of one that is under way.
 
     Raises:
-        ReportError: there is no run, or it has not taken a step yet.
+        ReportError: there is no run, it has not taken a step yet, or a file of it is damaged.
         ConfigError: its configuration is not one of this version.
     """
     if not (folder / CONFIG).is_file():
         raise ReportError(f"{folder} is no run folder: it has no {CONFIG}")
-    rows = read_metrics(folder / METRICS)
+    rows = [numbers(row) for row in _whole(read_metrics, folder / METRICS)]
     steps = [row for row in rows if "loss" in row]
     if not steps:
         raise ReportError(f"{folder} has no step in {METRICS} yet: there is nothing to report")
@@ -98,10 +104,24 @@ def read_run(folder: Path) -> RunData:
         read_file(folder / CONFIG, "config"),
         steps,
         [row for row in rows if row.get("validation_loss") is not None],
-        ExpertLoad.read(folder / EXPERT_LOAD),
-        read_baselines(folder / BASELINES),
-        sample.read_text(encoding="utf-8") if sample.is_file() else "",
+        _whole(ExpertLoad.read, folder / EXPERT_LOAD),
+        _whole(read_baselines, folder / BASELINES),
+        sample.read_text(encoding="utf-8", errors="replace") if sample.is_file() else "",
     )
+
+
+def _whole(read: Callable[[Path], T], path: Path) -> T:
+    """A file of the run folder.
+
+    Raises:
+        ReportError: it is not what a run writes there.
+    """
+    try:
+        return read(path)
+    except OSError as error:
+        raise ReportError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ReportError(f"{path} is damaged ({error}): move it away") from None
 
 
 def read_baselines(path: Path) -> dict[str, Losses]:
@@ -109,4 +129,7 @@ def read_baselines(path: Path) -> dict[str, Losses]:
     if not path.is_file():
         return {}
     data = json.loads(path.read_text())
-    return {name: Losses(name, **values) for name, values in data.items()}
+    found = {name: Losses(name, **values) for name, values in data.items()}
+    for losses in found.values():
+        losses.cells()  # raises what is wrong with them
+    return found

@@ -18,19 +18,37 @@ EXPERT_LOAD = "expert_load.json"
 BASELINES = "baselines.json"
 CONFIG = "config.yaml"
 SAMPLE = "sample.txt"
+_WORDS = ("beside", "checkpoint_error")
 
 
 def read_metrics(path: Path) -> list[Row]:
     """The rows of a `metrics.jsonl`, of which the last line may be unfinished; [] without one."""
-    if not path.is_file():
-        return []
+    return parse_rows(path.read_bytes()) if path.is_file() else []
+
+
+def parse_rows(text: bytes) -> list[Row]:
+    """What is a row of a run: a JSON object with a step. Lines that are none are left out."""
     rows = []
-    for line in path.read_text(errors="replace").splitlines():
+    for line in text.decode(errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:  # written to when it was killed
+            row = json.loads(line)
+        except (ValueError, RecursionError):  # written to when it was killed, or damaged
             continue
+        if isinstance(row, dict) and type(step := row.get("step")) is int and 0 <= step < 1 << 53:
+            rows.append(row)
     return rows
+
+
+def numbers(row: Row) -> Row:
+    """A row without what cannot be drawn: None in the place of anything but finite numbers, and
+    of words but where a word belongs."""
+
+    def sound(name: str, value: Any) -> bool:
+        if name in _WORDS:
+            return isinstance(value, str)
+        return type(value) in (int, float) and abs(value) < 1e300
+
+    return {name: value if sound(name, value) else None for name, value in row.items()}
 
 
 @dataclass(frozen=True)
@@ -60,6 +78,8 @@ class ExpertLoad:
         data = json.loads(path.read_text())
         for name in ("counts", "biases"):
             data[name] = {int(layer): values for layer, values in data.get(name, {}).items()}
+            if np.array(list(data[name].values()), dtype=np.float64).ndim != 2 and data[name]:
+                raise ValueError(f"{name} is no table")
         return cls(**data)
 
     def relative(self) -> np.ndarray:

@@ -10,13 +10,14 @@ from typing import Any
 import torch.distributed as dist
 
 from configs.schema import Config
+from configs.violation import ConfigError, Violation
 from pangu import backends
 from pangu.checkpoint import restore
 from pangu.checkpoint.run_state import RunState
 from pangu.checkpoint.saver import Saved, Saver
 from pangu.data.datasets import Datasets, batches, build_datasets, sequences_held
 from pangu.engines.contract import Batch, Engine, StepShape
-from pangu.engines.ranks import say
+from pangu.engines.ranks import from_rank_0, say
 from pangu.moe.load import read_expert_bias, read_load
 from pangu.report.run_files import read_metrics
 from pangu.training import schedule
@@ -48,6 +49,7 @@ class Trainer:
         self.skipped = SkippedSteps(self.config.train.max_skipped_steps)
         self.last_started = self.last_saved = self.state.step
         self.rolled_back_to: int | None = None
+        self.leaving, self.save_error = False, ""
         self.last_validated = -1
 
     def train(self) -> int:
@@ -55,9 +57,9 @@ class Trainer:
 
         Raises:
             Diverged: too many steps were not finite.
+            ConfigError: the run folder cannot be written to.
         """
-        self.metrics.continue_after(self.state.step)
-        self.saver.prepare(self.state.step)
+        self.begin()
         rank, devices = dist.get_rank(), dist.get_world_size()
         with Progress(self.config, self.state.step, active=rank == 0, devices=devices) as progress:
             progress.say(describe_run(self.config))
@@ -99,6 +101,22 @@ class Trainer:
         self.metrics.close()
         return code
 
+    def begin(self) -> None:
+        """Clear the run folder of what is later than the current step.
+
+        Raises:
+            ConfigError: it cannot be written to.
+        """
+        step, run_dir = self.state.step, self.config.run_dir
+        try:
+            from_rank_0(lambda: self.metrics.continue_after(step))
+            self.saver.prepare(step)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            reason = f"cannot go on from step {step}: {where}{error.strerror}"
+            hint = "room and permission there, or another run_dir"
+            raise ConfigError([Violation("run_dir", run_dir, reason, hint)]) from None
+
     def beside(self) -> dict[str, str]:
         """What the next step shares the machine with, or comes after: its rate tells of that."""
         if self.saver.writing:
@@ -136,6 +154,8 @@ class Trainer:
         c = self.config.checkpoint
         self.note(self.saver.poll())
         every, step = c.save_every, self.state.step
+        if step >= self.config.train.steps and c.save_at_end:
+            return  # `leave` saves it
         # Not among skipped steps, whose weights may be what is wrong: the next good step saves.
         if every and step // every > self.last_started // every and not self.skipped.in_a_row:
             self.save()
@@ -154,8 +174,14 @@ class Trainer:
             return
         if saved.error is None:
             self.last_saved = saved.step
-        else:
-            self.metrics.write({"step": saved.step, "checkpoint_error": saved.error})
+            return
+        self.metrics.write({"step": saved.step, "checkpoint_error": saved.error})
+        self.save_error = saved.error
+        if saved.step < self.state.step or not self.leaving:  # else `lost` says it
+            say(
+                f"warning: the checkpoint of step {saved.step} could not be saved ({saved.error}); "
+                "those before it are untouched"
+            )
 
     def leave(self) -> int:
         """Save where the run has ended or was told to stop, but not among skipped steps.
@@ -163,7 +189,7 @@ class Trainer:
         The exit code is 3 when the last step of all was not finite, 1 when the last steps should
         be on disk and are not (see `lost`), else 0.
         """
-        step = self.state.step
+        step, self.leaving = self.state.step, True
         finished = step >= self.config.train.steps
         self.note(self.saver.finish())
         wanted = not finished or self.config.checkpoint.save_at_end
@@ -196,8 +222,9 @@ class Trainer:
                 f"{steps} are in no checkpoint ({newest}). {advice}"
             )
         return (
-            f"error: the checkpoint of step {step} could not be saved, and steps {steps} are in no "
-            f"other: {newest}. Make room and start the same command again: it goes on from there."
+            f"error: the checkpoint of step {step} could not be saved ({self.save_error}), and "
+            f"steps {steps} are in no other: {newest}. Make room and start the same command again: "
+            "it goes on from there."
         )
 
     def roll_back(self) -> None:
@@ -224,9 +251,8 @@ class Trainer:
             self.state.consumed_sequences = now.consumed_sequences
         self.state.skipped_steps = now.skipped_steps
         self.state.rollbacks = now.rollbacks + 1
-        self.metrics.continue_after(self.state.step)
+        self.begin()
         self.metrics.write({"step": self.state.step, "rolled_back_from": now.step})
-        self.saver.prepare(self.state.step)
         self.skipped.count(False)
         self.phase, self.datasets = phase, phase_datasets(self.config, phase, self.state)
 

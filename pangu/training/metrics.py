@@ -15,11 +15,12 @@ from configs.schema import Config
 from pangu import backends
 from pangu.engines.contract import StepResult
 from pangu.moe.load import RoutingLoad, device_imbalance, dropped_tokens, expert_imbalance
-from pangu.report.run_files import METRICS, read_metrics, replace_text, short
+from pangu.report.run_files import METRICS, parse_rows, replace_text, short
+from pangu.training.growing_file import GrowingFile
 from simulator.api import count_parameters, model_flops_per_token
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+    from pangu.training.tensorboard import Board
 
 Row = dict[str, Any]
 
@@ -108,72 +109,58 @@ def _largest(value: float) -> float:
 class MetricsFile:
     """Appends to `metrics.jsonl` and TensorBoard; only rank 0 has files.
 
-    A full disk costs no row while the run lives: what cannot be written is kept and written with
-    the next row.
+    A full disk costs no row while the run lives: see `GrowingFile`.
     """
 
     def __init__(self, run_dir: Path, active: bool) -> None:
         self.path = run_dir / METRICS
         self.active = active
-        self._unwritten = b""
+        self._file = GrowingFile(self.path, "metrics")
         self._last_step = 0
-        self._board: SummaryWriter | None = None
-        self._board_works = True
+        self._board: Board | None = None
         if active:
             run_dir.mkdir(parents=True, exist_ok=True)
 
     def continue_after(self, step: int) -> None:
-        """Forget rows of later steps: the run goes on (or starts again) after `step`."""
+        """Forget rows of later steps: the run goes on (or starts again) after `step`.
+
+        Raises:
+            OSError: the file cannot be read, or written anew.
+        """
         self._last_step = step
         if not self.active:
             return
-        self.close()
-        self._unwritten = b""
-        kept = [row for row in read_metrics(self.path) if row["step"] <= step]
+        self._board = None
+        written = self.path.read_bytes() if self.path.exists() else b""
+        written += self._file.waiting
+        rows = parse_rows(written)
+        # But for the last one, which a killed run may have left unfinished.
+        if lost := sum(map(bool, written.split(b"\n")[:-1])) - len(rows):
+            print(
+                f"warning: {self.path}: {lost} lines are no rows of a run and are left out",
+                file=sys.stderr,
+            )
+        kept = [row for row in rows if row["step"] <= step]
         replace_text(self.path, "".join(map(_line, kept)))
+        self._file = GrowingFile(self.path, "metrics")
 
     def write(self, row: Row) -> None:
         """Append one row; it is in the file when the call returns."""
         if not self.active:
             return
-        was_full = bool(self._unwritten)
-        self._unwritten += _line(row).encode()
-        try:
-            with self.path.open("ab", buffering=0) as file:
-                self._unwritten = self._unwritten[file.write(self._unwritten) :]
-        except OSError as error:
-            if not was_full:
-                print(f"warning: metrics wait to be written: {error}", file=sys.stderr)
-        self._write_board(row)
+        self._file.append(_line(row).encode())
+        if self._board is None:
+            # Imported with the first row: the first step need not wait for it.
+            from pangu.training.tensorboard import Board
+
+            self._board = Board(self.path.parent / "tensorboard", self._last_step + 1)
+        self._board.write(row)
 
     def close(self) -> None:
-        """Finish the TensorBoard file."""
+        """What the disk had no room for until now has its last chance."""
+        self._file.append(b"")
         if self._board is not None:
-            try:
-                self._board.close()
-            except OSError:
-                self._board_works = False
-            self._board = None
-
-    def _write_board(self, row: Row) -> None:
-        if not self._board_works:
-            return
-        try:
-            if self._board is None:
-                self._board = self._open_board()
-            for name, value in row.items():
-                if name != "step" and isinstance(value, int | float):
-                    self._board.add_scalar(name, value, row["step"])
-        except OSError as error:
-            print(f"warning: no TensorBoard from here on: {error}", file=sys.stderr)
-            self._board_works, self._board = False, None
-
-    def _open_board(self) -> SummaryWriter:
-        # Imported with the first row: it takes half a second that the first step need not wait.
-        from torch.utils.tensorboard import SummaryWriter
-
-        folder = str(self.path.parent / "tensorboard")
-        return SummaryWriter(folder, purge_step=self._last_step + 1)
+            self._board.close()
 
 
 def _line(row: Row) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 import warnings
@@ -18,6 +19,7 @@ from launch.environment import ProcessEnvironment
 from pangu.engines.megatron.fitting import select_backend
 from pangu.engines.ranks import say
 from pangu.processes import PEER_LOST, last_step
+from pangu.report.run_files import replace_text
 from pangu.training.resilience import Diverged, StopSignal, is_failed_collective, missing_ranks
 
 if TYPE_CHECKING:
@@ -121,6 +123,11 @@ def _unusable(config: Config, error: OSError) -> Exception:
         if error.filename and Path(folder) in Path(error.filename).parents:
             reason = f"cannot be used: {error.filename}: {error.strerror}"
             return ConfigError([Violation(key, folder, reason, "another folder")])
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        # Writing, unlike opening, does not say which file it was.
+        hint = "room there, in data.cache_dir and in the folder for temporary files"
+        reason = f"a file of the run cannot be written: {error.strerror}"
+        return ConfigError([Violation("run_dir", config.run_dir, reason, hint)])
     return error
 
 
@@ -141,7 +148,7 @@ def build_trainer(config: Config, stop: StopSignal) -> Trainer:
     folder = Path(config.run_dir)
     if first:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(config))
+        replace_text(folder / "config.yaml", to_yaml(config))
     state, phase = _start(config, found)
     datasets = phase_datasets(config, phase, state)
     if found:

@@ -85,7 +85,8 @@ def test_going_back_sets_newer_ones_aside_and_deletes_only_partial_folders(tmp_p
         make(tmp_path, step)
     (tmp_path / ".step_00000040.7.partial").mkdir()
     assert steps(tmp_path) == [30, 20, 10]
-    aside = manifest.set_aside_after(tmp_path, 10)
+    aside, left = manifest.set_aside_after(tmp_path, 10)
+    assert left == []
     manifest.remove_partial(tmp_path)
     assert steps(tmp_path) == [10]
     assert [manifest.read(folder).step for folder in aside] == [30, 20]
