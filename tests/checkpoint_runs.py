@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from gloo import drop_groups
 from layouts import MODEL as TINY
 
 from configs.compose import load
@@ -25,8 +26,6 @@ Steps = dict[int, tuple[float, float]]
 def train(run_dir: Path, overrides: list[str]) -> tuple[Steps, dict[str, torch.Tensor]]:
     """Train in the processes that there are. Returns (loss, gradient norm) by step, and this
     rank's weights at the end."""
-    from megatron.core import parallel_state
-
     from pangu.engines.megatron import process_groups
     from pangu.report.run_files import METRICS, read_metrics
     from pangu.training.resilience import StopSignal
@@ -40,8 +39,8 @@ def train(run_dir: Path, overrides: list[str]) -> tuple[Steps, dict[str, torch.T
         trainer = build_trainer(config, StopSignal())
         assert trainer.train() == 0
     finally:
-        parallel_state.destroy_model_parallel()
-    dist.barrier()
+        dist.barrier()
+        drop_groups()
     rows: list[dict[str, Any]] = [r for r in read_metrics(run_dir / METRICS) if "loss" in r]
     weights = {
         f"{i}.{name}": tensor.detach().clone()

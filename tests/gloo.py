@@ -49,6 +49,16 @@ def parallel(**sizes: int) -> None:
     model_parallel_cuda_manual_seed(1234)
 
 
+def drop_groups() -> None:
+    """Undo `parallel`, with the threads of every group, of which each run has fifty."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+
+
 def run(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`function(*arguments)` on `world_size` ranks; the results in order of rank."""
     with tempfile.TemporaryDirectory() as folder:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from checkpoint_runs import copy, train
-from gloo import run
+from gloo import drop_groups, run
 from hostile import HOSTILE, Hostile, reseal
 
 from configs.violation import ConfigError
@@ -28,8 +28,6 @@ def resumed(run_dir: Path) -> str:
 
 def generated(folder: Path) -> str:
     """Which weights generation gets, or what it says."""
-    from megatron.core import parallel_state
-
     from pangu.engines.megatron import process_groups
     from pangu.trained_model import load_for_inference, read_run_config
 
@@ -40,7 +38,7 @@ def generated(folder: Path) -> str:
     except ConfigError as error:
         return str(error)
     finally:
-        parallel_state.destroy_model_parallel()
+        drop_groups()
     return "loaded"
 
 
