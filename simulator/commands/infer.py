@@ -11,7 +11,11 @@ import typer
 from simulator.commands import wide_console
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from configs.schema import Config
+    from simulator.inference import ServingForecast
+    from simulator.serving import Serving
 
 SLOW = 5.0  # seconds to the first token that nobody waits for unasked
 MOST_DEVICES = 1024  # that a refusal looks for a number that would work among
@@ -52,17 +56,23 @@ def infer(
         plain["warnings"] = _warnings(config, result.ttft_seconds)
         print(json.dumps(plain))
         return
-    from rich.table import Table
-
-    options = config.inference
     console = wide_console()
     console.print(f"[bold]{config.model.name}[/] on {layout.devices} × {layout.hardware.name}")
+    console.print(f"batch         {batch} sequences ({most} at most: {stopped_by})")
+    _show(console, layout, result)
+    for warning in _warnings(config, result.ttft_seconds):
+        console.print(f"note: {warning}")
+
+
+def _show(console: Console, layout: Serving, result: ServingForecast) -> None:
+    from rich.table import Table
+
+    options = layout.options
     console.print(
         f"layout        attention {layout.attention_dp} × TP{layout.tp}, experts EP{layout.ep} ×"
         f" TP{layout.etp}; weights {options.weight_dtype}, products {options.compute_dtype},"
         f" cache {options.kv_dtype}"
     )
-    console.print(f"batch         {batch} sequences ({most} at most: {stopped_by})")
     console.print(
         f"first token   {1e3 * result.ttft_seconds:.1f} ms ({options.input_length} tokens)"
     )
@@ -78,8 +88,6 @@ def infer(
             name, f"{1e3 * float(result.decode.parts[name]):.2f}", f"{1e3 * float(first):.2f}"
         )
     console.print(table)
-    for warning in _warnings(config, result.ttft_seconds):
-        console.print(f"note: {warning}")
 
 
 def _warnings(config: Config, ttft_seconds: float) -> list[str]:
