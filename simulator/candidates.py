@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from configs.schema import Config
+from simulator.array import Array
 from simulator.hardware import load_hardware
 from simulator.layout import DEALS, MODULES, SCHEDULES, Layout, alone, from_config, stage_counts
 from simulator.parameters import query_groups
 
-Array = Any
 LARGEST_TP = 64
 LARGEST_CP = 64
 LARGEST_VPP = 8
@@ -82,7 +82,7 @@ def enumerate_layouts(
     rejected: dict[str, int] = {}
     for reason, bad in _reasons(config, axis, everything):
         before = int(alive.sum())
-        alive &= ~bad
+        alive &= np.logical_not(bad)
         if before - int(alive.sum()):
             rejected[reason] = before - int(alive.sum())
     places = np.nonzero(alive)
@@ -106,7 +106,7 @@ def enumerate_layouts(
 
 
 def _reasons(
-    config: Config, axis: dict[str, Array], everything: bool
+    config: Config, axis: dict[str, np.ndarray], everything: bool
 ) -> Iterator[tuple[str, Array]]:
     """What keeps a structure from working, in the order in which a planner would ask."""
     yield from _indivisible_sizes(config, axis, everything)
@@ -115,7 +115,7 @@ def _reasons(
 
 
 def _indivisible_sizes(
-    config: Config, axis: dict[str, Array], everything: bool
+    config: Config, axis: dict[str, np.ndarray], everything: bool
 ) -> Iterator[tuple[str, Array]]:
     """Devices and widths that do not split."""
     model, devices = config.model, config.world_size
@@ -134,16 +134,16 @@ def _indivisible_sizes(
         widths.append(model.ffn_hidden_size)
     uneven: Array = np.zeros((1,), dtype=bool)
     for width in widths:
-        uneven = uneven | (width % tp != 0)
+        uneven = np.logical_or(uneven, width % tp != 0)
     yield "vocabulary or MLP width does not split over TP", uneven
     yield "an expert's width does not split over ETP", model.moe_ffn_hidden_size % etp != 0
-    if not everything and axis["etp"].size > 1:
+    if not everything and np.size(axis["etp"]) > 1:
         yield "experts are cut over all TP ranks or none", (etp != 1) & (etp != tp)
     parts = np.where(cp > 1, 2 * cp, 1) * tp
     yield "the sequence does not split over TP × CP", config.train.seq_length % parts != 0
 
 
-def _bad_stages(config: Config, axis: dict[str, Array]) -> Iterator[tuple[str, Array]]:
+def _bad_stages(config: Config, axis: dict[str, np.ndarray]) -> Iterator[tuple[str, Array]]:
     """Layers that do not fill the stages."""
     model, pp, vpp = config.model, axis["pp"], axis["vpp"]
     yield "interleaving needs a pipeline", (vpp > 1) & (pp == 1)
@@ -161,7 +161,7 @@ def _bad_stages(config: Config, axis: dict[str, Array]) -> Iterator[tuple[str, A
     yield "layers do not fill the stages beside MTP and loss", apart & uneven
 
 
-def _bad_schedules(config: Config, axis: dict[str, Array]) -> Iterator[tuple[str, Array]]:
+def _bad_schedules(config: Config, axis: dict[str, np.ndarray]) -> Iterator[tuple[str, Array]]:
     """Batches that do not divide, schedules that do not fit, and choices that change nothing."""
     model, pp, vpp, cp = config.model, axis["pp"], axis["vpp"], axis["cp"]
     front, apart = (axis["deal"] == DEALS.index(name) for name in ("front", "apart"))

@@ -14,13 +14,10 @@ bytes · (g - 1)/g. Levels run at once (NCCL's rings) or one after another (hier
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
+from simulator.array import Array
 from simulator.hardware import Hardware, Kind, Link
-
-Array = Any
 
 # The least part of an all-reduce's rate, as 1 + this, before the low-latency protocol takes over.
 LOW_LATENCY = 4.0
@@ -106,7 +103,7 @@ def _point_to_point(
     hw: Hardware, bytes: Array, size: Array, stride: Array, concurrent: Array
 ) -> Array:
     """The slowest hop of the group: over the first level whose domain holds all of it."""
-    seconds: Array = np.full(np.broadcast_shapes(bytes.shape, size.shape, stride.shape), np.inf)
+    seconds: Array = np.full(np.broadcast_shapes(*map(np.shape, (bytes, size, stride))), np.inf)
     for link in reversed(hw.links):
         bandwidth = link.bandwidth * link.efficiency["send_recv"] / concurrent
         if link.topology == "mesh":

@@ -13,6 +13,7 @@ import numpy as np
 
 from configs.schema import Config
 from configs.violation import ConfigError, Violation
+from simulator.array import Array
 from simulator.collectives import collective_seconds
 from simulator.counts.layer import Blocks, blocks
 from simulator.counts.records import Counts, Saved, Shapes, shapes, total
@@ -35,7 +36,6 @@ from simulator.parameters import LayerKind, layer_parameters, model_flops_per_to
 from simulator.pipeline import Ranks, RankSeconds, distinct_ranks, hidden_seconds, pipeline_seconds
 from simulator.seconds import BlockSeconds, StageBlocks, price_blocks
 
-Array = Any
 FLAT_EXCHANGE = 0.5  # of what copy engines or few-core dispatchers hide
 HOST_NORM = 7.0  # of host and device seconds; calibrated on the runs of one node
 SYNCHRONISED_NORM = 2.0  # where the host waits for the device in every layer
@@ -364,7 +364,7 @@ def sharded_weights(parts: Parts, block: BlockSeconds, kind: LayerKind) -> tuple
         grads = collective_seconds(hw, "reduce_scatter", elements * grad, size, stride)
         reduce = reduce + np.where(layout.zero >= 2, grads, 0.0)
     work = block.backward(layout) + np.where(layout.full_recompute, block.again, 0.0)
-    again = np.where(layout.full_recompute & early, 2.0, 1.0) * gather
+    again = np.where(np.logical_and(layout.full_recompute, early), 2.0, 1.0) * gather
     return outlasting(hw, gather, block.forward), outlasting(hw, again + reduce, work)
 
 

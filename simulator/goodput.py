@@ -14,13 +14,12 @@ is sqrt(2·C·M).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from configs.violation import ConfigError, Violation
+from simulator.array import Array
 
-Array = Any
 LEAST = 1e-3  # useful share below which there is nothing to plan
 
 

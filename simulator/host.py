@@ -9,14 +9,12 @@ that it counts as one and engines write as several are listed here. Captured gra
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
+from simulator.array import Array
 from simulator.counts.records import EAGER_PASSES, Counts, Modules, Operator, Shapes
 from simulator.hardware import Hardware
-
-Array = Any
 
 # Calls forward and backward of an operator in eager code, beside those that it is counted as.
 CALLS = {

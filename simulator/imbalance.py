@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 
 from configs.schema import MoEConfig
-
-Array = Any
+from simulator.array import Array
 
 
 def straggler_factor(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from simulator.array import Array
 from simulator.collectives import collective_seconds
+from simulator.counts.records import total
 from simulator.hardware import ELEMENT_BYTES, Hardware
 from simulator.imbalance import routing_factor
 from simulator.operators import (
@@ -30,8 +31,6 @@ from simulator.parameters import (
     v_size,
 )
 from simulator.serving import Serving
-
-Array = Any
 
 
 @dataclass(frozen=True)
@@ -269,7 +268,7 @@ def _exchange(serving: Serving, tokens: Array, local: Array) -> Array:
     width = 2.0 * serving.model.hidden_size
     inside = [("reduce_scatter", local * width, tp), ("all_gather", local * width, tp)]
     across = [("all_gather", tokens * width, n), ("reduce_scatter", tokens * width, n)]
-    return sum(
+    return total(
         collective_seconds(hw, kind, size, group)  # type: ignore[arg-type]
         for kind, size, group in inside + across
     )

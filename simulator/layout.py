@@ -12,8 +12,8 @@ from typing import Any, get_args
 import numpy as np
 
 from configs.schema import Config, ModelConfig, RecomputeModule
+from simulator.array import Array, Mask
 
-Array = Any
 MODULES: tuple[str, ...] = get_args(RecomputeModule)
 SCHEDULES = ("1f1b", "gpipe", "zero_bubble", "1f1b_overlap")
 # How layers are dealt to virtual stages: evenly, no-op layers at both ends; from the front, so that
@@ -31,11 +31,11 @@ class Layout:
     """
 
     tp: Array = 1
-    sequence_parallel: Array = True
+    sequence_parallel: Mask = True
     pp: Array = 1
     vpp: Array = 1
     cp: Array = 1
-    ring: Array = False  # context parallelism by ring exchange; otherwise by all-to-all
+    ring: Mask = False  # context parallelism by ring exchange; otherwise by all-to-all
     ep: Array = 1
     etp: Array = 1
     dp: Array = 1
@@ -45,22 +45,22 @@ class Layout:
     noop_layers: Array = 0
     deal: Array = 0  # index of `DEALS`
     schedule: Array = 0
-    overlap_grad_reduce: Array = False
-    overlap_param_gather: Array = False
+    overlap_grad_reduce: Mask = False
+    overlap_param_gather: Mask = False
     # full recomputation: none, or of `recompute_layers` layers of each virtual stage (block), or
     # of all of them from checkpoints `recompute_layers` apart (uniform)
-    full_recompute: Array = False
-    block_recompute: Array = False
+    full_recompute: Mask = False
+    block_recompute: Mask = False
     recompute_layers: Array = 1
     # selective recomputation, by module; with `swap` the same modules go to the host instead
-    swap: Array = False
-    core_attn: Array = False
-    layernorm: Array = False
-    mla_up_proj: Array = False
-    mlp: Array = False
-    moe: Array = False
-    moe_act: Array = False
-    shared_experts: Array = False
+    swap: Mask = False
+    core_attn: Mask = False
+    layernorm: Mask = False
+    mla_up_proj: Mask = False
+    mlp: Mask = False
+    moe: Mask = False
+    moe_act: Mask = False
+    shared_experts: Mask = False
     stage_layers: tuple[int, ...] | None = None  # layers by virtual stage, where given
 
     @property
@@ -105,9 +105,10 @@ class Layout:
         }
         return sizes[group] if group in sizes else getattr(self, group)
 
-    def drops(self, module: str) -> Array:
+    def drops(self, module: str) -> Mask:
         """Whether the activations of `module` are recomputed or swapped."""
-        return getattr(self, module)
+        found: Mask = getattr(self, module)
+        return found
 
     def take(self, index: Any) -> Layout:
         """The layouts at `index` of the arrays."""

@@ -8,13 +8,11 @@ depth k over which a tile's start and end are spread.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
+from simulator.array import Array
 from simulator.hardware import ELEMENT_BYTES, Hardware
 
-Array = Any  # number or numpy array; everything broadcasts
 # Part of the doubled peak that attention keeps in float8: 1.2 PFLOPS where 16 bits reach 740
 # TFLOPS (arXiv 2407.08608, abstract). Softmax does not become faster.
 FLOAT8_ATTENTION = 0.81

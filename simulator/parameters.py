@@ -8,13 +8,13 @@ read too, so that parameters, FLOPs and bytes cannot disagree. Arguments that de
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from configs.schema import Config, ModelConfig, MoEConfig
+from simulator.array import Array
 
-Array = Any  # a float, an int or a numpy array of them: every count broadcasts
 LayerKind = Literal["dense", "moe"]
 
 
@@ -249,7 +249,7 @@ def count_parameters(config: Config) -> ParameterCount:
     return ParameterCount(parts, active, mtp)
 
 
-def matmul_parameters_per_token(model: ModelConfig, moe: MoEConfig, kind: LayerKind) -> int:
+def matmul_parameters_per_token(model: ModelConfig, moe: MoEConfig, kind: LayerKind) -> Array:
     """Matrix elements that one token meets in a layer."""
     matrices = sum(linear.matrix() for linear in attention_linears(model))
     if kind == "dense":
@@ -280,10 +280,10 @@ def model_flops_per_token(
     total = 6.0 * head
     for kind, layers in layer_counts(model).items():
         if layers:
-            matrices = matmul_parameters_per_token(model, moe, kind)
+            matrices = float(matmul_parameters_per_token(model, moe, kind))
             total += layers * (6.0 * matrices + attention)
     if mtp and model.mtp_num_layers:
-        matrices = matmul_parameters_per_token(model, moe, mtp_kind(model))
-        matrices += mtp_projection(model).matrix() + head
+        matrices = float(matmul_parameters_per_token(model, moe, mtp_kind(model)))
+        matrices += float(mtp_projection(model).matrix() + head)
         total += model.mtp_num_layers * (6.0 * matrices + attention)
     return total

@@ -9,14 +9,12 @@ divided by v; zero bubble ZB-H1, arXiv 2401.10241: (p-1)(f+b-w)).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from configs.schema import ModelConfig
+from simulator.array import Array
 from simulator.layout import DEALS, SCHEDULES, Layout
-
-Array = Any
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,11 @@ each other, not to forecast a loss.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from configs.schema import Config
+from simulator.array import Array
 from simulator.parameters import count_parameters
-
-Array = Any
 
 SOURCE = "arXiv 2502.05172 (table 3), granularity by arXiv 2402.07871 (table 1)"
 FITTED = "fitted up to 2.7 B active and 5 B total parameters, 80 B tokens, 32 x expansion"

@@ -125,12 +125,12 @@ def search(
     policies = recompute_policies(config, pinned, everything)
     for reason in rejected:
         rejected[reason] *= len(policies)
-    count = len(structures.tp) * len(policies)
+    count = np.size(structures.tp) * len(policies)
     _refuse_too_many(count)
     considered = count + sum(rejected.values())
     step, peak, outside = _evaluate_all(config, structures, policies, progress)
     hardware = load_hardware(config.hardware)
-    fitting = fits(hardware, peak, outside, MARGIN)
+    fitting = np.asarray(fits(hardware, peak, outside, MARGIN))
     too_large = f"needs more memory than the device has, {MARGIN:.0%} kept as margin"
     rejected[too_large] = int(count - fitting.sum())
     order = np.flatnonzero(fitting)
@@ -184,7 +184,7 @@ def _evaluate_all(
     progress: Callable[[int, int], None] | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Step seconds, peak and buffer bytes of every candidate."""
-    count = len(structures.tp) * len(policies)
+    count = np.size(structures.tp) * len(policies)
     starts = range(0, count, CHUNK)
     ends = [min(first + CHUNK, count) for first in starts]
     work = partial(_evaluate_chunk, config, structures, policies)

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
+from simulator.array import Array
 from simulator.collectives import collective_seconds
 from simulator.counts.layer import Blocks
 from simulator.counts.records import Counts, Message, Modules, Operator, Shapes, total
@@ -21,8 +21,6 @@ from simulator.operators import (
     matmul_seconds,
     vector_seconds,
 )
-
-Array = Any
 
 PASSES = ("forward", "input_gradient", "weight_gradient")
 # Forward lines whose results no backward pass reads: the end of a dense layer.
@@ -214,8 +212,8 @@ def _again(layout: Layout, modules: Modules) -> Array:
         return 0.0
     on: Array = False
     for module in (modules,) if isinstance(modules, str) else modules:
-        on = on | layout.drops(module)
-    return np.where(on & np.logical_not(layout.swap), 1.0, 0.0)
+        on = np.logical_or(on, layout.drops(module))
+    return np.where(np.logical_and(on, np.logical_not(layout.swap)), 1.0, 0.0)
 
 
 @dataclass(frozen=True)

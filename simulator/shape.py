@@ -16,6 +16,7 @@ import numpy as np
 
 from configs.schema import Config, ModelConfig
 from configs.violation import ConfigError, Violation
+from simulator.array import Array
 from simulator.candidates import divisors
 from simulator.hardware import ELEMENT_BYTES, Hardware, load_hardware
 from simulator.inference import forecast, largest_batch
@@ -31,7 +32,6 @@ from simulator.search import search
 from simulator.serving import serving
 from simulator.words import layout_words
 
-Array = Any
 Goal = Literal["inference", "training"]
 OPERATORS_PER_LAYER = 30  # launches of a decoding layer, for the coarse filter
 BINS = 8  # of active parameters, over which the shortlist is spread
@@ -219,8 +219,7 @@ def _worse(
     shared = np.round(_shared_ratio(config.model) * width)
     expansion, granularity = used(config, columns["num_experts"], width, shared)
     loss = expected_loss(active, expansion, granularity, tokens)
-    bad: np.ndarray = loss > model_loss(config, tokens) * (1 + 1e-9)
-    return bad
+    return np.asarray(loss > model_loss(config, tokens) * (1 + 1e-9))
 
 
 def _outside(values: np.ndarray, limits: tuple[float, float]) -> np.ndarray:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from simulator.array import Array
 from simulator.counts.records import (
     Counts,
     Message,
@@ -21,8 +21,6 @@ from simulator.counts.records import (
 from simulator.counts.tensor_parallel import after_row, before_column
 from simulator.counts.torch_kernels import norm, rope
 from simulator.parameters import attention_linears, qk_size, query_groups, v_size
-
-Array = Any
 
 
 def attention(s: Shapes) -> Counts:

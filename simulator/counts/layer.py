@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from simulator.array import Array
 from simulator.counts.attention import attention
 from simulator.counts.mlp import dense_mlp
 from simulator.counts.moe import moe
 from simulator.counts.records import Counts, Shapes
 from simulator.counts.vocabulary import embedding, head, mtp_entrance
 from simulator.parameters import LayerKind, mtp_kind
-
-Array = Any
 
 
 def layer(s: Shapes, kind: LayerKind, load: Array = 1.0) -> Counts:

@@ -7,13 +7,10 @@ Without: one all-reduce in each direction.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
+from simulator.array import Array
 from simulator.counts.records import Message, Modules, Shapes
-
-Array = Any
 
 
 def before_column(

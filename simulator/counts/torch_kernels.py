@@ -4,11 +4,8 @@ traffic that would take as long: measured on one H200, whose elementwise kernels
 
 from __future__ import annotations
 
-from typing import Any
-
+from simulator.array import Array
 from simulator.counts.records import Modules, Operator, Shapes, vector
-
-Array = Any
 
 # Sums over rows reach 0.8 TB/s: embedding bags of 8 rows of 1,024, 2,048 and 5,120 (0.76 to 0.82),
 # and RMSNorm with its input gradient at 1,024.

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
+from simulator.array import Array
 from simulator.counts.records import Counts, Message, Saved, Shapes, matmul, vector
 from simulator.counts.tensor_parallel import before_column
 from simulator.counts.torch_kernels import norm
 from simulator.parameters import Linear, mtp_projection
-
-Array = Any
 
 
 def embedding(s: Shapes) -> Counts:
@@ -50,7 +48,7 @@ def head(s: Shapes) -> Counts:
     forward, backward, held = _loss_passes(s)
     scalars = 3 * 4.0 * s.tokens
     peak = logits * held
-    gathered = np.where((s.layout.tp > 1) & s.layout.sequence_parallel, 1, 0)
+    gathered = np.where(np.logical_and(s.layout.tp > 1, s.layout.sequence_parallel), 1, 0)
     states = s.tokens * hidden * element
     # The gathered input, its gradient, and the placeholder of the matrix's gradient.
     peak = peak + states * (1 + gathered) + linear.matrix(tp) * element
