@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Literal
 
 from configs import check
+from configs.change_rules import changes, refused
+from configs.compose import read_file
 from configs.schema import Config
 from configs.violation import ConfigError, Violation
 from launch.environment import STARTED_BY, ProcessEnvironment
 from pangu import machine_check
+from pangu.checkpoint import manifest
 from pangu.data import files
 from simulator.api import load_hardware, pipeline_ranks
 
@@ -59,6 +62,7 @@ def examine(
     found += wrong_machine(config)
     sound = not found
     found += faults_here(config)
+    found += another_model(config)
     if process.rank == 0:
         found += unusable_folders(config)
     if sound:
@@ -89,6 +93,27 @@ def faults_here(config: Config) -> list[Violation]:
     found = [Violation("backend", name, why) for why in machine_check.impossible(name)]
     just_read = STARTED_BY in os.environ  # by the process that started this one
     return found + files.faults(config, just_read=just_read)
+
+
+def another_model(config: Config) -> list[Violation]:
+    """What the checkpoint that a run would go on from says of this model: other weights, or another
+    function that `checkpoint.allow_changes` does not name.
+
+    Its manifest is not looked at: the run itself finds the newest *sound* one and compares again.
+    """
+    resume = config.checkpoint.resume
+    if resume == "never":
+        return []
+    folder = Path(config.run_dir if resume == "auto" else resume)
+    try:
+        newest = manifest.complete(folder / "checkpoints")[:1] or [folder]
+        saved = newest[0] / "config.yaml"
+        if newest[0] == folder and (resume == "auto" or not saved.is_file()):
+            return []
+        then = read_file(saved, "checkpoint.resume")
+    except (OSError, ConfigError):
+        return []  # damaged: the run goes back to the one before, and says so
+    return refused(changes(then, config), config.checkpoint.allow_changes, str(newest[0]))
 
 
 def unusable_folders(config: Config) -> list[Violation]:
