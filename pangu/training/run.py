@@ -121,7 +121,8 @@ def _unusable(config: Config, error: OSError) -> Exception:
     folders = {"run_dir": config.run_dir, "data.cache_dir": config.data.cache_dir}
     for key, folder in folders.items():
         if error.filename and Path(folder) in Path(error.filename).parents:
-            reason = f"cannot be used: {error.filename}: {error.strerror}"
+            name = str(error.filename).removesuffix(".partial")  # renamed once it is written
+            reason = f"cannot be used: {name}: {error.strerror}"
             return ConfigError([Violation(key, folder, reason, "another folder")])
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
         # Writing, unlike opening, does not say which file it was.

@@ -87,6 +87,7 @@ def machine() -> Hardware:
         known.links[-1],
         bandwidth_gbps=2.0,
         latency_us=40.0,
+        all_reduce_half_mib=0.0,  # between nodes of a cluster; nothing here measures it
         efficiency=dict(zip(KINDS, (0.5, 0.8, 0.4, 0.9, 1.0, 0.7), strict=True)),
     )
     return replace(

@@ -12,7 +12,7 @@ from pangu.ops import attention, grouped_matmul, permute, rms_norm, swiglu
 
 PANGU = Path(backends.__file__).parents[1]
 # Where a device's name is data: the configuration's, or a file's, read before there is torch.
-BEFORE_TORCH = {"train.py", "doctor.py", "machine_check.py", "local_launch.py"}
+BEFORE_TORCH = {"train.py", "doctor.py", "machine_check.py", "local_launch.py", "preflight.py"}
 FUNCTIONS = {
     "attention": attention,
     "permute": permute,
