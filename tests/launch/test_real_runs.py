@@ -84,10 +84,14 @@ def sweep(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
+# Weights that a rate of 1e38 has thrown away are no reason to refuse a configuration.
+JOBS = ("optimizer.lr=1e38,1e-3", "seed=1,2", "train.validate_every=0")
+
+
 def test_sweep_survives_a_failing_job_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    """A device that is not there fails one job; SIGTERM interrupts another."""
-    first = sweep(tmp_path, "backend=npu,cpu", "seed=1,2", "train.validate_every=0")
-    stopped = tmp_path / "backend=cpu,seed=2"
+    """A job that diverges fails; SIGTERM interrupts another."""
+    first = sweep(tmp_path, *JOBS)
+    stopped = tmp_path / "optimizer.lr=1e-3,seed=2"
     deadline = time.monotonic() + 240
     while not (stopped / "config.yaml").exists():
         assert time.monotonic() < deadline
@@ -95,17 +99,19 @@ def test_sweep_survives_a_failing_job_and_goes_on_where_it_stopped(tmp_path: Pat
     first.send_signal(signal.SIGTERM)
     output, _ = first.communicate(timeout=120)
     assert first.returncode == 128 + signal.SIGTERM, output
-    done = tmp_path / "backend=cpu,seed=1"
+    done = tmp_path / "optimizer.lr=1e-3,seed=1"
     assert (done / "sweep_job.json").exists()
     assert not (stopped / "sweep_job.json").exists()
     finished = (done / "metrics.jsonl").stat().st_mtime_ns
 
-    again = sweep(tmp_path, "backend=npu,cpu", "seed=1,2", "train.validate_every=0")
+    again = sweep(tmp_path, *JOBS)
     output, _ = again.communicate(timeout=240)
     assert again.returncode == 1
     states = [
-        line.split("│")[2].strip() for line in output.splitlines() if line.startswith("│ backend=")
+        line.split("│")[2].strip()
+        for line in output.splitlines()
+        if line.startswith("│ optimizer.lr=")
     ]
-    assert states == ["failed (2)", "failed (2)", "skipped", "finished"]
+    assert states == ["failed (3)", "failed (3)", "skipped", "finished"]
     assert (done / "metrics.jsonl").stat().st_mtime_ns == finished
     assert [row["step"] for row in records(stopped)][-1] == 3
