@@ -25,6 +25,8 @@ class IndexedFiles:
 
     tokens: int
     token_type: np.dtype
+    lengths: np.ndarray  # of each sequence, `[sequences]` int32
+    documents: np.ndarray  # first sequence of each, and the last one's end: `[documents + 1]` int64
 
 
 def read_structure(prefix: str | Path) -> IndexedFiles:
@@ -55,19 +57,16 @@ def read_structure(prefix: str | Path) -> IndexedFiles:
     if len(index) not in (expected, expected + sequences):
         raise DataError(f"{idx_path} has {len(index)} bytes where its counts make {expected}")
     token_type = np.dtype(_TOKEN_TYPES[code])
-    size = _check_sequences(
-        idx_path,
-        index[_HEADER.size : pointers].view(np.int32),
-        index[pointers:order].view(np.int64),
-        token_type.itemsize,
-    )
-    _check_documents(idx_path, index[order:expected].view(np.int64), sequences)
+    lengths = index[_HEADER.size : pointers].view(np.int32)
+    starts, first = index[pointers:order].view(np.int64), index[order:expected].view(np.int64)
+    size = _check_sequences(idx_path, lengths, starts, token_type.itemsize)
+    _check_documents(idx_path, first, sequences)
     if bin_path.stat().st_size != size:
         raise DataError(
             f"{bin_path} has {bin_path.stat().st_size} bytes where its index counts {size}: "
             "cut short, or the two files do not belong together"
         )
-    return IndexedFiles(size // token_type.itemsize, token_type)
+    return IndexedFiles(size // token_type.itemsize, token_type, lengths, first)
 
 
 def _check_sequences(path: Path, lengths: np.ndarray, pointers: np.ndarray, item_size: int) -> int:
