@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from drills.data_damages import CORPORA, TEXTS, main
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from configs.compose import load
@@ -184,19 +185,28 @@ def test_checksums_are_those_of_sha256sum(copy: Path) -> None:
     assert checksums.read_checksums(copy) == {}
 
 
-def test_a_run_on_a_damaged_corpus_is_refused(copy: Path, tmp_path: Path) -> None:
-    """By trainer and doctor alike, before torch is imported."""
+def test_real_commands_refuse_what_is_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Three of the drill's damages; all of them: `python -m tests.drills.data_damages`."""
+    assert main(["jsonl: nested 100,000 deep", "bin: a bit", "idx: a length"]) == 0
+    table = capsys.readouterr().out
+    assert table.count("| refused |") == 4
+    assert "a.jsonl, line 301, is JSON nested too deeply to be read" in table
+    assert table.endswith("3 damages, 0 wrong\n")
+    assert len(TEXTS) + len(CORPORA) >= 50
+
+
+def test_the_doctor_finds_what_the_trainer_refuses(copy: Path, tmp_path: Path) -> None:
     flip(copy / "train.bin", 1000, 2)
     arguments = ["data=indexed", "data.blend={copy: 1.0}", "run_dir=run", "launch.processes=2"]
-    for module in ("pangu.train", "pangu.doctor"):
-        done = subprocess.run(
-            [sys.executable, "-m", module, *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=tmp_path,
-        )
-        assert done.returncode == 2, done.stderr
-        assert "copy/train.bin is damaged" in done.stderr
-        assert "Traceback" not in done.stderr
-    assert not (tmp_path / "run").exists()
+    done = subprocess.run(
+        [sys.executable, "-m", "pangu.doctor", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "copy/train.bin is damaged" in done.stderr
+    assert "Traceback" not in done.stderr
