@@ -19,10 +19,11 @@ import shutil
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,7 @@ class Preparation:
     column: str = "text"
     pattern: str = "*"
     held_out: float = 0.01  # fraction of the documents
+    deduplicate: bool = False  # keep one of documents whose text is the same
     workers: int = 1
 
 
@@ -78,6 +80,7 @@ class CorpusInfo:
     documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PARTS, 0))
     tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PARTS, 0))
     text_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PARTS, 0))
+    duplicates: int = 0  # documents left out, whose text is in the corpus already
     left_out: dict[str, LeftOut] = field(default_factory=dict)
 
 
@@ -125,23 +128,26 @@ def _write_corpus(job: Preparation, files: list[SourceFile], folder: Path) -> Co
     total = sum(file.size for file in files)
     if job.train_tokenizer is not None:
         stride = max(1, -(-total // TOKENIZER_TRAINING_BYTES))
-        texts = _training_texts(cut(files, job.column), stride, job.held_out, total)
+        texts = _training_texts(job, cut(files, job.column), stride, total)
         tokenizer: Tokenizer = train_byte_level_bpe(texts, job.train_tokenizer, folder, job.eod)
     else:
         assert job.tokenizer is not None
         tokenizer = load_tokenizer(job.tokenizer, job.eod)
         tokenizer.save(folder)
     info = CorpusInfo(tokenizer.vocab_size)
+    first_time = _first_time(job)
     writers = {part: _PartWriter(folder / part, tokenizer.vocab_size) for part in PARTS}
     with tqdm(total=total, unit="B", unit_scale=True, desc="tokenising") as bar:
         for piece, encoded in _encode_in_order(
             cut(files, job.column), folder, job.held_out, job.workers
         ):
-            for part, (tokens, lengths, text_bytes) in encoded.parts.items():
-                writers[part].add(tokens, lengths)
-                info.documents[part] += len(lengths)
-                info.tokens[part] += len(tokens)
-                info.text_bytes[part] += text_bytes
+            for part, every in encoded.parts.items():
+                some = every.keep([first_time(digest) for digest in every.digests])
+                writers[part].add(some.tokens, some.lengths)
+                info.documents[part] += len(some.lengths)
+                info.tokens[part] += len(some.tokens)
+                info.text_bytes[part] += int(some.text_bytes.sum())
+                info.duplicates += len(every.lengths) - len(some.lengths)
             for name, reason in encoded.left_out:
                 info.left_out.setdefault(reason.value, LeftOut()).add(name)
             bar.update(piece.size)
@@ -155,16 +161,35 @@ def _write_corpus(job: Preparation, files: list[SourceFile], folder: Path) -> Co
 
 
 def _training_texts(
-    pieces: Iterator[Piece], stride: int, held_out: float, total: int
+    job: Preparation, pieces: Iterator[Piece], stride: int, total: int
 ) -> Iterator[str]:
+    first_time = _first_time(job)
     with tqdm(total=total, unit="B", unit_scale=True, desc="training the tokenizer") as bar:
         for number, piece in enumerate(pieces):
             if number % stride == 0:
                 for document in piece.read():
                     text = document.text
-                    if isinstance(text, str) and not is_held_out(document.key, held_out):
-                        yield _printable(text)
+                    if isinstance(text, str) and not is_held_out(document.key, job.held_out):
+                        text = _printable(text)
+                        if first_time(_text_digest(text)):
+                            yield text
             bar.update(piece.size)
+
+
+def _first_time(job: Preparation) -> Callable[[bytes], bool]:
+    """Whether a text's digest is new; with `deduplicate` off, each is."""
+    seen: set[bytes] = set()
+
+    def first_time(digest: bytes) -> bool:
+        new = digest not in seen
+        seen.add(digest)
+        return new
+
+    return first_time if job.deduplicate else lambda digest: True
+
+
+def _text_digest(text: str) -> bytes:
+    return blake2b(text.encode(), digest_size=16).digest()
 
 
 class _PartWriter:
@@ -181,8 +206,9 @@ class _PartWriter:
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         """Append documents: `tokens` `[sum(lengths)]`, int32."""
-        for document in np.split(tokens, np.cumsum(lengths)[:-1]):
-            self._builder.add_document(document, [document.size])
+        if len(lengths):
+            for document in np.split(tokens, np.cumsum(lengths)[:-1]):
+                self._builder.add_document(document, [document.size])
 
     def finish(self, keep: bool) -> None:
         self._builder.finalize(f"{self._prefix}.idx")
@@ -192,11 +218,31 @@ class _PartWriter:
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A piece: by part, its tokens, the length of each document and the bytes of text; and the
-    files that are none."""
+class EncodedPart:
+    """Documents of a piece: in few arrays, which are quick to hand to another process."""
 
-    parts: dict[str, tuple[np.ndarray, np.ndarray, int]]
+    tokens: np.ndarray  # `[sum(lengths)]` int32, each document's last being its end
+    lengths: np.ndarray  # `[documents]`
+    text_bytes: np.ndarray  # `[documents]`
+    digests: list[bytes]  # of the texts
+
+    def keep(self, wanted: list[bool]) -> EncodedPart:
+        """The documents that are `wanted`, of all."""
+        if all(wanted):
+            return self
+        return EncodedPart(
+            self.tokens[np.repeat(wanted, self.lengths)],
+            self.lengths[wanted],
+            self.text_bytes[wanted],
+            [digest for digest, want in zip(self.digests, wanted, strict=True) if want],
+        )
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A piece: its documents by part, and the files that are none."""
+
+    parts: dict[str, EncodedPart]
     left_out: list[tuple[str, NoText]]
 
 
@@ -221,6 +267,8 @@ def _encode_in_order(
         while waiting:
             yield waiting[0][0], waiting[0][1].result()
             waiting.popleft()
+        # A process that starts late still reads the tokenizer, whose folder is about to be renamed.
+        pool.shutdown()
     except BrokenProcessPool as error:
         near = f" at or after {waiting[0][0].where}" if waiting else ""
         raise DataError(
@@ -251,8 +299,7 @@ def _start_worker(tokenizer: Path, held_out: float) -> None:
 
 
 def _encode(piece: Piece) -> Encoded:
-    ids: dict[str, list[np.ndarray]] = {part: [] for part in PARTS}
-    text_bytes = dict.fromkeys(PARTS, 0)
+    rows: dict[str, list[tuple[np.ndarray, int, bytes]]] = {part: [] for part in PARTS}
     left_out = []
     for document in piece.read():
         text = document.text
@@ -263,14 +310,15 @@ def _encode(piece: Piece) -> Encoded:
             continue
         part = "validation" if is_held_out(document.key, _held_out) else "train"
         text = _printable(text)
-        ids[part].append(np.array([*_token_ids(text, document.where), _tokenizer.eod], np.int32))
-        text_bytes[part] += len(text.encode())
-    parts = {
-        part: (np.concatenate(some), np.array([len(one) for one in some]), text_bytes[part])
-        for part, some in ids.items()
-        if some
-    }
-    return Encoded(parts, left_out)
+        tokens = np.array([*_token_ids(text, document.where), _tokenizer.eod], np.int32)
+        rows[part].append((tokens, len(text.encode()), _text_digest(text)))
+    return Encoded({part: _joined(some) for part, some in rows.items() if some}, left_out)
+
+
+def _joined(rows: list[tuple[np.ndarray, int, bytes]]) -> EncodedPart:
+    tokens, text_bytes, digests = zip(*rows, strict=True)
+    lengths = np.array([len(some) for some in tokens])
+    return EncodedPart(np.concatenate(tokens), lengths, np.array(text_bytes), list(digests))
 
 
 def _token_ids(text: str, where: str) -> list[int]:

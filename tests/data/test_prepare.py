@@ -273,6 +273,33 @@ def test_the_end_of_document_of_a_trained_tokenizer(tmp_path: Path) -> None:
     assert documents(out) == ["a text that says </doc> itself"]
 
 
+def test_one_of_equal_documents_is_kept_on_request(tmp_path: Path) -> None:
+    """Across files, pieces and parts: a text on both sides would be validated on after training."""
+    source = tmp_path / "source"
+    source.mkdir()
+    names = [f"{i}.txt" for i in range(40)]
+    held_out = [name for name in names if is_held_out(name, 0.4)]
+    assert 5 < len(held_out) < 35
+    for name in names:
+        (source / name).write_text(f"text {int(name[:-4]) % 10}")
+    records = [{"text": f"text {i % 15}"} for i in range(60)]
+    (source / "z.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    options = [source, "--train-tokenizer", 300, "--held-out", 0.4, "--workers", 2]
+    code, text = run(*options, "--output", tmp_path / "all")
+    assert code == 0, text
+    assert "duplicates" not in text
+    assert sum(read_info(tmp_path / "all").documents.values()) == 100
+    code, text = run(*options, "--output", tmp_path / "once", "--deduplicate")
+    assert code == 0, text
+    assert "left out as duplicates: 85\n" in text
+    train, validation = documents(tmp_path / "once"), documents(tmp_path / "once", "validation")
+    assert sorted(train + validation) == sorted(f"text {i}" for i in range(15))
+    info = read_info(tmp_path / "once")
+    assert (info.duplicates, sum(info.documents.values())) == (85, 15)
+    assert sum(info.text_bytes.values()) == sum(map(len, train + validation))
+    assert info.tokens["train"] == (tmp_path / "once" / "train.bin").stat().st_size // 2
+
+
 def test_argument_errors_do_not_wait_for_torch() -> None:
     code = (
         "import sys, pangu.data.prepare as p\n"
