@@ -9,10 +9,10 @@ allocator and is reported apart.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from simulator.array import Array, Mask
 from simulator.counts.layer import Blocks
 from simulator.counts.records import Counts, Shapes, total
 from simulator.counts.vocabulary import embedding_gradient
@@ -26,8 +26,6 @@ from simulator.parameters import (
     mtp_kind,
     norm_parameters,
 )
-
-Array = Any
 
 # What the driver, the framework and fragmentation take beside the allocator's peak.
 RESERVED_FRACTION = 0.04
@@ -137,7 +135,7 @@ def kept_activations(s: Shapes, counts: Counts) -> Array:
     recomputation and swap."""
     kept: Array = 0.0
     for tensor in counts.saved:
-        dropped: Array = False
+        dropped: Mask = False
         for module in tensor.dropped_by:
             dropped = dropped | s.layout.drops(module)
             if module in s.traits.swap_modules:
@@ -150,7 +148,7 @@ def swapped_activations(s: Shapes, counts: Counts | None) -> Array:
     """Bytes that one micro-batch of a layer sends to the host, and later fetches."""
     swapped: Array = 0.0
     for tensor in counts.saved if counts else ():
-        away: Array = False
+        away: Mask = False
         for module in tensor.dropped_by:
             away = away | (s.layout.drops(module) & s.layout.swap)
             if module in s.traits.swap_modules:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from configs.schema import MoEConfig
+from simulator.array import Array, Mask
 from simulator.counts.mlp import two_matrices
 from simulator.counts.records import (
     Counts,
@@ -23,9 +24,6 @@ from simulator.counts.records import (
 )
 from simulator.counts.torch_kernels import SCAN_BYTES_PER_ROW, gathered, norm, summed
 from simulator.parameters import mlp_linears
-
-Array = Any
-
 
 SHORT_KERNELS = 16  # over scores, forward and backward each
 
@@ -163,7 +161,7 @@ def _bias(s: Shapes, elements: Array) -> list[Operator]:
     return vector("experts.bias", forward * elements, backward * elements, "moe")
 
 
-def gathers(moe: MoEConfig, dispatch: str, ep: Array) -> Array:
+def gathers(moe: MoEConfig, dispatch: str, ep: Array) -> Mask:
     """Whether every token goes to every rank, as `pangu.moe.dispatch.resolve` decides it: MoGE
     with whole groups per rank, and any fixed number of choices that is no less than the ranks
     (unless a way between nodes is asked for by name)."""
@@ -172,7 +170,7 @@ def gathers(moe: MoEConfig, dispatch: str, ep: Array) -> Array:
     return {"auto": whole | few, "moge": whole, "allgather": True}.get(moe.dispatcher, False)
 
 
-def sorted_once(s: Shapes) -> Array:
+def sorted_once(s: Shapes) -> Mask:
     """Whether rows are sorted by expert where they are made: no token travels, or all do."""
     layout = s.layout
     alone = (layout.ep * layout.etp == 1) & (s.moe.dispatcher in ("auto", "local"))

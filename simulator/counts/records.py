@@ -9,11 +9,11 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from configs.schema import Config, ModelConfig, MoEConfig, SimulationConfig
+from simulator.array import Array
 from simulator.hardware import ELEMENT_BYTES
 from simulator.layout import Layout
 from simulator.parameters import Linear
 
-Array = Any
 EAGER_PASSES = 4.0  # of eager code, which runs a fused vector operator as several
 Phase = Literal["forward", "input_gradient", "weight_gradient"]
 Modules: TypeAlias = str | tuple[str, ...]  # names as in memory.recompute_modules; "" is none
