@@ -81,7 +81,7 @@ class ModelConfig:
 
 
 RouterType = Literal["moge", "top_k", "group_limited", "expert_choice", "forced_balance"]
-DispatcherType = Literal["local", "allgather", "alltoall", "moge"]
+DispatcherType = Literal["local", "allgather", "alltoall", "deduplicated", "moge"]
 AuxLossScope = Literal["micro_batch", "sequence", "ep_group", "dp_group", "global_batch"]
 
 
@@ -108,7 +108,7 @@ class MoEConfig:
     aux_loss_scope: AuxLossScope = "micro_batch"
     aux_loss_coefficient: Scale = 1e-2
     z_loss_coefficient: Scale = 0.0
-    dispatcher: Literal["auto", "local", "allgather", "alltoall", "moge"] = "auto"
+    dispatcher: Literal["auto", DispatcherType] = "auto"
 
 
 @dataclass

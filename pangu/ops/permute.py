@@ -54,6 +54,19 @@ def plan_map(chosen_TE: torch.Tensor) -> Permutation:
     return Permutation(order_N, tokens_N, slots_N, starts_T, chosen_TE.sum(dim=0), None)
 
 
+def plan_rows(
+    experts_N: torch.Tensor, rows_N: torch.Tensor, num_rows: int, num_experts: int
+) -> Permutation:
+    """The same from a list of choices in the order of their rows: choice i is of expert
+    `experts_N[i]` for row `rows_N[i]`, and every row has at least one. What is called token in a
+    `Permutation` is the row here, of which there are `num_rows`."""
+    sorted_N, order_N = experts_N.sort(stable=True)
+    bounds = torch.arange(num_experts + 1, device=order_N.device, dtype=sorted_N.dtype)
+    counts_E = torch.searchsorted(sorted_N, bounds).diff()
+    starts_T = torch.searchsorted(rows_N, torch.arange(num_rows, device=rows_N.device))
+    return Permutation(order_N, rows_N[order_N], _inverse(order_N), starts_T, counts_E, None)
+
+
 def _inverse(order_N: torch.Tensor) -> torch.Tensor:
     places_N = torch.arange(order_N.numel(), device=order_N.device)
     return torch.empty_like(order_N).scatter_(0, order_N, places_N)

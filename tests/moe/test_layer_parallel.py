@@ -33,7 +33,7 @@ FOUR_RANKS = {
 
 
 def dispatchers(router, expert, expert_tensor):
-    names = ["allgather", "alltoall"]
+    names = ["allgather", "alltoall", "deduplicated"]
     if router == "moge":
         names.append("moge")
     if expert * expert_tensor == 1 and router != "expert_choice":
@@ -135,7 +135,13 @@ def compare_both(layouts):
 def test_two_ranks():
     results = gloo.run(2, compare_both, TWO_RANKS)
     doubles, singles = zip(*results, strict=True)
-    assert {key[2] for key in doubles[0]} == {"local", "allgather", "alltoall", "moge"}
+    assert {key[2] for key in doubles[0]} == {
+        "local",
+        "allgather",
+        "alltoall",
+        "deduplicated",
+        "moge",
+    }
     check(doubles, 1e-12)
     check(singles, 1e-5)
 

@@ -17,6 +17,8 @@ CASES = [
     (layers.TOP_K, "alltoall", 2, 1),
     (layers.TOP_K, "alltoall", 1, 2),
     (replace(layers.TOP_K, router="expert_choice"), "alltoall", 2, 1),
+    (layers.TOP_K, "deduplicated", 2, 1),
+    (layers.TOP_K, "deduplicated", 1, 2),
 ]
 
 

@@ -6,6 +6,7 @@ from pangu.ops.permute import (
     permute_reference,
     plan,
     plan_map,
+    plan_rows,
     unpermute,
     unpermute_reference,
 )
@@ -80,3 +81,13 @@ def test_no_token_chose_any_expert():
     assert torch.equal(output, torch.zeros(3, 4))
     output.sum().backward()
     assert torch.equal(tokens.grad, torch.zeros(3, 4))
+
+
+def test_a_list_of_choices_by_row_is_planned_as_its_map():
+    chosen = torch.rand(30, 6) < 0.4
+    chosen[:, 2] = True  # every row has a choice
+    rows, experts = chosen.nonzero(as_tuple=True)
+    listed, by_map = plan_rows(experts, rows, 30, 6), plan_map(chosen)
+    for name in ("tokens_N", "slots_N", "starts_T", "counts_E", "num_choices"):
+        a, b = getattr(listed, name), getattr(by_map, name)
+        assert a is b is None or torch.equal(a, b)

@@ -10,6 +10,7 @@ from typing import Any
 from configs.schema import DispatcherType, MoEConfig
 from pangu.moe.dispatch.allgather import AllGatherDispatcher
 from pangu.moe.dispatch.alltoall import AllToAllDispatcher
+from pangu.moe.dispatch.deduplicated import DeduplicatedDispatcher
 from pangu.moe.dispatch.dispatcher import Dispatcher
 from pangu.moe.dispatch.local import LocalDispatcher
 from pangu.moe.dispatch.moge import MogeDispatcher
@@ -18,6 +19,7 @@ DISPATCHERS: dict[DispatcherType, type[Dispatcher[Any]]] = {
     "local": LocalDispatcher,
     "allgather": AllGatherDispatcher,
     "alltoall": AllToAllDispatcher,
+    "deduplicated": DeduplicatedDispatcher,
     "moge": MogeDispatcher,
 }
 
@@ -56,6 +58,7 @@ __all__ = [
     "DISPATCHERS",
     "AllGatherDispatcher",
     "AllToAllDispatcher",
+    "DeduplicatedDispatcher",
     "Dispatcher",
     "LocalDispatcher",
     "MogeDispatcher",

@@ -4,9 +4,8 @@ Shapes: T tokens of this rank, H hidden, E experts, X of them on this rank, N ro
 
 Over the expert-parallel ranks rows travel with splits that depend on the routing; the ranks of an
 expert tensor parallel group, which hold slices of the same experts, then gather each other's rows,
-and their addends are summed on the way back. Both in plain all-to-alls: gloo and hccl have no
-collective for uneven parts. The counts behind the splits are gathered first, and the host waits
-for them.
+and their addends are summed on the way back. The counts behind the splits are gathered first, and
+the host waits for them.
 
 Megatron-core's dispatcher of that name keeps splits and maps on itself, for one micro-batch at a
 time.
@@ -17,11 +16,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from megatron.core.tensor_parallel import all_to_all
 
 from pangu.moe.dispatch.choices import sort_by_expert
 from pangu.moe.dispatch.dispatcher import Dispatcher, DispatchRecord
+from pangu.moe.dispatch.uneven import gather_counts, gather_uneven, reduce_scatter_uneven
 from pangu.ops.permute import Permutation, permute, plan, unpermute
 
 
@@ -61,17 +60,13 @@ class AllToAllDispatcher(Dispatcher[Exchange]):
             for x in (hidden_states, probs)
         )
         if self.tp_size > 1:
-            rows = _gather_uneven(rows, record.gathered, self.tp_group)
-            weights = _gather_uneven(weights, record.gathered, self.tp_group)
+            rows = gather_uneven(rows, record.gathered, self.tp_group)
+            weights = gather_uneven(weights, record.gathered, self.tp_group)
         return rows, weights
 
     def _agree_on_splits(self, record: Exchange) -> None:
         own_E = record.sending.counts_E
-        all_RE = own_E.new_empty(self.tp_ep_group.size(), own_E.numel())
-        if self.tp_ep_group.size() > 1:
-            dist.all_gather_into_tensor(all_RE, own_E, group=self.tp_ep_group)
-        else:
-            all_RE.copy_(own_E)
+        all_RE = gather_counts(own_E, self.tp_ep_group)
         # The group counts expert tensor parallel ranks fastest; rows come by them first.
         counts = all_RE.view(self.ep_size, self.tp_size, self.ep_size, self.num_local_experts)
         here = counts[:, :, self.ep_group.rank()].transpose(0, 1)  # [ETP, EP, X]
@@ -107,25 +102,9 @@ class AllToAllDispatcher(Dispatcher[Exchange]):
     def token_combine(self, record: Exchange, hidden_states: torch.Tensor) -> torch.Tensor:
         """The experts' output of this rank's choices, in the order in which they were sent."""
         if self.tp_size > 1:
-            hidden_states = _reduce_scatter_uneven(hidden_states, record.gathered, self.tp_group)
+            hidden_states = reduce_scatter_uneven(hidden_states, record.gathered, self.tp_group)
         return all_to_all(self.ep_group, hidden_states, record.sent, record.received)
 
     def combine_postprocess(self, record: Exchange, hidden_states: torch.Tensor) -> torch.Tensor:
         """Sum each token's rows and restore its place."""
         return unpermute(hidden_states, record.sending).view(record.hidden_shape)
-
-
-def _gather_uneven(x: torch.Tensor, sizes: list[int], group: dist.ProcessGroup) -> torch.Tensor:
-    """The ranks' rows, `sizes` of them, one after the other: each rank sends all its rows to all.
-    Its gradient sums what the ranks return."""
-    copies = x.expand(group.size(), *x.shape).flatten(0, 1)
-    return all_to_all(group, copies, sizes, [x.size(0)] * group.size())
-
-
-def _reduce_scatter_uneven(
-    x: torch.Tensor, sizes: list[int], group: dist.ProcessGroup
-) -> torch.Tensor:
-    """This rank's rows, summed over the ranks; rank r owns `sizes[r]` rows."""
-    own = sizes[group.rank()]
-    parts = all_to_all(group, x, [own] * group.size(), sizes)
-    return parts.unflatten(0, (group.size(), own)).sum(dim=0)
