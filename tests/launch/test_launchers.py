@@ -8,10 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cluster import Cluster, Node
+from cluster.privileges import needs_cluster
 
 from launch.port import free_port
 
@@ -67,7 +70,14 @@ def test_a_refusal_is_said_once_and_ends_torchruns_account(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_torchrun_on_two_nodes(tmp_path: Path, two_nodes: Any) -> None:
+@pytest.fixture
+def two_nodes() -> Iterator[tuple[Node, ...]]:
+    with Cluster(2) as cluster:
+        yield cluster.nodes
+
+
+@needs_cluster
+def test_torchrun_on_two_nodes(tmp_path: Path, two_nodes: tuple[Node, ...]) -> None:
     started = [
         subprocess.Popen(
             [
@@ -98,7 +108,8 @@ def test_msrun_on_one_node(tmp_path: Path, msrun: Path) -> None:
     assert facts(tmp_path) == expected("msrun", (0, 1))
 
 
-def test_msrun_on_two_nodes(tmp_path: Path, msrun: Path, two_nodes: Any) -> None:
+@needs_cluster
+def test_msrun_on_two_nodes(tmp_path: Path, msrun: Path, two_nodes: tuple[Node, ...]) -> None:
     """Nothing but --node_rank tells the ranks of two nodes apart."""
     command = [str(msrun), "--worker_num=2", "--local_worker_num=1", "--join=True"]
     command += [f"--master_addr={two_nodes[0].address}", "--master_port=8118"]
