@@ -1,5 +1,5 @@
 """What collectives of a known size send over a node's card, as every rank sees it: run by the tests
-under torchrun. Writes `{operation: [bytes that this node's card sent, start, end]}` to a file a rank.
+under torchrun. Writes `{operation: [bytes sent, start, end]}` to a file a rank.
 """
 
 import json
