@@ -10,6 +10,8 @@ import signal
 import sys
 from pathlib import Path
 
+from pangu.plain_file import open_plain
+
 # The number of the process that started this one, where `multiprocessing` does not know.
 PARENT = "PANGU_PARENT"
 # The exit code of a rank that waited in vain for another one: not itself the reason.
@@ -34,7 +36,7 @@ def die_with_parent() -> None:
 def last_step(run_dir: Path) -> int:
     """The last step in a run's `metrics.jsonl`, from its end alone; 0 without one."""
     try:
-        with (run_dir / "metrics.jsonl").open("rb") as file:
+        with open_plain(run_dir / "metrics.jsonl") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
             lines = file.read().splitlines()
     except OSError:

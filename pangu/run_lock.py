@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from configs.violation import ConfigError, Violation
+from pangu.plain_file import read_plain
 
 RUN, SWEEP = ".run.lock", ".sweep.lock"
 BEAT, PATIENCE = 10.0, 45.0  # seconds
@@ -65,8 +66,8 @@ class Holder:
     def read(cls, path: Path) -> Holder | None:
         """Who the file names; None for nobody, or for what cannot be read."""
         try:
-            return cls(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError):
+            return cls(**json.loads(read_plain(path)))
+        except (OSError, ValueError, TypeError, RecursionError):
             return None
 
 

@@ -8,6 +8,7 @@ ROOT = Path(__file__).parents[1]
 HOUSE = (
     {"configs", "launch"},
     {"simulator"},
+    {"pangu/plain_file"},
     {"pangu/processes", "pangu/run_lock", "pangu/violation_table", "pangu/machine_check"},
     {"pangu/local_launch", "pangu/command_line"},
     {"pangu/backends"},

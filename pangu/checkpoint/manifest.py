@@ -13,18 +13,19 @@ A folder gets its final name by one rename, when all its files and the manifest 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import re
 import shutil
-import stat
 import time
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from pangu import plain_file
+from pangu.plain_file import open_plain, read_plain
 
 MANIFEST = "manifest.json"
 SET_ASIDE = "set_aside"
@@ -68,9 +69,7 @@ def record(path: Path) -> FileRecord:
         OSError: it cannot be read, or is no file (a pipe never ends).
     """
     crc = size = 0
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "is no file", str(path))
+    with open_plain(path) as file:
         while piece := file.read(1 << 24):
             crc = zlib.crc32(piece, crc)
             size += len(piece)
@@ -97,7 +96,7 @@ def read(folder: Path) -> Manifest:
         DamagedCheckpoint: it is missing, unreadable or altered.
     """
     try:
-        body: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        body: dict[str, Any] = json.loads(read_plain(folder / MANIFEST))
         crc = body.pop("crc32")
         matches = crc == _crc(body)
         manifest = Manifest(
@@ -122,7 +121,7 @@ def read(folder: Path) -> Manifest:
 
 
 def _count(value: Any) -> int:
-    if type(value) is not int or value < 0:
+    if type(value) is not int or not 0 <= value < 1 << 53:
         raise ValueError(f"{str(value)[:40]} is no count")
     return value
 
@@ -203,22 +202,10 @@ def step_of(folder: Path) -> int:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Bring a finished folder to the disk, then give it its name, in one rename."""
-    for path in sorted(partial.rglob("*"), reverse=True):
-        _fsync(path)
-    _fsync(partial)
-    if final.exists():
+    """Bring a finished folder to the disk and give it its name; what has it is set aside."""
+    if os.path.lexists(final):  # what is in the way may be a link to nothing
         set_aside(final)
-    partial.rename(final)
-    _fsync(final.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    plain_file.publish(partial, final)
 
 
 def set_aside(folder: Path) -> Path:
@@ -267,9 +254,12 @@ def remove_partial(checkpoints: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def prune(checkpoints: Path, keep_last: int, keep_every: int) -> None:
-    """Delete all but the newest `keep_last` and, unless 0, every multiple of `keep_every`."""
-    for folder in complete(checkpoints)[max(1, keep_last) :]:
+def prune(checkpoints: Path, saved: int, keep_last: int, keep_every: int) -> None:
+    """After step `saved`: delete all but the newest `keep_last` and, unless 0, every multiple of
+    `keep_every`. What is later than `saved` is damaged and could not be set aside: it does not
+    count."""
+    written = [folder for folder in complete(checkpoints) if step_of(folder) <= saved]
+    for folder in written[max(1, keep_last) :]:
         if not (keep_every and step_of(folder) % keep_every == 0):
             with contextlib.suppress(OSError):  # not ours to delete, it seems
                 # The manifest first: a deletion cut short leaves nothing that looks complete.

@@ -207,7 +207,16 @@ def _verify(folder: Path) -> Found | str:
     wrong: list[list[str]] = [[] for _ in range(size)]
     dist.all_gather_object(wrong, manifest.damage(folder, found, dist.get_rank(), size))
     damaged = [line for lines in wrong for line in lines]
+    damaged = damaged or from_rank_0(lambda: _unreadable_config(folder))
     return "; ".join(damaged) if damaged else Found(folder, found)
+
+
+def _unreadable_config(folder: Path) -> list[str]:
+    try:
+        read_config(folder)
+    except ConfigError as error:
+        return [violation.reason for violation in error.violations]
+    return []
 
 
 def refuse_other_model(config: Config, path: Path) -> None:
@@ -230,11 +239,15 @@ def refuse_other_tokenizer(config: Config, found: Found, tokenizer: Tokenizer) -
     """
     key = "data.tokenizer"
 
+    saved = found.path / TOKENIZER / INFO_FILE
+
     def differ() -> bool:
-        saved = found.path / TOKENIZER / INFO_FILE
+        if not saved.is_file():
+            say(f"warning: {found.path} has no tokenizer to compare with that of the data")
+            return False
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save(Path(folder))
-            return saved.is_file() and saved.read_bytes() != (Path(folder) / INFO_FILE).read_bytes()
+            return saved.read_bytes() != (Path(folder) / INFO_FILE).read_bytes()
 
     if key not in config.checkpoint.allow_changes and from_rank_0(differ):
         reason = (

@@ -170,7 +170,7 @@ class Saver:
             shutil.rmtree(partial, ignore_errors=True)
             return _reason(error)
         c = self.config.checkpoint
-        manifest.prune(self.folder, c.keep_last, c.keep_every)
+        manifest.prune(self.folder, writing.manifest.step, c.keep_last, c.keep_every)
         manifest.forget_restarts(self.folder)
         return None
 

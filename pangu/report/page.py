@@ -141,7 +141,7 @@ def _tiles(run: RunData) -> list[list[str]]:
         value = run.recent(key)
         if value is not None and _says_something(key, run.config):
             tiles.append([form.format(value), note])
-    tiles.append([short(sum(row["tokens"] for row in run.steps)), "tokens trained"])
+    tiles.append([short(sum(row.get("tokens") or 0 for row in run.steps)), "tokens trained"])
     return tiles
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from pangu.plain_file import read_plain
+
 Row = dict[str, Any]
 
 METRICS = "metrics.jsonl"
@@ -23,7 +25,7 @@ _WORDS = ("beside", "checkpoint_error")
 
 def read_metrics(path: Path) -> list[Row]:
     """The rows of a `metrics.jsonl`, of which the last line may be unfinished; [] without one."""
-    return parse_rows(path.read_bytes()) if path.is_file() else []
+    return parse_rows(read_plain(path)) if path.is_file() else []
 
 
 def parse_rows(text: bytes) -> list[Row]:

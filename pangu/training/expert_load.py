@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import sys
 from pathlib import Path
 
 import torch
@@ -56,8 +56,11 @@ class LoadWindow:
         return f"{_name(dead, steps)}. {_advice(self._moe)}" if dead else ""
 
     def _write(self, load: ExpertLoad) -> None:
-        with contextlib.suppress(OSError):  # a full disk costs the plot, not the run
+        try:
             load.write(self._path)
+        except OSError as error:  # a full disk costs the plot, not the run
+            line = f"warning: {self._path} cannot be written: {error.strerror}"
+            print(line, file=sys.stderr)
 
 
 def _few(counts: dict[int, torch.Tensor]) -> bool:

@@ -15,6 +15,7 @@ from configs.schema import Config
 from pangu import backends
 from pangu.engines.contract import StepResult
 from pangu.moe.load import RoutingLoad, device_imbalance, dropped_tokens, expert_imbalance
+from pangu.plain_file import read_plain
 from pangu.report.run_files import METRICS, parse_rows, replace_text, short
 from pangu.training.growing_file import GrowingFile
 from simulator.api import count_parameters, model_flops_per_token
@@ -131,7 +132,7 @@ class MetricsFile:
         if not self.active:
             return
         self._board = None
-        written = self.path.read_bytes() if self.path.exists() else b""
+        written = read_plain(self.path) if self.path.exists() else b""
         written += self._file.waiting
         rows = parse_rows(written)
         # But for the last one, which a killed run may have left unfinished.

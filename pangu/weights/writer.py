@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from pangu.checkpoint.tensor_files import INDEX, WeightsError
+from pangu.plain_file import publish
 
 SHARD_BYTES = 2**30
 
@@ -80,13 +81,9 @@ class ModelFolder:
         trace: TracebackType | None,
     ) -> None:
         if error is None:
-            for file in self.partial.rglob("*"):
-                _fsync(file)
-            _fsync(self.partial)
             if self.path.is_dir():
                 self.path.rmdir()  # it is empty
-            self.partial.rename(self.path)
-            _fsync(self.path.parent)
+            publish(self.partial, self.path)
             return
         shutil.rmtree(self.partial, ignore_errors=True)
         if isinstance(error, OSError):
@@ -99,11 +96,3 @@ def _part(number: int) -> str:
 
 def _shard_name(number: int, count: int) -> str:
     return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -74,9 +74,11 @@ def steps(checkpoints: Path) -> list[int]:
 def test_kept_by_count_and_by_interval(tmp_path):
     for step in (10, 20, 30, 40, 50):
         make(tmp_path, step)
-    manifest.prune(tmp_path, keep_last=2, keep_every=20)
+    manifest.prune(tmp_path, 50, keep_last=2, keep_every=20)
     assert steps(tmp_path) == [50, 40, 20]
-    manifest.prune(tmp_path, keep_last=0, keep_every=0)
+    manifest.prune(tmp_path, 40, keep_last=1, keep_every=0)
+    assert steps(tmp_path) == [50, 40], "a later one, which was passed over, keeps nobody's place"
+    manifest.prune(tmp_path, 50, keep_last=0, keep_every=0)
     assert steps(tmp_path) == [50], "the newest is never deleted"
 
 
