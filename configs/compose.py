@@ -26,6 +26,11 @@ from configs.schema import Config
 from configs.violation import ConfigError, Violation
 
 ROOT = Path(__file__).parent
+# Keys that were, and where what they said is said now.
+MOVED = {
+    "simulation.dispatch": "moe.dispatcher=alltoall, hierarchical or deduplicated"
+    " (as DeepEP with simulation.node_forwarding=true)",
+}
 
 
 def _ranks_left(most: int, processes: int, nodes: int, *taken: int) -> int:
@@ -201,6 +206,8 @@ def _from_pydantic(item: Any) -> Violation:
     path = [str(part) for part in item["loc"]]
     key = ".".join(path)
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        if key in MOVED:
+            return Violation(key, item["input"], "is another key now", MOVED[key])
         siblings = list(_schema_of(path[:-1]).get("properties", {}))
         close = difflib.get_close_matches(path[-1], siblings, n=3, cutoff=0.5)
         suggestion = (

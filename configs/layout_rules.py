@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from configs.dispatch import why_not
 from configs.layout import num_virtual_stages
 from configs.problem import CP, EP, ETP, PP, TP, VPP, Problem, divides, divisors, get, multiples
 from configs.schema import Config
@@ -91,30 +92,13 @@ def _expert_widths(config: Config) -> Iterator[Problem]:
         key = "parallel.sequence_parallel"
         reason = "with tensor parallelism, experts expect each rank to hold its own tokens"
         yield Problem("MoE needs SP", key, False, reason, {key: [True], TP: [1]})
-    spread = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
-    dispatcher, key = config.moe.dispatcher, "moe.dispatcher"
-    if dispatcher == "local" and spread > 1:
-        reason = f"tokens cannot stay local: experts are spread over EP x ETP = {spread} ranks"
-        yield Problem("local", key, dispatcher, reason, {key: ["auto", "alltoall", "allgather"]})
-    elif dispatcher == "local" and config.moe.router == "expert_choice":
-        reason = "it counts on a fixed number of experts per token, which expert choice has not"
-        yield Problem("local choice", key, dispatcher, reason, {key: ["auto", "alltoall"]})
-    if dispatcher == "moge" and config.moe.router != "moge":
-        reason = f"its equal splits come from router=moge, not {config.moe.router}"
-        options = {key: ["auto", "alltoall", "allgather"]}
-        yield Problem("moge dispatcher", key, dispatcher, reason, options)
-    elif dispatcher == "moge" and (
-        config.moe.num_expert_groups % parallel.expert_model_parallel_size
-    ):
-        reason = (
-            f"equal splits need whole groups on every rank: {config.moe.num_expert_groups} groups "
-            f"over {parallel.expert_model_parallel_size} expert-parallel ranks"
-        )
-        mend: dict[str, list[Any]] = {
-            key: ["auto", "alltoall"],
-            EP: divisors(config.moe.num_expert_groups),
-        }
-        yield Problem("whole groups", key, dispatcher, reason, mend)
+    kind, key = config.moe.dispatcher, "moe.dispatcher"
+    sizes = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
+    if kind != "auto" and (reason := why_not(kind, config.moe, *sizes)):
+        options: dict[str, list[Any]] = {key: ["auto", "alltoall", "allgather"]}
+        if kind == "moge":
+            options[EP] = divisors(config.moe.num_expert_groups)
+        yield Problem("dispatcher", key, kind, reason, options)
 
 
 def pipeline(config: Config) -> Iterator[Problem]:

@@ -81,7 +81,7 @@ class ModelConfig:
 
 
 RouterType = Literal["moge", "top_k", "group_limited", "expert_choice", "forced_balance"]
-DispatcherType = Literal["local", "allgather", "alltoall", "deduplicated", "moge"]
+DispatcherType = Literal["local", "allgather", "alltoall", "deduplicated", "hierarchical", "moge"]
 AuxLossScope = Literal["micro_batch", "sequence", "ep_group", "dp_group", "global_batch"]
 
 
@@ -108,6 +108,9 @@ class MoEConfig:
     aux_loss_scope: AuxLossScope = "micro_batch"
     aux_loss_coefficient: Scale = 1e-2
     z_loss_coefficient: Scale = 0.0
+    # How tokens reach experts on other ranks (`configs.dispatch`): all of them gathered by every
+    # rank; a row for each expert; a token once to each rank that holds some of its experts; tokens
+    # gathered between nodes, rows exchanged inside (Pangu Ultra); or in MoGE's equal splits.
     dispatcher: Literal["auto", DispatcherType] = "auto"
 
 
@@ -314,9 +317,9 @@ class SimulationConfig:
     # Weight gradients are added to the main gradients inside their product; else afterwards.
     gradient_accumulation_fusion: bool = False
     tp_comm_overlap: bool = False  # tensor-parallel collectives fused with their matrix products
-    # How tokens reach experts in other nodes: flat all-to-all; Pangu's hierarchy (all-gather
-    # between nodes, all-to-all inside); or each token once per destination node (DeepEP).
-    dispatch: Literal["flat", "hierarchical", "deduplicated"] = "flat"
+    # `deduplicated` sends a token once to a node, not to a rank, and hands it on there, by kernels
+    # that take few of the device's cores (DeepEP, HybridEP).
+    node_forwarding: bool = False
     # Pipeline sends cut over tensor-parallel ranks even without sequence parallelism (Megatron of
     # 2021, arXiv 2104.04473).
     scatter_gather_sends: bool = False

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from configs.dispatch import why_not
 from configs.schema import Config
 from simulator.array import Array
 from simulator.hardware import load_hardware
@@ -137,6 +138,10 @@ def _indivisible_sizes(
         uneven = np.logical_or(uneven, width % tp != 0)
     yield "vocabulary or MLP width does not split over TP", uneven
     yield "an expert's width does not split over ETP", model.moe_ffn_hidden_size % etp != 0
+    kind = config.moe.dispatcher
+    if model.num_experts and kind != "auto":
+        unserved = np.vectorize(lambda *sizes: bool(why_not(kind, config.moe, *map(int, sizes))))
+        yield f"moe.dispatcher={kind} cannot serve its ranks", unserved(ep, etp)
     if not everything and np.size(axis["etp"]) > 1:
         yield "experts are cut over all TP ranks or none", (etp != 1) & (etp != tp)
     parts = np.where(cp > 1, 2 * cp, 1) * tp

@@ -258,10 +258,10 @@ def rank_seconds(parts: Parts, contents: list[StageContent]) -> RankSeconds:
 
 def exchange_share(parts: Parts) -> float:
     """Part of the expert exchange that another micro-batch's computing hides. The preset's is of
-    copy engines, or of dispatchers that take few cores; a flat exchange is the collective library's
+    copy engines, or of dispatchers that take few cores; others are the collective library's
     kernels, which occupy the device where collectives are kernels at all."""
     share = parts.hardware.overlap.exchange
-    kernels = parts.hardware.backend == "cuda" and parts.shapes.traits.dispatch == "flat"
+    kernels = parts.hardware.backend == "cuda" and not parts.shapes.traits.node_forwarding
     return share * FLAT_EXCHANGE if kernels else share
 
 

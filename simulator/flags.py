@@ -6,9 +6,9 @@ and of `mindspeed/features_manager`. What an engine cannot do stands beside them
 
 from __future__ import annotations
 
+from configs.dispatch import dispatcher
 from configs.layout import layers_per_virtual_stage, mtp_stage
 from configs.schema import Config
-from simulator.counts.moe import gathers
 
 # What Megatron-LM's fine-grained offloading calls the tensors of a swapped module: it names the
 # operators whose input goes to the host.
@@ -86,16 +86,23 @@ def _experts(config: Config) -> list[str]:
     return [
         f"--expert-model-parallel-size {p.expert_model_parallel_size}",
         f"--expert-tensor-parallel-size {p.expert_tensor_parallel_size}",
-        f"--moe-token-dispatcher-type {_dispatcher(config)}",
+        *([] if _dispatches_once(config) else [_dispatcher(config)]),
         "--moe-grouped-gemm",
     ]
 
 
+def _dispatches_once(config: Config) -> bool:
+    return config.model.num_experts > 0 and config.moe.dispatcher == "deduplicated"
+
+
 def _dispatcher(config: Config) -> str:
-    """Megatron's nearest to what was counted; its overlapped schedule knows all-to-all alone."""
-    ranks = config.parallel.expert_model_parallel_size
-    gather = gathers(config.moe, config.simulation.dispatch, ranks)
-    return "allgather" if gather and ranks > 1 and not _overlapped(config) else "alltoall"
+    """The nearest to what was counted that both engines have; their overlapped schedules know
+    all-to-all alone."""
+    p = config.parallel
+    ranks = p.expert_model_parallel_size
+    kind = dispatcher(config.moe, ranks, p.expert_tensor_parallel_size)
+    gather = kind in ("allgather", "moge") and ranks > 1 and not _overlapped(config)
+    return f"--moe-token-dispatcher-type {'allgather' if gather else 'alltoall'}"
 
 
 def _overlapped(config: Config) -> bool:
@@ -126,6 +133,10 @@ def _megatron(config: Config) -> list[str]:
             flags.append("# overlaps expert communication only where stages are interleaved")
         if config.memory.recompute_granularity == "full":
             flags.append("# does not recompute whole layers beside that overlap")
+    if _dispatches_once(config):
+        flags += ["--moe-token-dispatcher-type flex", "--moe-flex-dispatcher-backend deepep"]
+    elif config.model.num_experts and config.moe.dispatcher == "hierarchical":
+        flags.append("# gathers nothing between nodes: a flat all-to-all")
     flags += _zero(p.zero_stage)
     if traits.swap_modules:
         known = [module for module in traits.swap_modules if module in OFFLOADED]
@@ -151,6 +162,8 @@ def _zero(stage: int) -> list[str]:
 def _mindspeed(config: Config) -> list[str]:
     p, traits = config.parallel, config.simulation
     flags = ["--use-flash-attn", "--use-fused-rmsnorm", "--use-fused-swiglu"]
+    if _dispatches_once(config):
+        flags += [_dispatcher(config), "# sends a token once per expert, not once per node"]
     if p.context_parallel_size > 1:
         kind = "megatron" if p.context_parallel_type == "ring" else "ulysses"
         flags.append(f"--context-parallel-algo {kind}_cp_algo")

@@ -14,8 +14,9 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from configs.dispatch import dispatcher
 from pangu.moe.config import MoETransformerConfig
-from pangu.moe.dispatch import DISPATCHERS, Dispatcher, resolve
+from pangu.moe.dispatch import DISPATCHERS, Dispatcher
 from pangu.moe.experts import GroupedExperts
 from pangu.moe.router import ExpertRouter
 
@@ -35,7 +36,7 @@ class ExpertLayer(MoELayer):
     ) -> None:
         groups = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, groups)
-        kind = resolve(config.moe, groups.ep.size(), groups.expt_tp.size())
+        kind = dispatcher(config.moe, groups.ep.size(), groups.expt_tp.size())
         self.token_dispatcher = DISPATCHERS[kind](self.num_local_experts, config, groups)
 
     def forward(self, hidden_states: torch.Tensor, **others: Any) -> tuple[torch.Tensor, None]:

@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from configs.schema import MoEConfig
-from simulator.array import Array, Mask
+from simulator.array import Array
+from simulator.counts.dispatch import exchange, uses
 from simulator.counts.mlp import two_matrices
 from simulator.counts.records import (
     Counts,
-    Message,
     Operator,
     Saved,
     Shapes,
@@ -104,7 +103,7 @@ def _experts(s: Shapes, load: Array) -> Counts:
     outer = rows * fc2.local_inputs(layout.etp)
     stream = s.shard * hidden * element
     # By expert, after the exchange; gathered tokens and such that stay are sorted once.
-    again = (experts > 1) & np.logical_not(sorted_once(s))
+    again = (experts > 1) & np.logical_not(uses(s, "local", "allgather", "moge"))
     regroup = np.where(again, 2 * received, 0.0)
     padded = vector("experts.padding", 4 * received, 4 * received, module)
     operators = [
@@ -118,11 +117,11 @@ def _experts(s: Shapes, load: Array) -> Counts:
         *vector("moe.unsort", regroup, regroup, module),
         *vector("moe.unpermute", summed(s, stream, sent), gathered(s, stream, sent), module),
     ]
-    exchange = regroup / 2
-    peak = received + np.maximum(exchange, inner + outer * element) + 2 * stream
+    regrouped = regroup / 2
+    peak = received + np.maximum(regrouped, inner + outer * element) + 2 * stream
     return Counts(
         operators,
-        _exchange(s, sent, load),
+        exchange(s, sent, load),
         saved=[
             Saved("experts.fc1 input", rows * hidden * s.linear_element, (module,)),
             Saved("experts.fc1 output", inner, (module,)),
@@ -148,111 +147,15 @@ def _between_products(s: Shapes, inner: Array, outer: Array) -> list[Operator]:
 
 def _bias(s: Shapes, elements: Array) -> list[Operator]:
     """Adding the second product's bias, weighted by the router's probabilities (`elements` in
-    all), expert by expert: megatron-core's `_apply_bias` in its own passes. What deduplicates
-    tokens has probabilities in float32, to which everything is promoted, and cast back."""
+    all), expert by expert: megatron-core's `_apply_bias` in its own passes. What sends a
+    token once to a node has probabilities in float32, to which everything is promoted, and cast
+    back."""
     if s.traits.fused_experts or not (s.model.add_mlp_bias and s.traits.grouped_experts):
         return []
     element = s.element
-    wide = element if s.traits.dispatch == "flat" else 4.0
+    wide = 4.0 if s.traits.node_forwarding else element
     cast = element + wide if wide > element else 0.0
     # product, sum and concatenation; backward two products, each summed, and a concatenation
     forward = wide + (element + 2 * wide) + 2 * wide + cast
     backward = 2 * cast + 6 * wide + 2 * element
     return vector("experts.bias", forward * elements, backward * elements, "moe")
-
-
-def gathers(moe: MoEConfig, dispatch: str, ep: Array) -> Mask:
-    """Whether every token goes to every rank, as `pangu.moe.dispatch.resolve` decides it: MoGE
-    with whole groups per rank, and any fixed number of choices that is no less than the ranks
-    (unless a way between nodes is asked for by name)."""
-    whole = (moe.router == "moge") & (moe.num_expert_groups % np.asarray(ep) == 0)
-    few = (moe.router != "expert_choice") & (dispatch == "flat") & (np.asarray(ep) <= moe.top_k)
-    return {"auto": whole | few, "moge": whole, "allgather": True}.get(moe.dispatcher, False)
-
-
-def sorted_once(s: Shapes) -> Mask:
-    """Whether rows are sorted by expert where they are made: no token travels, or all do."""
-    layout = s.layout
-    alone = (layout.ep * layout.etp == 1) & (s.moe.dispatcher in ("auto", "local"))
-    return alone | gathers(s.moe, s.traits.dispatch, layout.ep)
-
-
-def _exchange(s: Shapes, sent: Array, load: Array) -> list[Message]:
-    """Dispatch and combine, forward and backward.
-
-    Either all tokens of the EP × ETP ranks are gathered and their sums reduced, or rows are
-    exchanged over the EP ranks; expert tensor parallelism then gathers them in its group and
-    reduces them before the way back.
-    """
-    layout = s.layout
-    gather = np.where(gathers(s.moe, s.traits.dispatch, layout.ep), 1, 0)
-    exchange = 1 - gather
-    gathered = s.shard * s.model.hidden_size * s.element * layout.ep * layout.etp
-    sharded = np.where(np.asarray(layout.etp) > 1, exchange, 0)
-    within = sent * load * layout.etp
-    messages = []
-    names: tuple[Any, ...] = ("forward", "input_gradient")
-    for phase in names:
-        again = "moe" if phase == "forward" else ""
-        for name in ("dispatch", "combine"):
-            outwards = (name == "dispatch") == (phase == "forward")
-            kind: Any = "all_gather" if outwards else "reduce_scatter"
-            title = f"moe.{name}"
-            messages.append(Message(title, phase, kind, "expert", gathered, "", again, gather))
-            messages.append(
-                Message(f"{title} within", phase, kind, "etp", within, "", again, sharded)
-            )
-            messages += _between_ranks(s, title, phase, kind, sent * load, again, exchange)
-    return messages
-
-
-def _between_ranks(
-    s: Shapes, name: str, phase: Any, kind: Any, sent: Array, again: str, count: Array
-) -> list[Message]:
-    """Rows to and from the ranks that hold their experts: `s.traits.dispatch`."""
-    layout = s.layout
-    if s.traits.dispatch == "flat":
-        return [Message(name, phase, "all_to_all", "ep", sent, "", again, count)]
-    inside = np.clip(np.floor(s.domain / layout.etp), 1, layout.ep)
-    nodes = np.maximum(np.floor(layout.ep / inside), 1)
-    far = layout.etp * inside
-    one = s.shard * s.model.hidden_size * s.element  # every token once
-    between: Message
-    beside = ""
-    if s.traits.dispatch == "hierarchical":
-        size = one * nodes
-        between = Message(
-            f"{name} between nodes", phase, kind, "ep", size, "", again, count, nodes, far
-        )
-    else:
-        size = one * distinct_nodes(s, nodes)
-        between = Message(
-            f"{name} between nodes", phase, "all_to_all", "ep", size, "", again, count, nodes, far
-        )
-        # Rows are handed on inside the node while others still cross, each device once.
-        beside = f"{name} between nodes:{phase}"
-        sent = sent * distinct(layout.ep, s.moe.top_k) / s.moe.top_k
-    return [
-        between,
-        Message(
-            f"{name} inside node", phase, "all_to_all", "ep", sent, beside, again, count, inside,
-            layout.etp,
-        ),
-    ]  # fmt: skip
-
-
-def distinct(places: Array, top_k: int) -> Array:
-    """Expected number of distinct places among `top_k` even choices."""
-    return places * (1.0 - (1.0 - 1.0 / places) ** top_k)
-
-
-def distinct_nodes(s: Shapes, nodes: Array) -> Array:
-    """Expected number of nodes that hold a token's experts, its own included; group-limited
-    routing stays inside the groups it may use."""
-    moe_config = s.moe
-    reachable = nodes
-    limited = moe_config.router in ("group_limited", "forced_balance")
-    if limited and moe_config.topk_group:
-        share = moe_config.topk_group / moe_config.num_expert_groups
-        reachable = np.maximum(np.minimum(nodes, np.ceil(nodes * share)), 1)
-    return distinct(reachable, moe_config.top_k)

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from configs.compose import MOVED
 from configs.schema import Config
 from configs.violation import ConfigError, Violation
 from simulator.validation.table import Row
@@ -37,7 +38,8 @@ def with_declared(config: Config, row: Row) -> Config:
         elif group in GROUPS and name in {field.name for field in fields(getattr(config, group))}:
             groups.setdefault(group, {})[name] = value
         else:
-            raise _error(key, text, "no such key of the configuration")
+            now = f"is now {MOVED[key]}" if key in MOVED else "no such key of the configuration"
+            raise _error(key, text, now)
     changed = {
         group: _checked(group, getattr(config, group), values) for group, values in groups.items()
     }

@@ -14,6 +14,7 @@ from typing import Literal
 from configs.schema import (
     BackendConfig,
     Config,
+    DispatcherType,
     MemoryConfig,
     ModelConfig,
     MoEConfig,
@@ -190,11 +191,16 @@ def _moe(row: Row) -> MoEConfig:
         topk_group=chosen,
         # Balanced by bias, without an auxiliary loss to speak of.
         expert_bias=re.match(r"DeepSeek-?V3|Kimi", row["model"]) is not None,
-        # As MindSpeed's scripts for this family have it; the others exchange rows.
-        dispatcher="allgather"
-        if "DeepSeek-V2" in row["model"] and row.mentions("script examples/")
-        else "alltoall",
+        dispatcher=_dispatcher(row),
     )
+
+
+def _dispatcher(row: Row) -> DispatcherType:
+    if _forwards(row):
+        return "deduplicated"
+    # As MindSpeed's scripts for this family have it; the others exchange rows.
+    family = "DeepSeek-V2" in row["model"] and row.mentions("script examples/")
+    return "allgather" if family else "alltoall"
 
 
 def _parallel(row: Row, assumed: list[str]) -> ParallelConfig:
@@ -240,11 +246,9 @@ def _overlaps(row: Row) -> bool:
     return re.search(OVERLAP, notes) is not None and re.search(denied, notes) is None
 
 
-def _dispatch(row: Row) -> Literal["flat", "deduplicated"]:
+def _forwards(row: Row) -> bool:
     published = recipe(row)
-    if published:
-        return "flat" if published.flat else "deduplicated"
-    return "deduplicated" if row.mentions("DeepEP", "HybridEP", "DualPipe") else "flat"
+    return not published.flat if published else row.mentions("DeepEP", "HybridEP", "DualPipe")
 
 
 def _pads(row: Row) -> bool:
@@ -345,7 +349,7 @@ def _traits(row: Row) -> SimulationConfig:
         attention_span=_attention_span(row),
         fp8_attention=published is not None and published.fp8_attention,
         balanced_context=not row.mentions("torchtitan"),
-        dispatch=_dispatch(row),
+        node_forwarding=_forwards(row),
         tp_comm_overlap=fused or row.mentions("Megatron-Bridge", "NeMo"),
         swap_optimizer=row.mentions("swap-optimizer"),
     )

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from configs.dispatch import dispatcher
 from configs.schema import ParallelConfig
-from pangu.moe.dispatch import MogeDispatcher, resolve
+from pangu.moe.dispatch import MogeDispatcher
 from pangu.moe.dispatch.choices import choices
 
 EXPERT_CHOICE = replace(layers.TOP_K, router="expert_choice")
@@ -34,21 +35,21 @@ EXPERT_CHOICE = replace(layers.TOP_K, router="expert_choice")
     ],
 )
 def test_auto(moe, sizes, expected):
-    assert resolve(moe, *sizes) == expected
+    assert dispatcher(moe, *sizes) == expected
 
 
 @pytest.mark.parametrize(
     ("moe", "sizes", "message"),
     [
-        (replace(layers.MOGE, dispatcher="local"), (2, 1), "expert_model_parallel_size"),
-        (replace(EXPERT_CHOICE, dispatcher="local"), (1, 1), "expert_choice"),
-        (replace(layers.TOP_K, dispatcher="moge"), (2, 1), "moe.router=moge"),
-        (replace(layers.MOGE, dispatcher="moge"), (8, 1), r"4 and 8"),
+        (replace(layers.MOGE, dispatcher="local"), (2, 1), "EP x ETP = 2"),
+        (replace(EXPERT_CHOICE, dispatcher="local"), (1, 1), "expert choice"),
+        (replace(layers.TOP_K, dispatcher="moge"), (2, 1), "router=moge"),
+        (replace(layers.MOGE, dispatcher="moge"), (8, 1), "4 groups over 8"),
     ],
 )
 def test_a_dispatcher_that_cannot_serve_is_refused(moe, sizes, message):
     with pytest.raises(ValueError, match=message):
-        resolve(moe, *sizes)
+        dispatcher(moe, *sizes)
 
 
 def test_choices_are_ascending_and_carry_gradients():

@@ -7,8 +7,9 @@ import pytest
 
 from configs.compose import load
 from simulator.counts.attention import attention
+from simulator.counts.dispatch import distinct_nodes
 from simulator.counts.layer import blocks, layer
-from simulator.counts.moe import distinct_nodes, moe
+from simulator.counts.moe import moe
 from simulator.counts.records import Counts, shapes
 from simulator.layout import Layout, from_config
 from simulator.parameters import model_flops_per_token
@@ -83,7 +84,7 @@ def test_moge_gathers_each_token_once():
 
 
 def test_up_to_top_k_ranks_gather_each_token_once():
-    """What `pangu.moe.dispatch.resolve` takes: at EP 8 = K as many bytes as an exchange of rows,
+    """What `moe.dispatcher=auto` takes: at EP 8 = K as many bytes as an exchange of rows,
     at EP 2 a quarter; past K rows travel."""
     plan = ("model=qwen3_30b_a3b", "devices=16", "train.seq_length=4096")
     row = 4096 * 2048 * 2
@@ -111,7 +112,7 @@ def test_hierarchical_dispatch_halves_traffic_between_nodes():
     plan = ["model=pangu_ultra_moe", "devices=32", "train.seq_length=4096"]
     plan += ["parallel.tensor_model_parallel_size=8", "parallel.expert_model_parallel_size=32"]
     flat = counted("moe", *plan).messages
-    split = counted("moe", *plan, "simulation.dispatch=hierarchical").messages
+    split = counted("moe", *plan, "moe.dispatcher=hierarchical").messages
     row = 7680 * 2
     rows = 4096 / 8
     one = next(m for m in flat if m.name == "moe.dispatch" and m.kind == "all_to_all")
@@ -133,10 +134,25 @@ def test_deduplicated_dispatch_reaches_the_allowed_nodes_only():
     assert float(distinct_nodes(s, 8)) == pytest.approx(8 * (1 - 0.875**8))
 
 
+def test_deduplicated_dispatch_reaches_every_rank_once():
+    """Of 8 even choices a token's experts lie on 16·(1 - (15/16)^8) of 16 ranks."""
+    plan = ["model=deepseek_v3", "devices=16", "parallel.expert_model_parallel_size=16"]
+    plan += ["moe.dispatcher=deduplicated", "train.seq_length=4096"]
+    messages = [m for m in counted("moe", *plan).messages if np.any(m.count)]
+    assert {(m.kind, m.group) for m in messages} == {("all_to_all", "ep")}
+    assert len(messages) == 4
+    ranks = 16 * (1 - (15 / 16) ** 8)
+    assert all(float(m.bytes) == pytest.approx(4096 * 7168 * 2 * ranks) for m in messages)
+
+
 def test_a_rack_of_fast_links_is_one_domain():
     """64 ranks of a rack of 72 exchange rows without a hop between nodes of 4."""
     plan = ["model=deepseek_v3", "devices=64", "parallel.expert_model_parallel_size=64"]
-    plan += ["simulation.dispatch=deduplicated", "train.seq_length=4096"]
+    plan += [
+        "moe.dispatcher=deduplicated",
+        "simulation.node_forwarding=true",
+        "train.seq_length=4096",
+    ]
     for machine, nodes in (("gb200", 1), ("h100", 8)):
         messages = counted("moe", *plan, f"hardware={machine}").messages
         between = next(m for m in messages if m.name == "moe.dispatch between nodes")
@@ -230,7 +246,9 @@ def test_bias_and_clamp_of_experts_take_passes_of_their_own():
     elements = 4096 * 2 * 4096  # tokens x choices x hidden
     flat = counted("moe", *EXPERTS, *wanted)
     assert bytes_of(flat, "experts.bias") == [12 * elements, 16 * elements]
-    once = counted("moe", *EXPERTS, *wanted, "simulation.dispatch=deduplicated")
+    once = counted(
+        "moe", *EXPERTS, *wanted, "moe.dispatcher=deduplicated", "simulation.node_forwarding=true"
+    )
     assert bytes_of(once, "experts.bias") == [28 * elements, 40 * elements]
     inner = 4096 * 2 * 2 * 14336 * 2  # gate and value, 2 bytes each
     assert bytes_of(flat, "experts.clamp") == [4 * inner, 5 * inner]

@@ -33,6 +33,8 @@ PLANS = {
     "swapped": ["model=pangu_ultra_moe", "parallel=pangu_ultra",
                 "simulation.swap_modules=[layernorm,mla_up_proj,moe_act,shared_experts]",
                 "simulation.swap_optimizer=true"],
+    "once": ["model=deepseek_v3", "parallel.expert_model_parallel_size=64",
+             "moe.dispatcher=deduplicated"],
 }  # fmt: skip
 
 
@@ -55,7 +57,7 @@ def test_every_name_is_the_engines_own(name):
     found = parts(name)
     for engine in ("Megatron-LM and MindSpeed-LLM", "Megatron-LM only"):
         assert set(found[engine]) <= of_core | ARGUMENTS
-    assert set(found["MindSpeed-LLM only"]) <= MINDSPEED
+    assert set(found["MindSpeed-LLM only"]) <= MINDSPEED | of_core
 
 
 def test_uneven_stages_are_a_layout_that_megatron_core_reads():
@@ -76,6 +78,14 @@ def test_overlap_is_each_engines_own_flag():
     assert "moe_fb_overlap" in found["MindSpeed-LLM only"]
     assert found["Megatron-LM and MindSpeed-LLM"]["moe_token_dispatcher_type"] == "alltoall"
     assert "overlap_moe_expert_parallel_comm" not in parts("swapped")["Megatron-LM only"]
+
+
+def test_a_token_once_per_node_is_megatrons_flexible_dispatcher():
+    found = parts("once")
+    assert found["Megatron-LM only"]["moe_token_dispatcher_type"] == "flex"
+    assert found["Megatron-LM only"]["moe_flex_dispatcher_backend"] == "deepep"
+    assert "moe_token_dispatcher_type" not in found["Megatron-LM and MindSpeed-LLM"]
+    assert found["MindSpeed-LLM only"]["moe_token_dispatcher_type"] == "alltoall"
 
 
 def test_what_is_swapped_has_each_engines_names():

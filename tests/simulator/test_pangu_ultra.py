@@ -18,20 +18,18 @@ RUN += ["train.global_batch_size=6144", "train.seq_length=4096", "simulation.tp_
 
 
 def test_published_throughput_and_mfu() -> None:
-    config = load([*RUN, "simulation.dispatch=hierarchical"])
+    config = load([*RUN, "moe.dispatcher=hierarchical"])
     result = predict(config)
     assert result.tokens_per_second == pytest.approx(1.46e6, rel=0.10)
     counted_in_full = model_flops_per_token(config, causal=False)
     mfu = result.tokens_per_second_per_device * counted_in_full / 245.8e12
     assert mfu == pytest.approx(0.300, rel=0.10)
     assert result.fits
-    later = predict(
-        load([*RUN, "simulation.dispatch=hierarchical", "hardware.overlap.exchange=0.98"])
-    )
+    later = predict(load([*RUN, "moe.dispatcher=hierarchical", "hardware.overlap.exchange=0.98"]))
     assert mfu * result.step_seconds / later.step_seconds == pytest.approx(0.346, abs=0.01)
 
 
 def test_overlap_is_worth_its_trouble() -> None:
-    hidden = predict(load([*RUN, "simulation.dispatch=hierarchical"]))
-    shown = predict(load([*RUN, "parallel.schedule=1f1b", "simulation.dispatch=flat"]))
+    hidden = predict(load([*RUN, "moe.dispatcher=hierarchical"]))
+    shown = predict(load([*RUN, "parallel.schedule=1f1b", "moe.dispatcher=alltoall"]))
     assert shown.step_seconds > 1.1 * hidden.step_seconds

@@ -21,7 +21,7 @@ from simulator.serving import serving
 ULTRA = ["model=pangu_ultra_moe", "simulation=fused", "hardware=ascend_910b_280t", "devices=6144"]
 ULTRA += ["parallel=pangu_ultra", "parallel.schedule=1f1b_overlap", "train.micro_batch_size=2"]
 ULTRA += ["train.global_batch_size=6144", "train.seq_length=4096"]
-ULTRA += ["simulation.tp_comm_overlap=true", "simulation.dispatch=hierarchical"]
+ULTRA += ["simulation.tp_comm_overlap=true", "moe.dispatcher=hierarchical"]
 
 
 def best(config: Config, *pinned: str) -> float:
@@ -69,7 +69,7 @@ def test_hierarchical_dispatch_halves_the_traffic_between_nodes():
     config = load([*ULTRA, "moe=forced_balance", "moe.top_k=8"])
 
     def dispatch(kind: str) -> list:
-        config.simulation.dispatch = kind  # type: ignore[assignment]
+        config.moe.dispatcher = kind  # type: ignore[assignment]
         layer = blocks(shapes(config, from_config(config))).moe
         assert layer is not None
         return [
@@ -79,7 +79,7 @@ def test_hierarchical_dispatch_halves_the_traffic_between_nodes():
         ]
 
     row = 7680 * 2 * 2 * 4096 / 8  # bytes of T local tokens
-    (flat,) = dispatch("flat")
+    (flat,) = dispatch("alltoall")
     assert float(flat.bytes) == 8 * row
     outside = float(flat.bytes) * (32 - 8) / 32
     between, inside = dispatch("hierarchical")
@@ -114,7 +114,7 @@ def test_pangu_pros_change_of_layout():
     before += ["parallel.pipeline_model_parallel_size=6", "parallel.context_parallel_type=ring"]
     before += ["parallel.virtual_pipeline_model_parallel_size=4"]
     after = [*pro, "parallel=pangu_pro", "devices=4000", "train.global_batch_size=1000"]
-    after += ["parallel.schedule=1f1b_overlap", "simulation.dispatch=hierarchical"]
+    after += ["parallel.schedule=1f1b_overlap", "moe.dispatcher=hierarchical"]
     after += ["simulation.tp_comm_overlap=true"]
     # whole experts over TP x EP = 16 ranks, as hierarchical dispatch has them
     after += ["parallel.expert_model_parallel_size=16", "parallel.expert_tensor_parallel_size=1"]

@@ -253,6 +253,6 @@ def test_exchange_by_kernels_hides_less_than_by_copy_engines():
 
     # A flat exchange is kernels of the collective library: half of what few cores would hide.
     assert shown() == pytest.approx(1 - 0.85 / 2 * 63 / 64, rel=1e-3)
-    assert shown("simulation.dispatch=deduplicated") < 0.8 * shown()
+    assert shown("moe.dispatcher=deduplicated", "simulation.node_forwarding=true") < 0.8 * shown()
     # Where collectives are no kernels, a flat one hides as much as any.
     assert shown("hardware.backend=npu") == pytest.approx(1 - 0.85 * 63 / 64, rel=1e-3)

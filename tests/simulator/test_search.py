@@ -57,8 +57,10 @@ def test_every_structure_passes_the_checks(config):
         assert int(structures.dp[index]) == one.data_parallel_size
 
 
-def test_no_working_structure_is_missed(config):
+@pytest.mark.parametrize("dispatcher", ["auto", "moge"])
+def test_no_working_structure_is_missed(config, dispatcher):
     """Against the configuration checks over all small sizes."""
+    config = replace(config, moe=replace(config.moe, dispatcher=dispatcher))
     structures, rejected = enumerate_layouts(config, frozenset(), everything=False)
     found = {
         tuple(int(getattr(structures, name)[index]) for name in ("tp", "pp", "cp", "ep", "etp"))

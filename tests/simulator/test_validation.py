@@ -106,14 +106,14 @@ def test_held_out_runs_on_ascend() -> None:
 def test_what_published_scripts_say_and_tables_leave_out() -> None:
     def settings(name: str) -> tuple[str, str, list[str]]:
         config = case(ROWS[name]).config
-        return config.parallel.schedule, config.simulation.dispatch, config.memory.recompute_modules
+        return config.parallel.schedule, config.moe.dispatcher, config.memory.recompute_modules
 
     graphs = case(ROWS["mbridge_26.08_10"]).config
     assert graphs.parallel.schedule == "1f1b_overlap"
-    assert graphs.simulation.dispatch == "deduplicated"
+    assert graphs.moe.dispatcher == "deduplicated"
     assert graphs.memory.recompute_granularity == "none"
     assert settings("mbridge_26.04_119") == ("1f1b", "deduplicated", ["mla_up_proj"])
-    assert settings("mbridge_25.09_252") == ("1f1b", "flat", ["mla_up_proj"])
+    assert settings("mbridge_25.09_252") == ("1f1b", "alltoall", ["mla_up_proj"])
     # overlap needs interleaved stages
     assert settings("mbridge_26.06_25")[0] == "1f1b"
     assert settings("mbridge_26.06_27")[0] == "1f1b_overlap"

@@ -1,0 +1,113 @@
+"""What crosses between ranks on the way to experts and back.
+
+`load` is the expected maximum over ranks of the rows that arrive, relative to their mean.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from configs.dispatch import dispatcher
+from configs.schema import DispatcherType
+from simulator.array import Array, Mask
+from simulator.counts.records import Collective, Message, Phase, Shapes
+
+
+def uses(s: Shapes, *kinds: DispatcherType) -> Mask:
+    """Where rows travel by one of these dispatchers; a dense model has none.
+
+    Raises:
+        ConfigError: the dispatcher named cannot serve one of the layouts.
+    """
+    if not s.model.num_experts:
+        return False
+    ep, of_ep = np.unique(s.layout.ep, return_inverse=True)
+    etp, of_etp = np.unique(s.layout.etp, return_inverse=True)
+    found = [[dispatcher(s.moe, int(n), int(m)) in kinds for m in etp] for n in ep]
+    chosen: Mask = np.array(found)[
+        of_ep.reshape(np.shape(s.layout.ep)), of_etp.reshape(np.shape(s.layout.etp))
+    ]
+    return chosen
+
+
+def exchange(s: Shapes, sent: Array, load: Array) -> list[Message]:
+    """Dispatch and combine, forward and backward, of `sent` bytes of rows.
+
+    Either all tokens of the EP × ETP ranks are gathered and their sums reduced, or rows are
+    exchanged over the EP ranks; expert tensor parallelism then gathers them in its group and
+    reduces them before the way back.
+    """
+    layout = s.layout
+    gathers = np.where(uses(s, "allgather", "moge"), 1, 0)
+    gathered = s.shard * s.model.hidden_size * s.element * layout.ep * layout.etp
+    sharded = np.where(
+        uses(s, "alltoall", "deduplicated", "hierarchical") & (np.asarray(layout.etp) > 1), 1, 0
+    )
+    within = sent * load * layout.etp
+    messages = []
+    names: tuple[Any, ...] = ("forward", "input_gradient")
+    for phase in names:
+        again = "moe" if phase == "forward" else ""
+        for name in ("dispatch", "combine"):
+            outwards = (name == "dispatch") == (phase == "forward")
+            kind: Any = "all_gather" if outwards else "reduce_scatter"
+            title = f"moe.{name}"
+            messages.append(Message(title, phase, kind, "expert", gathered, "", again, gathers))
+            messages.append(
+                Message(f"{title} within", phase, kind, "etp", within, "", again, sharded)
+            )
+            messages += _between_ranks(s, title, phase, kind, sent * load, again)
+    return messages
+
+
+def _between_ranks(
+    s: Shapes, name: str, phase: Phase, kind: Collective, sent: Array, again: str
+) -> list[Message]:
+    """Rows to and from the ranks that hold their experts, where tokens are not gathered by all."""
+    layout = s.layout
+    flat, once, gathered = (
+        np.where(uses(s, way), 1, 0) for way in ("alltoall", "deduplicated", "hierarchical")
+    )
+    each = sent * distinct(layout.ep, s.moe.top_k) / s.moe.top_k  # a token to each rank once
+    messages = []
+    if np.any(flat):
+        messages.append(Message(name, phase, "all_to_all", "ep", sent, "", again, flat))
+    if np.any(once) and not s.traits.node_forwarding:
+        messages.append(Message(name, phase, "all_to_all", "ep", each, "", again, once))
+    inside = np.clip(np.floor(s.domain / layout.etp), 1, layout.ep)
+    nodes = np.maximum(np.floor(layout.ep / inside), 1)
+    token = s.shard * s.model.hidden_size * s.element
+    between, within = f"{name} between nodes", f"{name} inside node"
+    far, near = (nodes, layout.etp * inside), (inside, layout.etp)  # ranks and stride
+    if np.any(gathered):
+        messages += [
+            Message(between, phase, kind, "ep", token * nodes, "", again, gathered, *far),
+            Message(within, phase, "all_to_all", "ep", sent, "", again, gathered, *near),
+        ]
+    if np.any(once) and s.traits.node_forwarding:
+        # Rows are handed on inside the node while others still cross.
+        crossing, beside = token * distinct_nodes(s, nodes), f"{between}:{phase}"
+        messages += [
+            Message(between, phase, "all_to_all", "ep", crossing, "", again, once, *far),
+            Message(within, phase, "all_to_all", "ep", each, beside, again, once, *near),
+        ]
+    return messages
+
+
+def distinct(places: Array, top_k: int) -> Array:
+    """Expected number of distinct places among `top_k` even choices."""
+    return places * (1.0 - (1.0 - 1.0 / places) ** top_k)
+
+
+def distinct_nodes(s: Shapes, nodes: Array) -> Array:
+    """Expected number of nodes that hold a token's experts, its own included; group-limited
+    routing stays inside the groups it may use."""
+    moe_config = s.moe
+    reachable = nodes
+    limited = moe_config.router in ("group_limited", "forced_balance")
+    if limited and moe_config.topk_group:
+        share = moe_config.topk_group / moe_config.num_expert_groups
+        reachable = np.maximum(np.minimum(nodes, np.ceil(nodes * share)), 1)
+    return distinct(reachable, moe_config.top_k)
