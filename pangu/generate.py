@@ -5,23 +5,38 @@ One process, whatever layout the checkpoint was saved in.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from pangu.data.tokenizer import Tokenizer
+    from pangu.inference.batching import Request
+    from pangu.inference.engine import Engine, Update
+
+_AT_A_TIME = 32  # sequences
+_PAGE = 16  # tokens
 
 USAGE = """usage: python -m pangu.generate checkpoint=DIR [prompt=TEXT] [key=value] ...
 
-  checkpoint      a run folder (its newest sound checkpoint) or one checkpoint's folder
-  prompt          text to go on from; without one, a document from its beginning
-  max_new_tokens  128
-  temperature     0.8; 0 always takes the most likely token
-  top_p           0.95; draws from the fewest tokens that are this likely together
-  seed            0
-  backend         auto | cpu | cuda | npu
+  checkpoint          a run folder (its newest sound checkpoint) or one checkpoint's folder
+  prompt              text to go on from; without one, a document from its beginning
+  prompts             a file of prompts, one a line, for all at a time: prints JSON lines with
+                      prompt, text and finish (stop or length), in the file's order
+  max_new_tokens      128
+  temperature         0.8; 0 always takes the most likely token
+  top_p               0.95; draws from the fewest tokens that are this likely together
+  top_k               0; draws from so many most likely tokens; 0: from all
+  min_p               0; draws from tokens that are this likely as a part of the most likely
+  repetition_penalty  1; more than 1 makes tokens that the text holds less likely
+  stop                a text to end before
+  seed                0; with several prompts, that of the first, 1 more for each
+  backend             auto | cpu | cuda | npu
 """
 
 
@@ -37,9 +52,14 @@ class Options:
 
     checkpoint: str
     prompt: str = ""
+    prompts: str = ""
     max_new_tokens: int = 128
     temperature: float = 0.8
     top_p: float = 0.95
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: str = ""
     seed: int = 0
     backend: Literal["auto", "cpu", "cuda", "npu"] = "auto"
 
@@ -57,7 +77,8 @@ def main(arguments: Sequence[str]) -> int:
         sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
         for piece in text:
             print(piece, end="", flush=True)
-        print()
+        if not options.prompts:
+            print()
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -104,6 +125,10 @@ def parse(arguments: Sequence[str]) -> Options:
         "max_new_tokens": (found.max_new_tokens > 0, "a number of tokens is positive"),
         "temperature": (0 <= found.temperature < math.inf, "must be 0 or more"),
         "top_p": (0 < found.top_p <= 1, "a probability is more than 0 and at most 1"),
+        "top_k": (found.top_k >= 0, "must be 0 or more"),
+        "min_p": (0 <= found.min_p <= 1, "a part is 0 to 1"),
+        "repetition_penalty": (0 < found.repetition_penalty < math.inf, "must be more than 0"),
+        "prompts": (not (found.prompt and found.prompts), "give either prompt or prompts"),
         "seed": (0 <= found.seed < 2**63, "must be 0 or more"),
     }
     violations += [
@@ -117,46 +142,107 @@ def parse(arguments: Sequence[str]) -> Options:
 
 
 def stream(options: Options) -> Iterator[str]:
-    """The prompt and what the model adds to it, as pieces of text.
+    """The prompt and what the model adds to it, as pieces of text; with several prompts, lines.
 
     Raises:
-        ConfigError: the backend is missing, the checkpoint cannot be used, or the text would be
-            longer than the model was made for.
+        ConfigError: the backend is missing, the checkpoint or the prompts cannot be used, or a
+            text would be longer than the model was made for.
     """
-    from configs.violation import ConfigError, Violation
     from pangu.trained_model import loaded
 
+    prompts = _prompts(options)
     with loaded(Path(options.checkpoint), options.backend) as (model, tokenizer, config):
         if config.model.num_experts and config.moe.router == "expert_choice":
             print(EXPERT_CHOICE, file=sys.stderr)
-        from pangu.data.tokenizer import StreamDecoder
-        from pangu.inference.decode import NotFinite, generate
-        from pangu.inference.sampling import Sampler
+        from pangu.inference.engine import Engine
 
-        prompt = tokenizer.encode(options.prompt) or [tokenizer.eod]
-        longest = config.model.max_position_embeddings
-        if len(prompt) + options.max_new_tokens > longest:
-            room = max(0, longest - len(prompt))
-            reason = f"the prompt takes {len(prompt)} of the model's {longest} positions"
-            hint = f"at most {room}" if room else "a shorter prompt"
-            raise ConfigError([Violation("max_new_tokens", options.max_new_tokens, reason, hint)])
-        yield options.prompt
-        decoder = StreamDecoder(tokenizer)
-        sampler = Sampler(temperature=options.temperature, top_p=options.top_p, seed=options.seed)
-        try:
-            for token in generate(
-                model,
-                prompt,
-                sampler,
-                max_new_tokens=options.max_new_tokens,
-                vocab_size=tokenizer.vocab_size,
-                eod=tokenizer.eod,
-            ):
-                yield decoder.push(token)
-        except NotFinite as error:
-            violation = Violation("checkpoint", options.checkpoint, str(error))
-            raise ConfigError([violation]) from None
-        yield decoder.flush()
+        requests = [
+            _request(options, number, prompt, tokenizer, config.model.max_position_embeddings)
+            for number, prompt in enumerate(prompts)
+        ]
+        longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
+        engine = Engine(
+            model,
+            vocab_size=tokenizer.vocab_size,
+            tokenizer=tokenizer,
+            cache_tokens=max(longest, min(len(requests), _AT_A_TIME) * (longest + _PAGE)),
+            max_sequences=_AT_A_TIME,
+        )
+        for request in requests:
+            engine.add(request)
+        if options.prompts:
+            yield from _lines(engine, prompts, options)
+        else:
+            yield options.prompt
+            yield from (update.text for update in _updates(engine, options))
+
+
+def _prompts(options: Options) -> list[str]:
+    from configs.violation import ConfigError, Violation
+
+    if not options.prompts:
+        return [options.prompt]
+    try:
+        found = Path(options.prompts).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([Violation("prompts", options.prompts, str(error))]) from None
+    if not found:
+        raise ConfigError([Violation("prompts", options.prompts, "the file is empty")])
+    return found
+
+
+def _request(
+    options: Options, number: int, prompt: str, tokenizer: Tokenizer, longest: int
+) -> Request:
+    from configs.violation import ConfigError, Violation
+    from pangu.inference.batching import Request
+    from pangu.inference.sampling import Sampling
+
+    ids = tokenizer.encode(prompt) or [tokenizer.eod]
+    if len(ids) + options.max_new_tokens > longest:
+        room = max(0, longest - len(ids))
+        reason = f"the prompt takes {len(ids)} of the model's {longest} positions"
+        hint = f"at most {room}" if room else "a shorter prompt"
+        raise ConfigError([Violation("max_new_tokens", options.max_new_tokens, reason, hint)])
+    return Request(
+        prompt=tuple(ids),
+        max_new_tokens=options.max_new_tokens,
+        sampling=Sampling(
+            repetition_penalty=options.repetition_penalty,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            seed=options.seed + number,
+        ),
+        stop_tokens=frozenset({tokenizer.eod}),
+        stop=(options.stop,) if options.stop else (),
+    )
+
+
+def _updates(engine: Engine, options: Options) -> Iterator[Update]:
+    from configs.violation import ConfigError, Violation
+
+    while engine.busy:
+        for update in engine.step():
+            if update.finish == "not finite":
+                reason = "the model's predictions are not finite numbers"
+                raise ConfigError([Violation("checkpoint", options.checkpoint, reason)])
+            yield update
+
+
+def _lines(engine: Engine, prompts: Sequence[str], options: Options) -> Iterator[str]:
+    """A JSON line for each prompt, in order, each as soon as those before it are done."""
+    texts = [""] * len(prompts)
+    finished = [""] * len(prompts)
+    next_ = 0
+    for update in _updates(engine, options):
+        texts[update.number] += update.text
+        finished[update.number] = update.finish
+        while next_ < len(prompts) and finished[next_]:
+            row = {"prompt": prompts[next_], "text": texts[next_], "finish": finished[next_]}
+            yield json.dumps(row, ensure_ascii=False) + "\n"
+            next_ += 1
 
 
 if __name__ == "__main__":

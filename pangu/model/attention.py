@@ -7,7 +7,7 @@ tensor-parallel rank, g = KV heads likewise, d = head size.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,11 +18,32 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from pangu.ops.attention import attention
 
 
+class CachedKeys(Protocol):
+    """Given to the model in place of an attention mask: what decides which keys a query sees.
+
+    The model's input is then one row of tokens, of several sequences one after the other; each
+    layer's keys and values are kept, and queries see all that their own sequence has kept.
+    """
+
+    rows: torch.Tensor  # `[r]`, the tokens whose logits are wanted
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """query `[s, 1, n, d]`, key `[s, 1, g, d]`, value `[s, 1, g, dv]` → `[s, 1, n, dv]`."""
+        ...
+
+
 class CoreAttention(MegatronModule):
     """softmax(QKᵀ)V for megatron-core's attention modules (GQA and MLA).
 
     `attention_mask` carries document ids `[b, full sequence]` (int) when attention must stay
-    inside documents; otherwise None, and the mask is causal.
+    inside documents, or the keys of a cache; otherwise None, and the mask is causal.
     """
 
     def __init__(
@@ -40,6 +61,7 @@ class CoreAttention(MegatronModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(config=config)
+        self.layer_number = layer_number
         head_size = k_channels or config.kv_channels
         self.scale = softmax_scale or 1.0 / math.sqrt(head_size)
         self.cp_group: dist.ProcessGroup = pg_collection.cp
@@ -49,12 +71,15 @@ class CoreAttention(MegatronModule):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | CachedKeys | None = None,
         attn_mask_type: Any = None,
         attention_bias: Any = None,
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
         """query `[s, b, n, d]`, key `[s, b, g, d]`, value `[s, b, g, dv]` → `[s, b, n * dv]`."""
+        if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
+            cached = attention_mask.attend(self.layer_number, query, key, value, self.scale)
+            return cached.flatten(2)
         size = self.cp_group.size()
         if size > 1:
             query, key, value = (

@@ -35,6 +35,9 @@ class PanguModel(GPTModel):
         self._mtp_masks: list[torch.Tensor] = []  # of the call under way, one per depth
 
     def _postprocess(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        keys = kwargs.get("attention_mask")
+        if keys is not None and not isinstance(keys, torch.Tensor):
+            return self.row_logits(kwargs["hidden_states"], keys.rows)
         mask = kwargs.get("loss_mask")
         self._mtp_masks = []
         if self.training and mask is not None:
@@ -42,6 +45,15 @@ class PanguModel(GPTModel):
                 mask, _ = roll_tensor(mask, shifts=-1, dims=-1, cp_group=self.cp_group)
                 self._mtp_masks.append(mask)
         return super()._postprocess(*args, **kwargs)
+
+    def row_logits(self, hidden_states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Hidden states `[s, 1, H]` → logits `[r, vocab]`, whole on every rank, of some tokens."""
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else None
+        if not self.config.sequence_parallel:  # else the output layer gathers the sequence
+            hidden_states = hidden_states[rows]
+        logits, _ = self.output_layer(hidden_states, weight=weight, runtime_gather_output=True)
+        return logits[rows, 0] if self.config.sequence_parallel else logits[:, 0]
 
     def compute_language_model_loss(
         self, labels: torch.Tensor, logits: torch.Tensor

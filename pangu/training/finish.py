@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +15,10 @@ from configs.schema import Config
 from pangu.data.datasets import Datasets, sequences_held, token_rows
 from pangu.data.ngram import NgramModels
 from pangu.engines.ranks import say
-from pangu.inference.decode import NotFinite, generate, obstacle
-from pangu.inference.sampling import Sampler
+from pangu.inference.batching import Request
+from pangu.inference.engine import NotFinite, generate
+from pangu.inference.forward import obstacle
+from pangu.inference.sampling import Sampling
 from pangu.report.run_files import BASELINES, SAMPLE, replace_text
 from pangu.training import schedule
 
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
 _MOST_TOKENS = 12_000_000
 _PROBE_SEQUENCES = 512  # of the training data, for the n-grams' training loss
 _SAMPLE_TOKENS = 128
-_TEMPERATURE, _TOP_P = 0.8, 0.95
+_SAMPLING = Sampling(temperature=0.8, top_p=0.95)
 
 
 def finish(trainer: Trainer) -> None:
@@ -66,15 +69,15 @@ def sample(trainer: Trainer) -> str:
     if reason := obstacle(trainer.config.parallel):
         return f"No sample from this layout: {reason}. python -m pangu.generate has one process."
     tokens = []
+    request = Request(
+        prompt=(tokenizer.eod,),
+        max_new_tokens=_SAMPLE_TOKENS,
+        sampling=replace(_SAMPLING, seed=trainer.config.seed),
+        stop_tokens=frozenset({tokenizer.eod}),
+    )
+    model = unwrap_model(trainer.engine.chunks[0])
     try:
-        for token in generate(
-            unwrap_model(trainer.engine.chunks[0]),
-            [tokenizer.eod],
-            Sampler(temperature=_TEMPERATURE, top_p=_TOP_P, seed=trainer.config.seed),
-            max_new_tokens=_SAMPLE_TOKENS,
-            vocab_size=tokenizer.vocab_size,
-            eod=tokenizer.eod,
-        ):
+        for token in generate(model, request, tokenizer.vocab_size):
             tokens.append(token)
             if trainer.stop.agreed():
                 break

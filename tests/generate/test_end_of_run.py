@@ -93,7 +93,7 @@ def greedy_by_whole_forward(folder, tokens, count):
 
 @pytest.mark.distributed
 @pytest.mark.end_to_end
-def test_one_process_generates_from_the_checkpoint_of_two(ended, monkeypatch):
+def test_one_process_generates_from_the_checkpoint_of_two(ended, monkeypatch, tmp_path):
     run, _ = ended
     looked_through = []
     damage = manifest.damage
@@ -106,6 +106,14 @@ def test_one_process_generates_from_the_checkpoint_of_two(ended, monkeypatch):
     assert 0 not in expected, "the document ended: choose another prompt"
     assert len(looked_through) == 1, "checksums of a large checkpoint take their time: once"
     assert done.stdout.split() == ["7", "33", "12", *map(str, expected)]
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"{' '.join(map(str, [7, 33, 12, *expected[:2]]))}\n7 33 12\n")
+    done = generated(f"checkpoint={run}", f"prompts={file}", "max_new_tokens=5", "temperature=0")
+    assert done.returncode == 0, done.stderr
+    first, second = map(json.loads, done.stdout.splitlines())
+    assert second["text"].split() == list(map(str, expected))
+    assert first["text"].split()[:3] == list(map(str, expected[2:]))
+    assert second["finish"] == "length"
 
 
 @pytest.mark.distributed
@@ -130,6 +138,9 @@ def test_a_damaged_checkpoint_is_a_sentence_and_exit_code_2(ended):
         (["prompt=x"], "checkpoint=: what to generate with is missing"),
         (["checkpoint=x", "promt=y"], "promt=y: unknown key (known: checkpoint, prompt"),
         (["checkpoint=x", "temperature=-1"], "temperature=-1.0: must be 0 or more"),
+        (["checkpoint=x", "prompt=a", "prompts=b"], "prompts=b: give either prompt or prompts"),
+        (["checkpoint=x", "prompts=nowhere"], "prompts=nowhere: [Errno 2] No such file"),
+        (["checkpoint=x", "min_p=2"], "min_p=2.0: a part is 0 to 1"),
         (["checkpoint=x", "top_p=0"], "top_p=0.0: a probability is more than 0 and at most 1"),
         (["checkpoint=x", "max_new_tokens=many"], "max_new_tokens=many: input should be a valid"),
         (
@@ -153,7 +164,7 @@ def test_a_configuration_that_cannot_be_read_is_a_sentence(content, tmp_path, ca
 
 
 def test_what_keeps_a_layout_from_generating_is_said():
-    from pangu.inference.decode import obstacle
+    from pangu.inference.forward import obstacle
 
     assert obstacle(ParallelConfig(tensor_model_parallel_size=2)) == ""
     assert "pipeline" in obstacle(ParallelConfig(pipeline_model_parallel_size=2))

@@ -1,0 +1,201 @@
+"""Keys and values of many sequences, in pages; a page may belong to several that begin alike.
+
+Pages of one sequence are handed out side by side where that is possible: attention then reads them
+where they lie. Shapes: s = tokens of a pass, n = heads, g = KV heads, d = head size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from pangu.ops.attention import attention
+
+_EVICTED_AT_ONCE = 16  # free pages that lie side by side are worth more than single ones
+
+
+class OutOfPages(Exception):
+    """Every page is in use."""
+
+
+class PagePool:
+    """Which pages are in use, free, or kept for a sequence that begins as an earlier one did."""
+
+    def __init__(self, pages: int, page_size: int) -> None:
+        self.count, self.page_size = pages, page_size
+        self._users = np.zeros(pages, dtype=np.int32)
+        self._free = np.ones(pages, dtype=bool)
+        self._name_of: dict[int, bytes] = {}
+        self._page_of: dict[bytes, int] = {}
+        self._kept: OrderedDict[int, None] = OrderedDict()  # named, unused; the oldest first
+
+    @property
+    def available(self) -> int:
+        """Pages that `take` can still give."""
+        return int(self._free.sum()) + len(self._kept)
+
+    @property
+    def used(self) -> int:
+        return self.count - self.available
+
+    def take(self, after: int | None) -> int:
+        """A page of its own for a sequence whose last page is `after`.
+
+        Raises:
+            OutOfPages
+        """
+        if not self._free.any():
+            self._evict()
+        beside = -1 if after is None else after + 1
+        page = beside if 0 <= beside < self.count and self._free[beside] else self._in_widest_gap()
+        self._free[page] = False
+        self._users[page] = 1
+        return page
+
+    def _evict(self) -> None:
+        if not self._kept:
+            raise OutOfPages
+        for _ in range(min(_EVICTED_AT_ONCE, len(self._kept))):
+            page, _ = self._kept.popitem(last=False)
+            self._unname(page)
+            self._free[page] = True
+
+    def _unname(self, page: int) -> None:
+        del self._page_of[self._name_of.pop(page)]
+
+    def _in_widest_gap(self) -> int:
+        """The middle of the widest gap: the sequence before it can grow, and so can the new one."""
+        edges = np.flatnonzero(np.diff(self._free, prepend=False, append=False))
+        starts, ends = edges[::2], edges[1::2]
+        widest = int((ends - starts).argmax())
+        start, end = int(starts[widest]), int(ends[widest])
+        return start if start == 0 else (start + end) // 2
+
+    def release(self, pages: Sequence[int]) -> None:
+        """A sequence's pages, in its order. Named ones are kept until their room is needed, the
+        last first: a page is of no use without those before it."""
+        for page in reversed(pages):
+            self._users[page] -= 1
+            if self._users[page] == 0:
+                if page in self._name_of:
+                    self._kept[page] = None
+                else:
+                    self._free[page] = True
+
+    def name(self, page: int, name: bytes) -> None:
+        """Let later sequences find a full page."""
+        if name not in self._page_of and page not in self._name_of:
+            self._page_of[name], self._name_of[page] = page, name
+
+    def share(self, name: bytes) -> int | None:
+        """The page of that name for one more user, if there is one."""
+        page = self._page_of.get(name)
+        if page is not None:
+            self._users[page] += 1
+            self._kept.pop(page, None)
+        return page
+
+    def forget(self) -> None:
+        """Let nothing be found any more: the model's weights have changed."""
+        for page in list(self._name_of):
+            self._unname(page)
+        for page in self._kept:
+            self._free[page] = True
+        self._kept.clear()
+
+
+def page_name(before: bytes, tokens: Sequence[int]) -> bytes:
+    """The name of a full page: of its tokens and all before them."""
+    return hashlib.sha256(before + np.asarray(tokens, dtype=np.int64).tobytes()).digest()
+
+
+@dataclass
+class Segment:
+    """Tokens of one sequence in a pass: positions `start` to `start + count`, in `pages`."""
+
+    start: int
+    count: int
+    pages: Sequence[int]
+
+
+@dataclass
+class KeyValues:
+    """Keys and values of every layer, `[g, slots, d]`, made when a layer first writes."""
+
+    slots: int
+    layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def of(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's store for keys `[s, 1, g, d]` and values `[s, 1, g, dv]` such as these."""
+        if layer not in self.layers:
+            self.layers[layer] = (
+                key.new_empty(key.size(2), self.slots, key.size(3)),
+                value.new_empty(value.size(2), self.slots, value.size(3)),
+            )
+        return self.layers[layer]
+
+
+class CachedPass:
+    """The segments of one pass of the model, which it is given in place of an attention mask."""
+
+    def __init__(
+        self, store: KeyValues, page_size: int, segments: Sequence[Segment], rows: Sequence[int]
+    ) -> None:
+        self._store = store
+        self._segments = segments
+        self.rows = torch.tensor(rows, dtype=torch.long)
+        self.positions = torch.cat([torch.arange(s.start, s.start + s.count) for s in segments])
+        self._places = [_places(segment, page_size) for segment in segments]
+        self._written = torch.cat(
+            [
+                place[-segment.count :]
+                if isinstance(place, torch.Tensor)
+                else torch.arange(place.stop - segment.count, place.stop)
+                for segment, place in zip(segments, self._places, strict=True)
+            ]
+        )
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """query `[s, 1, n, d]`, key `[s, 1, g, d]`, value `[s, 1, g, dv]` → `[s, 1, n, dv]`; what
+        fills the pass up behind its segments is not kept and attends to nothing."""
+        keys, values = self._store.of(layer, key, value)
+        tokens = self._written.numel()
+        keys.index_copy_(1, self._written, key[:tokens, 0].transpose(0, 1))
+        values.index_copy_(1, self._written, value[:tokens, 0].transpose(0, 1))
+        out = query.new_zeros(*query.shape[:3], value.size(3))
+        first = 0
+        for segment, place in zip(self._segments, self._places, strict=True):
+            part = slice(first, first + segment.count)
+            out[part] = attention(
+                query[part],
+                keys[:, place].transpose(0, 1)[:, None],
+                values[:, place].transpose(0, 1)[:, None],
+                scale=scale,
+            )
+            first += segment.count
+        return out
+
+
+def _places(segment: Segment, page_size: int) -> slice | torch.Tensor:
+    """Where all tokens of the segment's sequence lie: in place if their pages are side by side."""
+    length = segment.start + segment.count
+    pages = np.asarray(segment.pages[: -(-length // page_size)])
+    if len(pages) == 1 or (np.diff(pages) == 1).all():
+        start = int(pages[0]) * page_size
+        return slice(start, start + length)
+    slots = pages[:, None] * page_size + np.arange(page_size)
+    return torch.from_numpy(slots.ravel()[:length])

@@ -1,0 +1,80 @@
+"""A pass of the model over tokens of several sequences, with keys and values from a cache."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt import GPTModel
+
+from configs.schema import ParallelConfig
+from pangu import backends
+from pangu.inference.cache import CachedPass
+
+
+def obstacle(parallel: ParallelConfig) -> str:
+    """Why a model in this layout cannot generate; "" when it can."""
+    if parallel.pipeline_model_parallel_size > 1:
+        return "generation needs the whole model on every rank: pipeline_model_parallel_size=1"
+    if parallel.context_parallel_size > 1:
+        return "generation needs whole sequences on every rank: context_parallel_size=1"
+    return ""
+
+
+class Forward:
+    """Logits of a model's next tokens. Every rank calls with the same tokens: tensor and expert
+    parallelism work as in training."""
+
+    def __init__(self, model: GPTModel) -> None:
+        self._model = model
+        config = model.config
+        # Sequence parallelism wants sequences that divide: what fills them up is not cached.
+        self._multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
+
+    def __call__(self, tokens: Sequence[int], cached: CachedPass) -> torch.Tensor:
+        """Logits `[rows, vocab]` of the rows of `cached`, whose segments `tokens` belong to."""
+        device = backends.current().device
+        filling = -len(tokens) % self._multiple
+        ids = torch.tensor([*tokens, *[0] * filling], device=device)[None]
+        positions = torch.nn.functional.pad(cached.positions, (0, filling))
+        with torch.no_grad(), _inference(self._model), self._positions(positions):
+            return self._model(ids, positions[None], cached)
+
+    @contextlib.contextmanager
+    def _positions(self, positions: torch.Tensor) -> Iterator[None]:
+        """Rotary embeddings give the angles of these positions, not of 0, 1, 2 …"""
+
+        def angles(module: RotaryEmbedding, arguments: Any, output: Any) -> torch.Tensor:
+            # As a power of two: the module remembers the tables that it was asked for.
+            longest = 2 ** math.ceil(math.log2(int(positions.max()) + 1))
+            return module.forward(longest)[positions]
+
+        hooks = [
+            module.register_forward_hook(angles)
+            for module in self._model.modules()
+            if isinstance(module, RotaryEmbedding)
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+@contextlib.contextmanager
+def _inference(model: GPTModel) -> Iterator[None]:
+    """Evaluation mode, without the multi-token prediction heads, which only train."""
+    training, mtp = model.training, model.mtp_process
+    if training:
+        model.eval()
+    model.mtp_process = False
+    try:
+        yield
+    finally:
+        model.mtp_process = mtp
+        if training:
+            model.train()
