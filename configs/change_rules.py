@@ -30,7 +30,7 @@ _KEYS: dict[Kind, str] = {
         model.add_attention_output_bias model.qk_layernorm model.position_embedding
         model.activation model.add_mlp_bias model.normalization model.tie_embeddings
         model.num_experts model.moe_ffn_hidden_size model.shared_expert_ffn_hidden_size
-        model.num_dense_layers model.mtp_num_layers model.sandwich_norm
+        model.num_dense_layers model.mtp_num_layers model.sandwich_norm model.patched_layers
         moe.router_scale moe.expert_bias
     """,
     "function": """

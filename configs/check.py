@@ -17,7 +17,7 @@ from configs.layout_rules import batch, pipeline, ranks, sequence, widths
 from configs.problem import EP, Problem, get, with_value
 from configs.run_rules import bounds, data, memory, optimizer, trainer_limits
 from configs.schema import Config
-from configs.shape_rules import attention, experts
+from configs.shape_rules import attention, experts, patches
 from configs.violation import ConfigError, Violation
 
 Purpose = Literal["train", "plan"]
@@ -34,7 +34,19 @@ class Started:
 
 
 _TRIED = 32  # values of one key, which all rules are asked about
-RULES = (attention, experts, ranks, widths, pipeline, sequence, batch, memory, optimizer, data)
+RULES = (
+    attention,
+    experts,
+    patches,
+    ranks,
+    widths,
+    pipeline,
+    sequence,
+    batch,
+    memory,
+    optimizer,
+    data,
+)
 
 
 def violations(

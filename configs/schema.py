@@ -70,6 +70,10 @@ class ModelConfig:
     # Weight of multi-token prediction's loss, the mean of its depths, beside the main loss.
     mtp_loss_scaling_factor: Scale = 0.1
 
+    # Layers, from 0, whose input passes a bias-free linear `[hidden, hidden]` first: where layers
+    # were pruned away, it leads over the gap (LinearPatch).
+    patched_layers: list[Layers] = field(default_factory=list)
+
     # Depth-scaled sandwich norm (Pangu Ultra): a second norm after each sublayer, whose gain
     # starts at c/sqrt(num_layers).
     sandwich_norm: bool = False

@@ -36,6 +36,14 @@ def attention(config: Config) -> Iterator[Problem]:
             yield Problem("rope", key, size, reason, {key: [size - 1, size + 1]})
 
 
+def patches(config: Config) -> Iterator[Problem]:
+    model, key = config.model, "model.patched_layers"
+    wanted = sorted({layer for layer in model.patched_layers if layer < model.num_layers})
+    if model.patched_layers != wanted:
+        reason = f"wants numbers of layers from 0 to {model.num_layers - 1}, each once, in order"
+        yield Problem("patched layers", key, model.patched_layers, reason, {key: [wanted]})
+
+
 def experts(config: Config) -> Iterator[Problem]:
     model, moe = config.model, config.moe
     dense = model.num_layers if not model.num_experts else model.num_dense_layers

@@ -21,6 +21,7 @@ HOUSE = (
     {"pangu/training", "pangu/serving", "pangu/calibration"},
     {"pangu/preflight"},
     {"pangu/sweep", "pangu/trained_model"},
+    {"pangu/compression"},
     {"entry points"},
 )
 SCREEN, MOST_POSITIONAL = 60, 7

@@ -18,6 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from configs.schema import ModelConfig
 
+IDENTITIES = ("layer_patch.weight",)  # a patch that does nothing yet
 # The residual branches' last matrices, scaled down with depth in the "normal" scheme.
 OUTPUTS = ("linear_proj.weight", "linear_fc2.weight", "experts.w2")
 
@@ -29,6 +30,9 @@ def initialize(chunks: list[MegatronModule], model: ModelConfig, seed: int) -> N
             if parameter.dim() < 2:
                 if name.endswith("bias"):
                     torch.nn.init.zeros_(parameter)
+                continue
+            if name.endswith(IDENTITIES):
+                torch.nn.init.eye_(parameter)
                 continue
             _fill(parameter, global_name(chunk, name), standard_deviation(name, model), seed)
 

@@ -31,6 +31,7 @@ from megatron.core.transformer.transformer_layer import (
 from configs.schema import ModelConfig
 from pangu.model.attention import CoreAttention
 from pangu.model.norm import Norm, SandwichResidual
+from pangu.model.patched_layer import PatchedLayer
 from pangu.model.transformer_config import PanguTransformerConfig
 from pangu.moe.layer import moe_layer_spec
 
@@ -52,11 +53,12 @@ class PanguSpecProvider(LocalSpecProvider):
         return CoreAttention
 
 
-def layer_spec(config: PanguTransformerConfig, *, moe: bool) -> ModuleSpec:
-    """One transformer layer, pre-norm, optionally with the sandwich's second norms."""
+def layer_spec(config: PanguTransformerConfig, *, moe: bool, patched: bool = False) -> ModuleSpec:
+    """One transformer layer, pre-norm, optionally with the sandwich's second norms and with a patch
+    before it."""
     model = _model(config)
     return ModuleSpec(
-        module=TransformerLayer,
+        module=PatchedLayer if patched else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=Norm,
             self_attention=_mla(model) if model.attention == "mla" else _gqa(model),
@@ -128,12 +130,14 @@ def block_spec(
     config: PanguTransformerConfig, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
     """The layers of one virtual pipeline stage of this rank."""
-    layers = _layer_ids(config, vp_stage)
-    dense_layers = _model(config).num_dense_layers if config.num_moe_experts else config.num_layers
-    kinds = {moe: layer_spec(config, moe=moe) for moe in {i >= dense_layers for i in layers}}
-    return TransformerBlockSubmodules(
-        layer_specs=[kinds[i >= dense_layers] for i in layers], layer_norm=Norm
-    )
+    model = _model(config)
+    dense_layers = model.num_dense_layers if config.num_moe_experts else config.num_layers
+    kinds = [
+        (number >= dense_layers, number in model.patched_layers)
+        for number in _layer_ids(config, vp_stage)
+    ]
+    specs = {(moe, patch): layer_spec(config, moe=moe, patched=patch) for moe, patch in set(kinds)}
+    return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in kinds], layer_norm=Norm)
 
 
 def _layer_ids(config: PanguTransformerConfig, vp_stage: int | None) -> list[int]:

@@ -11,12 +11,8 @@ from pathlib import Path
 
 import torch
 
-from configs.compose import load, read_file
+from configs.compose import load
 from configs.schema import Config
-from configs.violation import ConfigError
-from pangu.checkpoint import manifest, model_files
-from pangu.checkpoint.restore import CHECKPOINTS
-from pangu.checkpoint.run_tensors import RunTensors
 from pangu.checkpoint.tensor_files import Safetensors, Source, WeightsError, read_json
 from pangu.data import DataError
 from pangu.data.tokenizer import load_tokenizer
@@ -24,7 +20,7 @@ from pangu.weights import architectures, model_folder, tensor_names
 from pangu.weights.architectures import ARCHITECTURES, Architecture
 from pangu.weights.gguf_file import Gguf
 from pangu.weights.links import Link
-from pangu.weights.writer import ModelFolder
+from pangu.weights.writer import ModelFolder, finite
 
 Progress = Callable[[Iterable[Link]], Iterable[Link]]
 # Buffers that old files hold and the model computes anew.
@@ -68,10 +64,7 @@ def _config(fields: architectures.Fields, name: str) -> Config:
 
 
 def _read(source: Source, name: str) -> torch.Tensor:
-    tensor = source.read(name)
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-        raise WeightsError(f"{name} holds numbers that are not finite")
-    return tensor
+    return finite(name, source.read(name))
 
 
 def account(wanted: list[Link], source: Source, copies: dict[str, str], where: str) -> None:
@@ -133,12 +126,7 @@ def export_model(
     Raises:
         WeightsError: it is no folder of ours, or no class of Hugging Face computes its model.
     """
-    path = _whole_checkpoint(path)
-    try:
-        config = read_file(path / model_folder.CONFIG, "model")
-    except ConfigError as error:
-        raise WeightsError(str(error)) from None
-    source: Source = Safetensors(path) if model_files.holds_model(path) else RunTensors(path)
+    path, config, source = model_folder.opened(path)
     fields = architectures.fields_of(config)
     kind = ARCHITECTURES[fields["architectures"][0]]
     wanted = tensor_names.links(config, kind)
@@ -158,23 +146,6 @@ def export_model(
         _write_companions(path, folder.partial)
         _write_config(folder.partial, fields, written)
     return kind
-
-
-def _whole_checkpoint(path: Path) -> Path:
-    """The folder itself, or the newest sound checkpoint of a run."""
-    if (path / manifest.MANIFEST).is_file():
-        folders = [path]
-    elif (folders := manifest.complete(path / CHECKPOINTS)) == []:
-        raise WeightsError(f"{path} is no folder of a model and no run with a checkpoint")
-    wrong = []
-    for folder in folders:
-        try:
-            if not (damage := manifest.damage(folder, manifest.read(folder))):
-                return folder
-            wrong += damage
-        except manifest.DamagedCheckpoint as error:
-            wrong.append(str(error))
-    raise WeightsError(f"{path} has no sound checkpoint: {'; '.join(wrong)}")
 
 
 def _account_ours(wanted: list[Link], source: Source, path: Path) -> None:

@@ -12,16 +12,22 @@ It is read wherever a checkpoint is: `checkpoint.resume=DIR`, `pangu.generate ch
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from omegaconf import OmegaConf
 
-from configs.compose import to_yaml
+from configs.compose import read_file, to_yaml
 from configs.schema import Config
-from pangu.checkpoint import manifest
+from configs.violation import ConfigError
+from pangu.checkpoint import manifest, model_files
+from pangu.checkpoint.restore import CHECKPOINTS
 from pangu.checkpoint.run_state import RunState
-from pangu.weights.writer import ModelFolder
+from pangu.checkpoint.run_tensors import RunTensors
+from pangu.checkpoint.tensor_files import Safetensors, Source, WeightsError
+from pangu.weights.writer import ModelFolder, finite
 
 HUGGING_FACE = "huggingface"
 TOKENIZER = "tokenizer"
@@ -33,6 +39,59 @@ COMPANIONS = (
     "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+
+
+def opened(path: Path) -> tuple[Path, Config, Source]:
+    """The folder, the configuration and the tensors of a model of ours: an imported one, a
+    checkpoint, or a run's newest sound checkpoint.
+
+    Raises:
+        WeightsError: it is none of these, or damaged.
+    """
+    path = _whole_checkpoint(path)
+    try:
+        config = read_file(path / CONFIG, "model")
+    except ConfigError as error:
+        raise WeightsError(str(error)) from None
+    return path, config, Safetensors(path) if model_files.holds_model(path) else RunTensors(path)
+
+
+def _whole_checkpoint(path: Path) -> Path:
+    """The folder itself, or the newest sound checkpoint of a run."""
+    if (path / manifest.MANIFEST).is_file():
+        folders = [path]
+    elif (folders := manifest.complete(path / CHECKPOINTS)) == []:
+        raise WeightsError(f"{path} is no folder of a model and no run with a checkpoint")
+    wrong = []
+    for folder in folders:
+        try:
+            if not (damage := manifest.damage(folder, manifest.read(folder))):
+                return folder
+            wrong += damage
+        except manifest.DamagedCheckpoint as error:
+            wrong.append(str(error))
+    raise WeightsError(f"{path} has no sound checkpoint: {'; '.join(wrong)}")
+
+
+def write(
+    out: Path, config: Config, tensors: Iterable[tuple[str, torch.Tensor]], made_of: Path
+) -> None:
+    """A new folder at `out` with the model that `config` describes, and with the tokenizer and the
+    settings that the model in `made_of` came with.
+
+    Raises:
+        WeightsError: a tensor is not finite, or `out` cannot be written; nothing is left there.
+    """
+    with ModelFolder(out) as folder:
+        for name, tensor in tensors:
+            folder.add(name, finite(name, tensor))
+        folder.finish()
+        if (made_of / HUGGING_FACE).is_dir():
+            copy_companions(made_of / HUGGING_FACE, folder.partial / HUGGING_FACE)
+        if (made_of / TOKENIZER).is_dir():
+            shutil.copytree(made_of / TOKENIZER, folder.partial / TOKENIZER)
+        describe(folder, config)
+        seal(folder)
 
 
 def describe(folder: ModelFolder, config: Config) -> None:

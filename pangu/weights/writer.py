@@ -90,6 +90,17 @@ class ModelFolder:
             raise WeightsError(f"{self.path} could not be written: {error}") from None
 
 
+def finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself.
+
+    Raises:
+        WeightsError: it holds infinities or what is no number.
+    """
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise WeightsError(f"{name} holds numbers that are not finite")
+    return tensor
+
+
 def _part(number: int) -> str:
     return f"part-{number:05d}.safetensors"
 

@@ -1,0 +1,91 @@
+"""Make a model smaller: `python -m pangu.compress METHOD MODEL … --out DIR`.
+
+MODEL is a run folder, one of its checkpoints, or a folder that `pangu.convert import` wrote. DIR is
+taken wherever a model is named.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pangu.command_line import run
+
+app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
+
+
+class Patch(StrEnum):
+    NONE = "none"
+    DIAGONAL = "diagonal"
+    HADAMARD = "hadamard"
+
+
+Model = Annotated[Path, typer.Argument(help="a run folder, a checkpoint or an imported model")]
+Out = Annotated[Path, typer.Option("--out", help="a new folder")]
+Calibration = Annotated[Path, typer.Option("--calibration", help="a UTF-8 text file")]
+Tokens = Annotated[int, typer.Option(min=2, help="at most so many tokens of calibration text")]
+Window = Annotated[int, typer.Option(min=2, help="tokens that see each other")]
+Text = Annotated[
+    Path | None, typer.Option("--text", help="judged by before and after; else by calibration text")
+]
+Backend = Annotated[str, typer.Option(help="auto, cpu, cuda or npu")]
+
+
+@app.callback()
+def methods() -> None:
+    """Make a model smaller, and say what it costs."""
+
+
+@app.command("prune-layers")
+def prune_layers(
+    model: Model,
+    layers: Annotated[int, typer.Option(min=0, help="how many layers to leave out")],
+    calibration: Calibration,
+    out: Out,
+    patch: Annotated[Patch, typer.Option(help="what leads over the gap")] = Patch.HADAMARD,
+    start: Annotated[
+        int | None, typer.Option(min=0, help="first layer to leave out; else the best is found")
+    ] = None,
+    tokens: Tokens = 128 * 2048,
+    window: Window = 2048,
+    text: Text = None,
+    backend: Backend = "auto",
+) -> None:
+    """LinearPatch: leave out the layers that change the residual stream least.
+
+    Of all windows of so many layers the one goes whose input and output are most alike (cosine
+    over channels, mean over calibration tokens). The layer behind it takes the input of the window
+    through a matrix P: its channels scaled to the size they had there (diagonal), or its
+    coordinates in a Hadamard basis (hadamard), where outliers are spread over all of them.
+    """
+    from pangu.compression import layers as pruning
+    from pangu.compression.texts import Texts
+
+    texts = Texts(calibration, tokens, window, text)
+    choice = pruning.Choice(layers, patch.value, start)
+    print(pruning.prune(model, out, choice, texts, backend, _bar))
+
+
+def _bar(steps: Iterable) -> Iterable:
+    from tqdm import tqdm
+
+    return tqdm(steps, leave=False, file=sys.stderr)
+
+
+def main(arguments: list[str]) -> int:
+    """The exit code: 0 done, 2 a mistake of the user's."""
+    from configs.violation import ConfigError
+    from pangu.checkpoint.tensor_files import WeightsError
+
+    return run(app, arguments, ConfigError, WeightsError)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    sys.exit(main(sys.argv[1:]))

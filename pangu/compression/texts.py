@@ -1,0 +1,119 @@
+"""The texts of a compression: what it is calibrated on, and what it is judged by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from configs.schema import Config
+from configs.violation import ConfigError, Violation
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+    from pangu.data.tokenizer import Tokenizer
+
+Progress = Callable[[Iterable], Iterable]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """`calibration`, of which the first `tokens` tokens serve, in windows of `window`; `judged_by`
+    is another text, or None: the calibration text again."""
+
+    calibration: Path
+    tokens: int
+    window: int
+    judged_by: Path | None = None
+
+    def window_of(self, config: Config) -> int:
+        """Tokens that see each other: no more than the model was made for."""
+        return min(self.window, config.model.max_position_embeddings)
+
+    def calibration_ids(self, tokenizer: Tokenizer) -> list[int]:
+        return self._ids("--calibration", self.calibration, tokenizer)
+
+    def judging_ids(self, tokenizer: Tokenizer) -> list[int]:
+        """As many tokens of the judging text."""
+        if self.judged_by is None:
+            return self.calibration_ids(tokenizer)
+        return self._ids("--text", self.judged_by, tokenizer)
+
+    def _ids(self, key: str, path: Path, tokenizer: Tokenizer) -> list[int]:
+        """Raises:
+        ConfigError: the file cannot be read, or has not even two tokens.
+        """
+        ids = tokenizer.encode(read(key, path))[: self.tokens]
+        if len(ids) < 2:
+            raise ConfigError([Violation(key, path, "has not even two tokens")])
+        return ids
+
+
+def read(key: str, path: Path) -> str:
+    """A UTF-8 file.
+
+    Raises:
+        ConfigError: naming `key`.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([Violation(key, path, f"cannot be read: {error}")]) from None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model in the table of a compression: its parameters and its mean -log p per token."""
+
+    name: str
+    parameters: int
+    nats_per_token: float
+
+
+def judge(
+    name: str,
+    model: GPTModel,
+    tokenizer: Tokenizer,
+    config: Config,
+    texts: Texts,
+    progress: Progress,
+) -> Row:
+    """How `model` finds the judging text."""
+    from pangu.inference.likelihood import text_likelihood
+
+    ids = texts.judging_ids(tokenizer)
+    found = text_likelihood(model, ids, texts.window_of(config), progress)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return Row(name, count, found.nats / found.tokens)
+
+
+def table(rows: list[Row], texts: Texts) -> str:
+    """Size and perplexity, a line for each model."""
+    lines = [f"{'':16}{'parameters':>16}{'perplexity':>12}"]
+    for row in rows:
+        perplexity = math.exp(min(row.nats_per_token, 700.0))
+        lines.append(f"{row.name:16}{row.parameters:16,}{perplexity:12.3f}")
+    return "\n".join([*lines, f"(perplexity on {texts.judged_by or texts.calibration})"])
+
+
+def refuse_broken(model: GPTModel, folder: Path) -> None:
+    """Look at every weight before hours are spent on them.
+
+    Raises:
+        ConfigError: one is not finite.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            reason = f"{name} holds numbers that are not finite"
+            raise ConfigError([Violation("MODEL", folder, reason)])
+
+
+def refuse_existing(out: Path) -> None:
+    """Raises:
+    ConfigError: there is something at `out` already.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError([Violation("--out", out, "exists: name a new folder")])
