@@ -55,6 +55,16 @@ def prune_layers(
     tokens: Tokens = 128 * 2048,
     window: Window = 2048,
     text: Text = None,
+    distill: Annotated[
+        bool, typer.Option("--distill", help="the patch learns what the whole model predicts")
+    ] = False,
+    distill_tokens: Annotated[
+        int, typer.Option(min=2, help="at most so many tokens of calibration text to learn from")
+    ] = 5000 * 2048,
+    top: Annotated[
+        int, typer.Option(min=2, help="largest logits of a position that are kept, on the disk")
+    ] = 100,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="of the patch, AdamW")] = 1e-4,
     backend: Backend = "auto",
 ) -> None:
     """LinearPatch: leave out the layers that change the residual stream least.
@@ -62,14 +72,16 @@ def prune_layers(
     Of all windows of so many layers the one goes whose input and output are most alike (cosine
     over channels, mean over calibration tokens). The layer behind it takes the input of the window
     through a matrix P: its channels scaled to the size they had there (diagonal), or its
-    coordinates in a Hadamard basis (hadamard), where outliers are spread over all of them.
+    coordinates in a Hadamard basis (hadamard), where outliers are spread over all of them. With
+    --distill P alone then learns from the whole model's largest logits.
     """
     from pangu.compression import layers as pruning
     from pangu.compression.texts import Texts
 
     texts = Texts(calibration, tokens, window, text)
     choice = pruning.Choice(layers, patch.value, start)
-    print(pruning.prune(model, out, choice, texts, backend, _bar))
+    taught = pruning.Distillation(distill_tokens, top, learning_rate) if distill else None
+    print(pruning.prune(model, out, choice, texts, taught, backend=backend, progress=_bar))
 
 
 def _bar(steps: Iterable) -> Iterable:

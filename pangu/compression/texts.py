@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,6 +112,31 @@ def refuse_broken(model: GPTModel, folder: Path) -> None:
         if not parameter.isfinite().all():
             reason = f"{name} holds numbers that are not finite"
             raise ConfigError([Violation("MODEL", folder, reason)])
+
+
+@contextlib.contextmanager
+def workplace(out: Path) -> Iterator[Path]:
+    """A folder beside `out` for what is on the way there, gone afterwards.
+
+    Raises:
+        ConfigError: there is no room for `out` in its place.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise ConfigError([Violation("--out", out, f"cannot be made: {error.strerror}")]) from None
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def move(finished: Path, out: Path) -> None:
+    """Give a whole model its final name."""
+    if out.is_dir():
+        out.rmdir()  # it is empty
+    finished.rename(out)
 
 
 def refuse_existing(out: Path) -> None:

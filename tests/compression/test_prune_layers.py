@@ -7,7 +7,7 @@ import gloo
 import numpy as np
 import pytest
 import torch
-from compression.tiny import TEXT, compress, llama
+from compression.tiny import TEXT, VOCABULARY, compress, llama
 from gloo import single
 from layouts import all_layouts
 from safetensors.torch import load_file, save_file
@@ -18,7 +18,9 @@ from configs.violation import ConfigError
 from pangu.checkpoint import restore
 from pangu.checkpoint.tensor_files import Safetensors
 from pangu.data.tokenizer import load_tokenizer
-from pangu.inference.decode import Decoder
+from pangu.inference.batching import Request
+from pangu.inference.engine import Engine
+from pangu.inference.sampling import Sampling
 from pangu.model.build import build_model
 from pangu.weights.hadamard import hadamard
 from pangu.weights.prune_layers import measure, patch_matrix, pruned_config, pruned_tensors
@@ -120,9 +122,15 @@ def test_scores_patch_and_logits(kind, folder, theirs, capsys):
     ours = load_ours(out)
     whole = logits(ours, rows)
     assert (whole - expected).abs().max() <= 1e-4
-    decoder = Decoder(ours, WINDOW)  # with the cache, as generation goes
-    decoder.feed(ids[:7])
-    assert (decoder.feed(ids[7:8]) - whole[0, 7]).abs().max() <= 1e-4
+    likeliest = []  # without a cache
+    for _ in range(5):
+        likeliest.append(int(logits(ours, torch.tensor([ids[:7] + likeliest]))[0, -1].argmax()))
+    engine = Engine(ours, vocab_size=VOCABULARY, cache_tokens=64, page_size=4)
+    engine.add(Request(tuple(ids[:7]), 5, Sampling(temperature=0)))
+    found = []
+    while engine.busy:
+        found += [token for update in engine.step() for token in update.tokens]
+    assert found == likeliest
 
 
 def test_no_layer_is_the_identity(folder, theirs):
@@ -239,3 +247,51 @@ def test_damage(change, options, message, folder, theirs, tmp_path, capsys):
     assert message in error.replace("\n", " ")
     assert "Traceback" not in error
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+def test_distillation_teaches_the_patch_alone(folder, theirs, tmp_path, capsys):
+    words = ["prune-layers", folder / "ours", "--layers", 2, "--calibration", folder / "text"]
+    words += ["--tokens", 256, "--window", 32, "--out", tmp_path / "plain"]
+    assert compress(words) == 0
+    before = perplexities(capsys.readouterr().out)
+    words[-1] = tmp_path / "taught"
+    words += ["--distill", "--distill-tokens", 1024, "--top", 16, "--learning-rate", "3e-3"]
+    assert compress(words) == 0
+    dense, pruned, taught = perplexities(capsys.readouterr().out)
+    assert (dense, pruned) == tuple(before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "taught"]
+    one, other = Safetensors(tmp_path / "plain"), Safetensors(tmp_path / "taught")
+    changed = [n for n in one.names() if not torch.equal(one.read(n), other.read(n))]
+    assert [name.partition(".layer_patch")[1] for name in changed] == [".layer_patch"]
+    # Random models agree about nothing but each other: the student is nearer to its teacher.
+    rows = torch.tensor(ids_of(folder)).view(-1, WINDOW)
+    single()
+    expected = logits(load_ours(folder / "ours"), rows)
+    gaps = []
+    for name in ("plain", "taught"):
+        found = logits(load_ours(tmp_path / name), rows)
+        p, q = expected.log_softmax(-1), found.log_softmax(-1)
+        gaps.append(float((p.exp() * (p - q)).sum(-1).mean()))
+    assert gaps[1] < 0.9 * gaps[0]
+    assert taught != pruned
+
+
+def perplexities(printed: str) -> list[float]:
+    rows = [line.split() for line in printed.splitlines()]
+    return [float(row[-1]) for row in rows if row and row[0] in ("before", "patch", "distilled")]
+
+
+def test_divergence_over_the_largest_logits():
+    """Against numpy, in float64."""
+    from pangu.weights.distill_patch import top_k_divergence
+
+    generator = torch.Generator().manual_seed(2)
+    teacher, student = torch.randn(2, 5, 11, generator=generator)
+    top = teacher.topk(4)
+    found = top_k_divergence(student, top.indices, top.values)
+    total = 0.0
+    for t, s, chosen in zip(teacher, student, top.indices, strict=True):
+        p, q = (np.exp(x[chosen].double().numpy()) for x in (t, s))
+        p, q = p / p.sum(), q / q.sum()
+        total += float((p * np.log(p / q)).sum())
+    assert float(found) == pytest.approx(total / 5, rel=1e-5)

@@ -1,0 +1,95 @@
+"""What compressing a real model costs: SmolLM2-135M, real text.
+
+    python benchmarks/compression.py layers [--tokens 2048] [--window 256]
+
+Perplexity of `random.py`; calibrated, and taught, on other modules of Python's library. A table in
+docs/compression.md is its output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import sysconfig
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from real_models import smollm2
+
+from pangu.compression.texts import Texts, judge, table
+from pangu.trained_model import loaded
+
+MODULES = ("argparse", "inspect", "tarfile", "subprocess", "datetime", "logging/__init__")
+
+
+def model_folder(cache: Path) -> Path:
+    """The model as ours, imported once."""
+    from pangu.weights.convert import import_model
+
+    target = cache / "smollm2"
+    if not target.is_dir():
+        import_model(smollm2(), target)
+    return target
+
+
+def texts_of(work: Path, tokens: int, window: int) -> Texts:
+    library = Path(sysconfig.get_paths()["stdlib"])
+    text = work / "calibration.txt"
+    text.write_text("\n".join((library / f"{name}.py").read_text() for name in MODULES))
+    return Texts(text, tokens, window, Path(random.__file__))
+
+
+def layers(folder: Path, work: Path, texts: Texts, taught: int, learning_rate: float) -> None:
+    """Perplexity without 3, 5 and 7 layers, by patch; after distillation where `taught` tokens."""
+    found, rows = {}, []
+    teacher = work / "teacher"
+    teacher.mkdir(exist_ok=True)
+    with loaded(folder) as (model, tokenizer, config):
+        from pangu.compression.layers import Choice, Distillation, measured, teach, write
+
+        rows.append(judge("dense", model, tokenizer, config, texts, iter))
+        print(table(rows, texts), flush=True)
+        distillation = Distillation(taught, 100, learning_rate)
+        for count in (3, 5, 7):
+            for patch in ("none", "diagonal", "hadamard"):
+                choice = Choice(count, patch)
+                start, matrix = measured(model, tokenizer, config, choice, texts, iter)
+                target = work / f"{count}-{patch}"
+                write(folder, target, choice, (start, matrix))
+                found[f"{count} from {start}, {patch}"] = target
+        if taught:
+            teach(model, tokenizer, config, texts, distillation, teacher, iter)
+    for name, target in found.items():
+        with loaded(target) as (model, tokenizer, config):
+            from pangu.compression.layers import learn
+
+            rows.append(judge(name, model, tokenizer, config, texts, iter))
+            if taught and name.endswith("hadamard"):
+                learn(model, tokenizer, config, texts, distillation, teacher, iter)
+                rows.append(judge("… distilled", model, tokenizer, config, texts, iter))
+        print(table(rows, texts), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["layers"])
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--taught", type=int, default=0, help="tokens to distil on")
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    options = parser.parse_args()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as work:
+        cache = Path(__file__).parent.parent / ".cache"
+        folder = model_folder(cache)
+        texts = texts_of(Path(work), options.tokens, options.window)
+        layers(folder, Path(work), replace(texts), options.taught, options.learning_rate)
+    print(f"{time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
