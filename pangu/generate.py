@@ -35,6 +35,10 @@ USAGE = """usage: python -m pangu.generate checkpoint=DIR [prompt=TEXT] [key=val
   min_p               0; draws from tokens that are this likely as a part of the most likely
   repetition_penalty  1; more than 1 makes tokens that the text holds less likely
   stop                a text to end before
+  speculative         none | ngram (what followed the same tokens before) | draft (a smaller model):
+                      guesses of the next tokens, which one pass verifies; the text is the same
+  speculative.tokens  4; guesses at a time
+  draft               the smaller model's folder; it has the same tokenizer
   seed                0; with several prompts, that of the first, 1 more for each
   backend             auto | cpu | cuda | npu
 """
@@ -60,6 +64,9 @@ class Options:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     stop: str = ""
+    speculative: Literal["none", "ngram", "draft"] = "none"
+    speculative_tokens: int = 4
+    draft: str = ""
     seed: int = 0
     backend: Literal["auto", "cpu", "cuda", "npu"] = "auto"
 
@@ -99,16 +106,19 @@ def parse(arguments: Sequence[str]) -> Options:
 
     from configs.violation import ConfigError, Violation
 
-    known = [field.name for field in fields(Options)]
+    names = {
+        field.name.replace("speculative_", "speculative."): field.name for field in fields(Options)
+    }
+    keys = {name: key for key, name in names.items()}
     given = {}
     violations = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if key in known and equals:
-            given[key] = value
+        if key in names and equals:
+            given[names[key]] = value
         else:
             reason = "unknown key" if equals else "is not of the form key=value"
-            violations.append(Violation(key, value, reason, f"known: {', '.join(known)}"))
+            violations.append(Violation(key, value, reason, f"known: {', '.join(names)}"))
     if "checkpoint" not in given:
         reason = "what to generate with is missing"
         violations.append(Violation("checkpoint", "", reason, "checkpoint=RUN_DIR"))
@@ -117,9 +127,9 @@ def parse(arguments: Sequence[str]) -> Options:
         found = TypeAdapter(Options).validate_python(options)
     except ValidationError as error:
         for item in error.errors():
-            key = str(item["loc"][0])
-            violations.append(Violation(key, item["input"], item["msg"].lower()))
-            del options[key]
+            name = str(item["loc"][0])
+            violations.append(Violation(keys[name], item["input"], item["msg"].lower()))
+            del options[name]
         found = TypeAdapter(Options).validate_python(options)
     ranges = {
         "max_new_tokens": (found.max_new_tokens > 0, "a number of tokens is positive"),
@@ -129,11 +139,16 @@ def parse(arguments: Sequence[str]) -> Options:
         "min_p": (0 <= found.min_p <= 1, "a part is 0 to 1"),
         "repetition_penalty": (0 < found.repetition_penalty < math.inf, "must be more than 0"),
         "prompts": (not (found.prompt and found.prompts), "give either prompt or prompts"),
+        "speculative_tokens": (1 <= found.speculative_tokens <= 64, "1 to 64 guesses make sense"),
+        "draft": (
+            (found.speculative == "draft") == bool(found.draft),
+            "speculative=draft and draft=DIR belong together",
+        ),
         "seed": (0 <= found.seed < 2**63, "must be 0 or more"),
     }
     violations += [
-        Violation(key, getattr(found, key), reason)
-        for key, (fits, reason) in ranges.items()
+        Violation(keys[name], getattr(found, name), reason)
+        for name, (fits, reason) in ranges.items()
         if not fits
     ]
     if violations:
@@ -148,7 +163,7 @@ def stream(options: Options) -> Iterator[str]:
         ConfigError: the backend is missing, the checkpoint or the prompts cannot be used, or a
             text would be longer than the model was made for.
     """
-    from pangu.trained_model import loaded
+    from pangu.trained_model import add_drafter, loaded
 
     prompts = _prompts(options)
     with loaded(Path(options.checkpoint), options.backend) as (model, tokenizer, config):
@@ -168,6 +183,7 @@ def stream(options: Options) -> Iterator[str]:
             cache_tokens=max(longest, min(len(requests), _AT_A_TIME) * (longest + _PAGE)),
             max_sequences=_AT_A_TIME,
         )
+        add_drafter(engine, options.speculative, options.speculative_tokens, options.draft)
         for request in requests:
             engine.add(request)
         if options.prompts:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
     from pangu.data.tokenizer import Tokenizer
+    from pangu.inference.engine import Engine
 
 
 def read_run_config(folder: Path) -> Config:
@@ -100,3 +101,29 @@ def load_for_inference(config: Config, folder: Path) -> tuple[GPTModel, Tokenize
         return chunks[0], load_tokenizer(path / restore.TOKENIZER)
     except DataError as error:
         raise ConfigError([Violation("checkpoint", path, str(error))]) from None
+
+
+def add_drafter(engine: Engine, kind: str, tokens: int, draft: str) -> None:
+    """Let `engine` decode with guesses of `tokens` tokens: kind "none", "ngram", or "draft" for
+    those of the model in the folder `draft`. Collective.
+
+    Raises:
+        ConfigError: there is no model in `draft`, or it has other tokens.
+    """
+    from pangu.inference.speculative import ModelDrafter, NgramDrafter
+
+    if kind == "none":
+        return
+    engine.draft_tokens = tokens
+    if kind == "ngram":
+        engine.drafter = NgramDrafter()
+        return
+    folder = Path(draft)
+    try:
+        model, tokenizer = load_for_inference(read_run_config(folder), folder)
+    except ConfigError as error:
+        raise ConfigError([Violation("draft", draft, error.violations[0].reason)]) from None
+    own = engine.tokenizer
+    if own is None or tokenizer.unique_identifiers != own.unique_identifiers:
+        raise ConfigError([Violation("draft", draft, "its tokenizer is not the model's")])
+    engine.drafter = ModelDrafter(model, engine.scheduler, tokenizer.vocab_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
@@ -35,6 +36,7 @@ class Sequence:
         self.draws = Draws(request.sampling.seed)
         self.computed = 0  # tokens whose keys and values are in `pages`
         self.pages: list[int] = []
+        self.drafted = 0  # tokens whose keys and values a draft model has
         self.reused = 0  # tokens found in the cache when the sequence was first admitted
         self._names: list[bytes] = []  # of the full pages of `tokens`
 
@@ -107,14 +109,13 @@ class Scheduler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
-    def plan(self, drafts: dict[int, list[int]] | None = None) -> list[Work]:
-        """The next pass; `drafts` by sequence number."""
+    def plan(self, drafts: Mapping[Sequence, SequenceOf[int]]) -> list[Work]:
+        """The next pass, with guesses of sequences' next tokens."""
         budget, works = self.max_tokens, []
         for sequence in sorted(self.running, key=lambda sequence: sequence.pending > 1):
             if sequence not in self.running or budget <= 0:  # it was preempted meanwhile
                 continue
-            draft = (drafts or {}).get(sequence.number, [])
-            work = self._work(sequence, draft, budget)
+            work = self._work(sequence, drafts.get(sequence, ()), budget)
             if self._make_room(sequence, sequence.computed + len(work.tokens)):
                 works.append(work)
                 budget -= len(work.tokens)
@@ -123,7 +124,7 @@ class Scheduler:
             sequence = self.waiting[0]
             if not self._admit(sequence):
                 break
-            work = self._work(sequence, [], budget)
+            work = self._work(sequence, (), budget)
             self._reserve(sequence, sequence.computed + len(work.tokens))
             works.append(work)
             budget -= len(work.tokens)
@@ -133,13 +134,21 @@ class Scheduler:
         start, pending = sequence.computed, sequence.pending
         if pending > budget:
             return Work(sequence, sequence.tokens[start : start + budget], [], False)
-        draft = list(draft[: budget - pending])
-        return Work(sequence, sequence.tokens[start:] + draft, draft, True)
+        guesses = list(draft[: budget - pending])
+        return Work(sequence, sequence.tokens[start:] + guesses, guesses, True)
 
     def _reserve(self, sequence: Sequence, tokens: int) -> None:
         while len(sequence.pages) * self.pool.page_size < tokens:
             after = sequence.pages[-1] if sequence.pages else None
             sequence.pages.append(self.pool.take(after))
+
+    def reserve_spare(self, sequence: Sequence, tokens: int) -> bool:
+        """Pages for so many tokens of a sequence, unless somebody would have to give them up."""
+        try:
+            self._reserve(sequence, tokens)
+        except OutOfPages:
+            return False
+        return True
 
     def _make_room(self, sequence: Sequence, tokens: int) -> bool:
         """Pages for so many tokens, at the expense of younger sequences; False when it is itself
@@ -162,7 +171,7 @@ class Scheduler:
 
     def _give_back(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
-        sequence.pages, sequence.computed = [], 0
+        sequence.pages, sequence.computed, sequence.drafted = [], 0, 0
 
     def _admit(self, sequence: Sequence) -> bool:
         """Let a waiting sequence run if there is room for all of its text and one page more."""
@@ -188,6 +197,7 @@ class Scheduler:
     def advance(self, sequence: Sequence, tokens: int) -> None:
         """So many more of the sequence's tokens are in the cache, for good."""
         sequence.computed += tokens
+        sequence.drafted = min(sequence.drafted, sequence.computed)
         if self.prefix_reuse:
             names = sequence.page_names(self.pool.page_size, sequence.computed)
             for page, name in zip(sequence.pages, names, strict=False):

@@ -136,8 +136,8 @@ class KeyValues:
         """A layer's store for keys `[s, 1, g, d]` and values `[s, 1, g, dv]` such as these."""
         if layer not in self.layers:
             self.layers[layer] = (
-                key.new_empty(key.size(2), self.slots, key.size(3)),
-                value.new_empty(value.size(2), self.slots, value.size(3)),
+                key.new_zeros(key.size(2), self.slots, key.size(3)),
+                value.new_zeros(value.size(2), self.slots, value.size(3)),
             )
         return self.layers[layer]
 

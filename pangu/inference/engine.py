@@ -8,23 +8,22 @@ differ in a logit's last bits, never in which numbers they add up.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 
-from pangu import backends
 from pangu.data.tokenizer import Tokenizer
 from pangu.inference import batching
 from pangu.inference.batching import Request, Scheduler, Work
 from pangu.inference.cache import CachedPass, KeyValues, PagePool, Segment
-from pangu.inference.forward import Forward
-from pangu.inference.sampling import probabilities
+from pangu.inference.forward import Forward, of_rank_0
+from pangu.inference.speculative import Draft, Drafter, verified
 from pangu.inference.text import StoppedText
 
-_NO_TOKEN = -1
+_NO_TOKEN, _NOTHING = -1, -2  # no number is finite; a guess did not hold
 
 
 class NotFinite(ArithmeticError):
@@ -57,8 +56,26 @@ class Update:
     finish: str = ""
 
 
+@dataclass
+class Counts:
+    """Of passes, tokens drawn, and guesses by their place in a draft: made, and found to hold."""
+
+    passes: int = 0
+    tokens: int = 0
+    guessed: Counter[int] = field(default_factory=Counter)
+    held: Counter[int] = field(default_factory=Counter)
+
+    def add(self, guesses: int, tokens: int) -> None:
+        """A sequence's part of a pass: all tokens but the last were guesses that held."""
+        self.tokens += tokens
+        self.guessed.update(range(guesses))
+        self.held.update(range(tokens - 1))
+
+
 class Engine:
     """Decodes for a model; the calls must be the same on all ranks.
+
+    `drafter` guesses `draft_tokens` tokens for each sequence and pass, when it is set.
 
     Args:
         vocab_size: tokens from there on, which fill up the model's vocabulary, are never drawn.
@@ -81,7 +98,7 @@ class Engine:
         prefix_reuse: bool = True,
     ) -> None:
         self._forward = Forward(model)
-        self._vocab_size, self._tokenizer = vocab_size, tokenizer
+        self._vocab_size, self.tokenizer = vocab_size, tokenizer
         self._store = KeyValues(-(-cache_tokens // page_size) * page_size)
         self.scheduler = Scheduler(
             PagePool(-(-cache_tokens // page_size), page_size),
@@ -92,6 +109,9 @@ class Engine:
         self._sequences: dict[int, batching.Sequence] = {}
         self._texts: dict[int, StoppedText] = {}
         self._numbers = itertools.count()
+        self.drafter: Drafter | None = None
+        self.draft_tokens = 0
+        self.counts = Counts()
 
     @property
     def busy(self) -> bool:
@@ -110,8 +130,8 @@ class Engine:
         sequence = batching.Sequence(number, request)
         self.scheduler.add(sequence)
         self._sequences[number] = sequence
-        if self._tokenizer:
-            self._texts[number] = StoppedText(self._tokenizer, request.stop)
+        if self.tokenizer:
+            self._texts[number] = StoppedText(self.tokenizer, request.stop)
         return number
 
     def cancel(self, number: int) -> None:
@@ -124,56 +144,99 @@ class Engine:
 
     def step(self) -> list[Update]:
         """One pass of the model, and what it has added to which requests. Collective."""
-        works = self.scheduler.plan()
+        drafts = self._drafts()
+        works = self.scheduler.plan({sequence: d.tokens for sequence, d in drafts.items()})
         if not works:
             return []
-        logits = self._logits(works)
-        updates, row = [], 0
-        drawn = self._drawn(works, logits)
-        for work, token in zip(works, drawn, strict=True):
-            self.scheduler.advance(work.sequence, len(work.tokens))
+        logits = self._logits(works).split([_rows(work) for work in works])
+        updates = []
+        for work, rows, tokens in zip(
+            works, logits, self._drawn(works, logits, drafts), strict=True
+        ):
+            sequence = work.sequence
+            self.scheduler.advance(sequence, len(work.tokens) - len(work.draft))
             if work.last:
-                updates.append(self._updated(work.sequence, [token], logits[row : row + 1]))
-                row += 1
+                self.counts.add(len(work.draft), len(tokens))
+                updates.append(self._updated(sequence, tokens, rows))
+                if not updates[-1].finish:
+                    self.scheduler.advance(sequence, len(tokens) - 1)
+        self.counts.passes += 1
         return updates
 
+    def _drafts(self) -> dict[batching.Sequence, Draft]:
+        """Guesses for sequences that decode: no more than may still follow, but for the token that
+        the model adds itself."""
+        if self.drafter is None:
+            return {}
+        counts = {
+            sequence: min(
+                self.draft_tokens, sequence.request.max_new_tokens - sequence.new_tokens - 1
+            )
+            for sequence in self.scheduler.running
+            if sequence.pending == 1
+        }
+        return self.drafter.propose({s: count for s, count in counts.items() if count > 0})
+
     def _logits(self, works: Sequence[Work]) -> torch.Tensor:
-        """Of each sequence whose end the pass reaches: `[sequences, vocab]`."""
+        """`[rows, vocab]`: of each sequence whose end the pass reaches, before each guess and
+        behind the last."""
         segments = [
             Segment(work.sequence.computed, len(work.tokens), work.sequence.pages) for work in works
         ]
         ends = itertools.accumulate(len(work.tokens) for work in works)
-        rows = [end - 1 for work, end in zip(works, ends, strict=True) if work.last]
+        rows = [
+            row
+            for work, end in zip(works, ends, strict=True)
+            for row in range(end - _rows(work), end)
+        ]
         page_size = self.scheduler.pool.page_size
         cached = CachedPass(self._store, page_size, segments, rows)
         tokens = [token for work in works for token in work.tokens]
         return self._forward(tokens, cached)[:, : self._vocab_size]
 
-    def _drawn(self, works: Sequence[Work], logits: torch.Tensor) -> list[int]:
-        """A token for each work that reaches its sequence's end, the same on all ranks."""
-        most_likely = logits.argmax(dim=1).tolist()
-        finite = logits.float().sum(dim=1).isfinite().tolist()
-        tokens, row = [], 0
-        for work in works:
-            tokens.append(_NO_TOKEN)
+    def _drawn(
+        self,
+        works: Sequence[Work],
+        logits: Sequence[torch.Tensor],
+        drafts: dict[batching.Sequence, Draft],
+    ) -> list[list[int]]:
+        """What follows for each work that reaches its sequence's end, the same on all ranks."""
+        drawn = []
+        for work, rows in zip(works, logits, strict=True):
+            tokens: list[int] = []
             if work.last:
-                sequence, sampling = work.sequence, work.sequence.request.sampling
-                if finite[row] and sampling.greedy:
-                    tokens[-1] = most_likely[row]
-                elif finite[row]:
-                    chances = probabilities(logits[row].cpu(), sampling, sequence.tokens)
-                    tokens[-1] = sequence.draws.token(chances)
-                row += 1
-        return _of_rank_0(tokens)
+                draft = drafts.get(work.sequence, Draft())
+                guesses = Draft(work.draft, draft.chances[: len(work.draft)])
+                tokens = self._next(work.sequence, guesses, rows)
+            drawn.append(tokens)
+        filled = [
+            token
+            for work, tokens in zip(works, drawn, strict=True)
+            for token in tokens + [_NOTHING] * (_rows(work) - len(tokens))
+        ]
+        agreed = iter(of_rank_0(filled))
+        rows_of = [list(itertools.islice(agreed, _rows(work))) for work in works]
+        return [[token for token in row if token != _NOTHING] for row in rows_of]
+
+    def _next(self, sequence: batching.Sequence, draft: Draft, logits: torch.Tensor) -> list[int]:
+        if not logits.float().sum().isfinite():
+            return [_NO_TOKEN]
+        sampling = sequence.request.sampling
+        if not sampling.greedy:
+            return verified(draft, logits.cpu(), sampling, sequence.draws, sequence.tokens)
+        most_likely = logits.argmax(dim=1).tolist()
+        pairs = zip(draft.tokens, most_likely, strict=False)
+        held = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return most_likely[: held + 1]
 
     def _updated(
         self, sequence: batching.Sequence, tokens: Sequence[int], logits: torch.Tensor
     ) -> Update:
-        """A sequence with tokens more; those after its end are dropped. logits `[tokens, vocab]`"""
+        """A sequence with more tokens; those after its end are dropped. logits `[rows, vocab]`"""
         request, update = sequence.request, Update(sequence.number)
         text = self._texts.get(sequence.number)
-        for token, row in zip(tokens, logits, strict=True):
-            if token == _NO_TOKEN:
+        for token, row in zip(tokens, logits, strict=False):
+            if token == _NO_TOKEN:  # what rank 0 found
                 update.finish = "not finite"
             elif token in request.stop_tokens:
                 update.finish = "stop"
@@ -200,20 +263,17 @@ class Engine:
             self.scheduler.remove(sequence)
 
 
+def _rows(work: Work) -> int:
+    """Rows of logits that a pass gives for it."""
+    return len(work.draft) + 1 if work.last else 0
+
+
 def _likely(logits: torch.Tensor, token: int, count: int) -> Likely:
     """logits `[vocab]`"""
     logprobs = logits.float().log_softmax(dim=0)
     values, order = logprobs.topk(min(count, logprobs.numel()))
     top = tuple(zip(order.tolist(), values.tolist(), strict=True))
     return Likely(token, float(logprobs[token]), top)
-
-
-def _of_rank_0(tokens: list[int]) -> list[int]:
-    if dist.get_world_size() == 1:
-        return tokens
-    chosen = torch.tensor(tokens, device=backends.current().device)
-    dist.broadcast(chosen, 0)
-    return chosen.tolist()
 
 
 def generate(model: GPTModel, request: Request, vocab_size: int) -> Iterator[int]:

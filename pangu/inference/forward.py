@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 
@@ -23,6 +24,15 @@ def obstacle(parallel: ParallelConfig) -> str:
     if parallel.context_parallel_size > 1:
         return "generation needs whole sequences on every rank: context_parallel_size=1"
     return ""
+
+
+def of_rank_0(tokens: Sequence[int]) -> list[int]:
+    """What rank 0 has drawn, on every rank; as many as there. Collective."""
+    if dist.get_world_size() == 1:
+        return list(tokens)
+    chosen = torch.tensor(tokens, device=backends.current().device)
+    dist.broadcast(chosen, 0)
+    return chosen.tolist()
 
 
 class Forward:

@@ -108,7 +108,8 @@ def test_one_process_generates_from_the_checkpoint_of_two(ended, monkeypatch, tm
     assert done.stdout.split() == ["7", "33", "12", *map(str, expected)]
     file = tmp_path / "prompts.txt"
     file.write_text(f"{' '.join(map(str, [7, 33, 12, *expected[:2]]))}\n7 33 12\n")
-    done = generated(f"checkpoint={run}", f"prompts={file}", "max_new_tokens=5", "temperature=0")
+    options = ["max_new_tokens=5", "temperature=0", "speculative=draft", f"draft={run}"]
+    done = generated(f"checkpoint={run}", f"prompts={file}", *options)
     assert done.returncode == 0, done.stderr
     first, second = map(json.loads, done.stdout.splitlines())
     assert second["text"].split() == list(map(str, expected))
@@ -140,6 +141,8 @@ def test_a_damaged_checkpoint_is_a_sentence_and_exit_code_2(ended):
         (["checkpoint=x", "temperature=-1"], "temperature=-1.0: must be 0 or more"),
         (["checkpoint=x", "prompt=a", "prompts=b"], "prompts=b: give either prompt or prompts"),
         (["checkpoint=x", "prompts=nowhere"], "prompts=nowhere: [Errno 2] No such file"),
+        (["checkpoint=x", "speculative=draft"], "draft=: speculative=draft and draft=DIR belong"),
+        (["checkpoint=x", "speculative.tokens=0"], "speculative.tokens=0: 1 to 64 guesses"),
         (["checkpoint=x", "min_p=2"], "min_p=2.0: a part is 0 to 1"),
         (["checkpoint=x", "top_p=0"], "top_p=0.0: a probability is more than 0 and at most 1"),
         (["checkpoint=x", "max_new_tokens=many"], "max_new_tokens=many: input should be a valid"),
