@@ -245,7 +245,8 @@ class LaunchConfig:
 
 @dataclass
 class TrainConfig:
-    """Length and batch of a run; batch sizes are in sequences, `seq_length` in tokens."""
+    """Length and batch of a run; batch sizes are in sequences, `seq_length` in tokens. Without
+    validation where `validate_every` or `validation_batches` is 0."""
 
     steps: Steps = 100
     micro_batch_size: Count = 1

@@ -30,6 +30,9 @@ from configs.violation import ConfigError, Violation
 from launch.environment import ProcessEnvironment
 from pangu import preflight
 from pangu.local_launch import child_environment
+from pangu.plain_file import read_plain
+from pangu.processes import last_step
+from pangu.report.run_files import METRICS, read_metrics
 from pangu.run_lock import SWEEP, hold
 from pangu.violation_table import console, print_violations
 
@@ -189,7 +192,7 @@ class _Runner:
 
     def run(self, job: Job) -> Outcome:
         marker = job.run_dir / MARKER
-        if marker.is_file() and json.loads(marker.read_text()) == job.overrides:
+        if _finished(marker) == job.overrides:
             console().print("finished before: skipped")
             return Outcome("skipped")
         start = time.monotonic()
@@ -202,7 +205,7 @@ class _Runner:
             self._process.send_signal(self.interrupted_by)
         code = self._process.wait()
         seconds = time.monotonic() - start
-        if code == 0 and _last_step(job.run_dir) >= job.config.train.steps:
+        if code == 0 and last_step(job.run_dir) >= job.config.train.steps:
             marker.write_text(json.dumps(job.overrides))
             return Outcome("finished", seconds)
         # A run that was told to stop saves, and ends with 0 before its last step.
@@ -215,20 +218,12 @@ class _Runner:
             self._process.send_signal(number)
 
 
-def _records(run_dir: Path) -> list[dict[str, Any]]:
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    records = []
-    for line in lines:
-        try:
-            records.append(json.loads(line))
-        except ValueError:  # the last line of a killed run
-            continue
-    return records
-
-
-def _last_step(run_dir: Path) -> int:
-    return max((record.get("step", 0) for record in _records(run_dir)), default=0)
+def _finished(marker: Path) -> Any:
+    """The arguments of the job that was finished there; None where none was."""
+    try:
+        return json.loads(read_plain(marker))
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def _summarise(jobs: list[Job], outcomes: list[Outcome]) -> None:
@@ -238,11 +233,11 @@ def _summarise(jobs: list[Job], outcomes: list[Outcome]) -> None:
     for index, job in enumerate(jobs):
         outcome = outcomes[index] if index < len(outcomes) else Outcome("not started")
         state = f"failed ({outcome.exit_code})" if outcome.state == "failed" else outcome.state
-        records = _records(job.run_dir)
+        records = read_metrics(job.run_dir / METRICS)
         table.add_row(
             job.name,
             state,
-            f"{_last_step(job.run_dir)}/{job.config.train.steps}",
+            f"{last_step(job.run_dir)}/{job.config.train.steps}",
             _last(records, "loss"),
             _last(records, "validation_loss"),
             f"{outcome.seconds:.0f}",

@@ -57,10 +57,11 @@ def build_datasets(
     """
     vocab_size = config.model.vocab_size
     if config.data.name == "synthetic":
+        # one past any training seed's stream: the validation tokens are others
+        others = (validation_samples, seq_length, vocab_size, config.seed + 2**32)
         return Datasets(
             SyntheticDataset(train_samples, seq_length, vocab_size, config.seed),
-            # one past any training seed's stream: the validation tokens are others
-            SyntheticDataset(validation_samples, seq_length, vocab_size, config.seed + 2**32),
+            SyntheticDataset(*others) if validation_samples else None,
             NumberTokenizer(vocab_size),
         )
     blend, validation_blend = _resolve_blends(config)
@@ -83,7 +84,7 @@ def build_datasets(
                 f"at least {tokenizer.vocab_size}",
             )
         )
-    if config.train.validate_every and not validation_blend:
+    if config.train.validate_every and validation_samples and not validation_blend:
         violations.append(
             Violation(
                 "data.validation_blend",

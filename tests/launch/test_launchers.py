@@ -244,36 +244,39 @@ def test_ctrl_c_before_the_ranks_listen_is_silent(tmp_path: Path) -> None:
     assert (*process.communicate(timeout=30), process.returncode) == ("", "", 130)
 
 
-def test_a_killed_start_leaves_no_rank_behind(tmp_path: Path) -> None:
-    child = (
+def bound_rank(folder: Path) -> str:
+    """A rank that ends with its parent and leaves its number in `folder`."""
+    return (
         "import os, time\n"
         "from pangu.processes import die_with_parent\n"
         "die_with_parent()\n"
-        f"name = os.path.join({str(tmp_path)!r}, 'pid' + os.environ['RANK'])\n"
+        f"name = os.path.join({str(folder)!r}, 'pid' + os.environ['RANK'])\n"
         "open(name + '.new', 'w').write(str(os.getpid())); os.rename(name + '.new', name)\n"
         "time.sleep(60)\n"
     )
-    process = spawn(tmp_path, child)
-    wait_for(lambda: (tmp_path / "pid0").exists() and (tmp_path / "pid1").exists())
-    pids = [int((tmp_path / f"pid{rank}").read_text()) for rank in range(2)]
+
+
+def pids_of_two(folder: Path) -> list[int]:
+    """The numbers that two ranks have left."""
+    files = [folder / f"pid{rank}" for rank in range(2)]
+    wait_for(lambda: all(file.exists() for file in files), 60)
+    return [int(file.read_text()) for file in files]
+
+
+def test_a_killed_start_leaves_no_rank_behind(tmp_path: Path) -> None:
+    process = spawn(tmp_path, bound_rank(tmp_path))
+    pids = pids_of_two(tmp_path)
     process.kill()
     process.communicate(timeout=30)
     wait_for(lambda: not any(alive(pid) for pid in pids))
 
 
 def test_a_killed_torchrun_leaves_no_rank_behind(tmp_path: Path) -> None:
-    child = (
-        "import os, time\n"
-        "from pangu.processes import die_with_parent\n"
-        "die_with_parent()\n"
-        f"name = os.path.join({str(tmp_path)!r}, 'pid' + os.environ['RANK'])\n"
-        "open(name + '.new', 'w').write(str(os.getpid())); os.rename(name + '.new', name)\n"
-        "time.sleep(60)\n"
-    )
     command = ["torchrun", "--nproc-per-node=2", f"--master-port={free_port()}", "--no-python"]
-    process = subprocess.Popen([*command, sys.executable, "-c", child], env=environ())
-    wait_for(lambda: (tmp_path / "pid0").exists() and (tmp_path / "pid1").exists(), 60)
-    pids = [int((tmp_path / f"pid{rank}").read_text()) for rank in range(2)]
+    process = subprocess.Popen(
+        [*command, sys.executable, "-c", bound_rank(tmp_path)], env=environ()
+    )
+    pids = pids_of_two(tmp_path)
     time.sleep(1)
     assert all(alive(pid) for pid in pids), "torchrun's threads come and go"
     process.kill()

@@ -106,6 +106,12 @@ def alone(folder: Path) -> dict[str, Any]:
     finish(trainer)
     found["report"] = (folder / "whole" / "report.html").exists()
     left()
+
+    none = ["train.steps=1", "train.validate_every=1", "train.validation_batches=0"]
+    code, trainer = trained(folder / "none", StopAt(never), *none)
+    finish(trainer)
+    found["none"] = code, [sorted(row)[0] for row in read_metrics(folder / "none" / METRICS)]
+    left()
     return found
 
 
@@ -128,6 +134,9 @@ def test_what_runs_of_one_process_end_with(tmp_path, capfd):
     assert code == 0
     assert len(rows) == 1, "no validation loss of a part of the batches"
     assert saved(tmp_path / "cut") == [1]
+
+    code, rows = found["none"]
+    assert (code, len(rows)) == (0, 1), "no validation"
 
     assert found["tokens"] == (0, 4)
     assert not found["report"]
