@@ -1,6 +1,6 @@
 """What compressing a real model costs: SmolLM2-135M, real text.
 
-    python benchmarks/compression.py layers [--tokens 2048] [--window 256]
+    python benchmarks/compression_ladder.py layers [--tokens 2048] [--window 256]
 
 Perplexity of `random.py`; calibrated, and taught, on other modules of Python's library. A table in
 docs/compression.md is its output.
@@ -76,7 +76,7 @@ def layers(folder: Path, work: Path, texts: Texts, taught: int, learning_rate: f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["layers"])
+    parser.add_argument("what", nargs="?", choices=["layers"], default="layers")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--taught", type=int, default=0, help="tokens to distil on")
