@@ -39,13 +39,17 @@ def single() -> None:
         parallel(tensor_model_parallel_size=1)
 
 
-def parallel(**sizes: int) -> None:
-    """Megatron-core's process groups, anew."""
+def parallel(ranks_per_node: int | None = None, **sizes: int) -> None:
+    """Megatron-core's process groups, anew, and those of the experts' nodes."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(**sizes)
+    if ranks_per_node:
+        from pangu.moe.dispatch import nodes
+
+        nodes.initialize(ranks_per_node)
     model_parallel_cuda_manual_seed(1234)
 
 

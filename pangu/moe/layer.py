@@ -17,6 +17,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from configs.dispatch import dispatcher
 from pangu.moe.config import MoETransformerConfig
 from pangu.moe.dispatch import DISPATCHERS, Dispatcher
+from pangu.moe.dispatch.choices import choices_per_token
 from pangu.moe.experts import GroupedExperts
 from pangu.moe.router import ExpertRouter
 
@@ -37,7 +38,9 @@ class ExpertLayer(MoELayer):
         groups = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, groups)
         kind = dispatcher(config.moe, groups.ep.size(), groups.expt_tp.size())
-        self.token_dispatcher = DISPATCHERS[kind](self.num_local_experts, config, groups)
+        self.token_dispatcher = DISPATCHERS[kind](
+            self.num_local_experts, config, groups, choices_per_token(config.moe)
+        )
 
     def forward(self, hidden_states: torch.Tensor, **others: Any) -> tuple[torch.Tensor, None]:
         """Hidden states `[S, B, H]` to the same shape; the second is the engine's bias, of which

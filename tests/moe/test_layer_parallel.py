@@ -13,10 +13,12 @@ from configs.schema import ParallelConfig
 MOGE_SCALED = replace(layers.MOGE, router_scale=True)
 ROUTERS = {
     "moge": MOGE_SCALED,
+    "moge, whole groups per node": replace(MOGE_SCALED, num_expert_groups=2),
     "top_k": layers.TOP_K,
     "expert_choice": replace(layers.TOP_K, router="expert_choice", top_k=2),
     "collapse": replace(layers.TOP_K, top_k=1, renormalize=False),
 }
+RANKS_PER_NODE = 2
 # Layout: (tensor, expert, expert tensor) parallel sizes and the dispatchers to try.
 TWO_RANKS = {
     "EP2": (1, 2, 1),
@@ -34,7 +36,9 @@ FOUR_RANKS = {
 
 def dispatchers(router, expert, expert_tensor):
     names = ["allgather", "alltoall", "deduplicated"]
-    if router == "moge":
+    if expert > 1 and expert_tensor == 1:
+        names.append("hierarchical")
+    if router.startswith("moge") and ROUTERS[router].num_expert_groups % expert == 0:
         names.append("moge")
     if expert * expert_tensor == 1 and router != "expert_choice":
         names.append("local")
@@ -45,7 +49,9 @@ def compare(layouts, precision):
     """Largest differences, relative to the largest value, of every layout, router, dispatcher."""
     found = {}
     for layout, (tensor, expert, expert_tensor) in layouts.items():
+        whole = expert > 1 and expert_tensor == 1
         gloo.parallel(
+            ranks_per_node=min(expert, RANKS_PER_NODE) if whole else None,
             tensor_model_parallel_size=tensor,
             expert_model_parallel_size=expert,
             expert_tensor_parallel_size=expert_tensor,
@@ -140,6 +146,7 @@ def test_two_ranks():
         "allgather",
         "alltoall",
         "deduplicated",
+        "hierarchical",
         "moge",
     }
     check(doubles, 1e-12)

@@ -11,7 +11,8 @@ import traffic
 
 from configs.schema import ParallelConfig
 
-TOKENS, RANKS = 24, 4
+TOKENS, RANKS, PER_NODE = 24, 4, 2
+NODES = RANKS // PER_NODE
 HERE = layers.EXPERTS // RANKS
 SHARED_RANKS = replace(layers.TOP_K, top_k=4)
 CASES = {
@@ -20,13 +21,17 @@ CASES = {
     ("deduplicated", "expert_choice"): replace(SHARED_RANKS, router="expert_choice"),
     ("allgather", "top_k"): SHARED_RANKS,
     ("moge", "moge"): layers.MOGE,
+    ("hierarchical", "top_k"): SHARED_RANKS,
+    ("hierarchical", "expert_choice"): replace(SHARED_RANKS, router="expert_choice"),
+    ("hierarchical", "moge"): layers.MOGE,
+    ("hierarchical", "whole groups per node"): replace(layers.MOGE, num_expert_groups=2),
 }
 
 
 def measured():
     """Of each case: elements sent to every rank in dispatch and in combine, and this rank's
     choices `[T, E]`."""
-    gloo.parallel(expert_model_parallel_size=RANKS)
+    gloo.parallel(ranks_per_node=PER_NODE, expert_model_parallel_size=RANKS)
     found = {}
     for (dispatcher, router), moe in CASES.items():
         layer = layers.build(
@@ -48,8 +53,12 @@ def measured():
     return found
 
 
-def expected(dispatcher, chosen_TRX):
-    """Tokens that go to each rank, and numbers beside them, by the formulas."""
+def expected(dispatcher, router, tables, rank):
+    """Tokens that go from a rank to each rank, and numbers beside them, by the formulas. Of each
+    rank, `tables` has the choices `[T, ranks, experts of a rank]`."""
+    if dispatcher == "hierarchical":
+        return between_nodes(router, rank) + inside_the_node(router, tables, rank)
+    chosen_TRX = tables[rank]
     choices = chosen_TRX.sum(dim=(0, 2))
     everyone = torch.full((RANKS,), TOKENS)
     if dispatcher == "alltoall":
@@ -60,6 +69,24 @@ def expected(dispatcher, chosen_TRX):
     return everyone, per_token * everyone
 
 
+def between_nodes(router, rank):
+    """All tokens to the same place of each other node, and their choices."""
+    same_place = (torch.arange(RANKS) % PER_NODE == rank % PER_NODE).long()
+    wide = layers.EXPERTS if router == "expert_choice" else 2 * CASES["alltoall", "top_k"].top_k
+    return torch.stack([TOKENS * same_place, TOKENS * wide * same_place])
+
+
+def inside_the_node(router, tables, rank):
+    """Of the tokens of this place of every node: rows to each rank of this node."""
+    node = torch.arange(RANKS) // PER_NODE == rank // PER_NODE
+    gathered = torch.cat([tables[i] for i in range(rank % PER_NODE, RANKS, PER_NODE)])
+    if router == "moge":
+        everyone = TOKENS * NODES * node.long()
+        return torch.stack([everyone, 2 * layers.MOGE.top_k // RANKS * everyone])
+    choices = gathered.sum(dim=(0, 2)) * node
+    return torch.stack([choices, choices])
+
+
 @pytest.mark.distributed
 def test_rows_and_the_numbers_beside_them_are_as_many_as_documented():
     every_rank = gloo.run(RANKS, measured)
@@ -67,12 +94,11 @@ def test_rows_and_the_numbers_beside_them_are_as_many_as_documented():
         assert found.keys() == CASES.keys()
         for (dispatcher, router), (outwards, back, _) in found.items():
             tables = [r[dispatcher, router][2].unflatten(1, (RANKS, HERE)) for r in every_rank]
-            tokens, numbers = expected(dispatcher, tables[rank])
-            tokens, numbers = tokens.clone(), numbers.clone()
+            tokens, numbers = map(torch.clone, expected(dispatcher, router, tables, rank))
             tokens[rank] = numbers[rank] = 0
-            assert torch.equal(outwards, tokens * layers.HIDDEN + numbers), dispatcher
+            assert torch.equal(outwards, tokens * layers.HIDDEN + numbers), (dispatcher, router)
             # What a rank returns is what it was sent.
-            came = [expected(dispatcher, table)[0][rank] for table in tables]
+            came = [expected(dispatcher, router, tables, i)[0][rank] for i in range(RANKS)]
             returned = torch.stack(came) * layers.HIDDEN
             returned[rank] = 0
-            assert torch.equal(back, returned), dispatcher
+            assert torch.equal(back, returned), (dispatcher, router)

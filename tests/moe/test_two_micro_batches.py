@@ -19,6 +19,8 @@ CASES = [
     (replace(layers.TOP_K, router="expert_choice"), "alltoall", 2, 1),
     (layers.TOP_K, "deduplicated", 2, 1),
     (layers.TOP_K, "deduplicated", 1, 2),
+    (layers.TOP_K, "hierarchical", 2, 1),
+    (layers.MOGE, "hierarchical", 2, 1),
 ]
 
 
@@ -84,7 +86,7 @@ def differences():
             "expert_model_parallel_size": expert,
             "expert_tensor_parallel_size": tensor,
         }
-        gloo.parallel(**sizes)
+        gloo.parallel(ranks_per_node=1 if dispatcher == "hierarchical" else None, **sizes)
         layer = layers.build(replace(moe, dispatcher=dispatcher), ParallelConfig(**sizes))
         alone = one_after_the_other(layer)
         for side_by_side in (forward_forward_backward_backward, stage_by_stage):

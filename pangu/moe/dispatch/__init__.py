@@ -12,6 +12,7 @@ from pangu.moe.dispatch.allgather import AllGatherDispatcher
 from pangu.moe.dispatch.alltoall import AllToAllDispatcher
 from pangu.moe.dispatch.deduplicated import DeduplicatedDispatcher
 from pangu.moe.dispatch.dispatcher import Dispatcher
+from pangu.moe.dispatch.hierarchical import HierarchicalDispatcher
 from pangu.moe.dispatch.local import LocalDispatcher
 from pangu.moe.dispatch.moge import MogeDispatcher
 
@@ -20,6 +21,7 @@ DISPATCHERS: dict[DispatcherType, type[Dispatcher[Any]]] = {
     "allgather": AllGatherDispatcher,
     "alltoall": AllToAllDispatcher,
     "deduplicated": DeduplicatedDispatcher,
+    "hierarchical": HierarchicalDispatcher,
     "moge": MogeDispatcher,
 }
 
@@ -29,6 +31,7 @@ __all__ = [
     "AllToAllDispatcher",
     "DeduplicatedDispatcher",
     "Dispatcher",
+    "HierarchicalDispatcher",
     "LocalDispatcher",
     "MogeDispatcher",
 ]

@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel import (
     reduce_scatter_to_sequence_parallel_region,
 )
 
+from pangu.moe.dispatch.choices import pack, unpack
 from pangu.moe.dispatch.dispatcher import Dispatcher, DispatchRecord
 from pangu.ops.permute import Permutation, permute, plan_map, unpermute
 
@@ -29,14 +30,15 @@ class AllGatherDispatcher(Dispatcher[DispatchRecord]):
 
     def choices_by_rank(self, probs: torch.Tensor, routing_map: torch.Tensor) -> torch.Tensor:
         """What each expert-parallel rank must know of this rank's choices, `[EP, T, X]`: the
-        weights of its experts. An expert not chosen has -0.0, which no chosen one has."""
-        weights_TE = torch.where(routing_map, probs + 0.0, -0.0)
+        weights of its experts."""
+        weights_TE = pack(probs, routing_map, None)
         return weights_TE.unflatten(-1, (self.ep_size, -1)).transpose(0, 1)
 
     def plan_rows(self, choices: torch.Tensor) -> tuple[Permutation, torch.Tensor]:
         """The rows for this rank's experts and their weights `[N]`, from all ranks' choices."""
         with torch.no_grad():
-            permutation = plan_map(~((choices == 0) & choices.signbit()))
+            _, chosen = unpack(choices, None, 0, self.num_local_experts)
+            permutation = plan_map(chosen)
         return permutation, choices.flatten().index_select(0, permutation.order_N)
 
     def dispatch_preprocess(

@@ -43,9 +43,7 @@ class AllToAllDispatcher(Dispatcher[Exchange]):
         self, tokens: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
     ) -> tuple[Exchange, torch.Tensor, torch.Tensor]:
         """Sort the choices by expert, hence by rank: rows `[N, H]` and their weights `[N]`."""
-        moe = self.config.moe
-        every_token = None if moe.router == "expert_choice" else moe.top_k
-        sending, weights_N = sort_by_expert(probs, routing_map, every_token)
+        sending, weights_N = sort_by_expert(probs, routing_map, self.choices)
         rows_NH = permute(tokens.flatten(0, -2), sending)
         return Exchange(tokens.shape, sending=sending), rows_NH, weights_N
 

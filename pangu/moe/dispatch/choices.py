@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from configs.schema import MoEConfig
 from pangu.ops.permute import Permutation, plan, plan_map
+
+
+def choices_per_token(moe: MoEConfig) -> int | None:
+    """How many experts every token has; None where experts choose tokens, and tokens differ."""
+    return None if moe.router == "expert_choice" else moe.top_k
 
 
 def choices(
@@ -20,6 +26,35 @@ def choices(
     keys = torch.arange(size, 0, -1, dtype=torch.int32, device=chosen.device) * chosen
     indices = size - keys.topk(k, dim=-1).values.long()
     return indices, weights.gather(-1, indices)
+
+
+def pack(weights_TE: torch.Tensor, chosen_TE: torch.Tensor, k: int | None) -> torch.Tensor:
+    """What another rank must know of the choices: `[T, 2k]`, experts and then weights. Expert
+    numbers ride as floats, which hold them exactly. `k` is the number of every token's choices;
+    where tokens differ in it (None), `[T, E]`: the weights, and -0.0, which no chosen expert has,
+    for those not chosen."""
+    if k is None:
+        return torch.where(chosen_TE, weights_TE + 0.0, -0.0)
+    experts_TK, weights_TK = choices(weights_TE, chosen_TE, k)
+    return torch.cat([experts_TK.to(weights_TE.dtype), weights_TK], dim=-1)
+
+
+def unpack(
+    packed: torch.Tensor, k: int | None, first: int, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and bool choices `[T, count]` of the experts from `first` on, of what was packed.
+    No shape depends on values."""
+    if k is None:
+        weights = packed[:, first : first + count]
+        return weights, ~((weights == 0) & weights.signbit())
+    experts_TK, weights_TK = packed.split(k, dim=-1)
+    places = experts_TK.detach().long() - first
+    # Other experts' weights end in a column of their own, which is left out.
+    places = torch.where((places >= 0) & (places < count), places, count)
+    wide = (packed.size(0), count + 1)
+    weights = weights_TK.new_zeros(wide).scatter(1, places, weights_TK)
+    chosen = torch.zeros(wide, dtype=torch.bool, device=packed.device).scatter(1, places, True)
+    return weights[:, :count], chosen[:, :count]
 
 
 def sort_by_expert(

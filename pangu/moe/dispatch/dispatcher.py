@@ -31,7 +31,8 @@ Record = TypeVar("Record", bound=DispatchRecord)
 class Dispatcher(ABC, Generic[Record]):
     """Moves tokens to their experts and back; the stages are called in the order written here.
 
-    A dispatcher itself holds sizes and groups alone, nothing of a call.
+    A dispatcher itself holds sizes and groups alone, nothing of a call. `choices` is how many
+    experts every token has; None where tokens differ in it.
     """
 
     def __init__(
@@ -39,9 +40,11 @@ class Dispatcher(ABC, Generic[Record]):
         num_local_experts: int,
         config: MoETransformerConfig,
         pg_collection: ProcessGroupCollection,
+        choices: int | None,
     ) -> None:
         self.num_local_experts = num_local_experts
         self.config = config
+        self.choices = choices
         self.ep_group = pg_collection.ep
         self.tp_group = pg_collection.expt_tp
         self.tp_ep_group = pg_collection.tp_ep

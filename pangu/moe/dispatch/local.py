@@ -19,7 +19,7 @@ class LocalDispatcher(Dispatcher[DispatchRecord]):
         self, tokens: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
     ) -> tuple[DispatchRecord, torch.Tensor, torch.Tensor]:
         """Sort the choices by expert: rows `[N, H]` and their weights `[N]`."""
-        permutation, weights_N = sort_by_expert(probs, routing_map, self.config.moe.top_k)
+        permutation, weights_N = sort_by_expert(probs, routing_map, self.choices)
         rows_NH = permute(tokens.flatten(0, -2), permutation)
         return DispatchRecord(tokens.shape, permutation), rows_NH, weights_N
 

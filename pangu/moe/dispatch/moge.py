@@ -27,11 +27,12 @@ class MogeDispatcher(AllGatherDispatcher):
     def choices_by_rank(self, probs: torch.Tensor, routing_map: torch.Tensor) -> torch.Tensor:
         """`[EP, T, 2·J]`: J experts, counted from the rank's first, and their weights. Expert
         numbers ride as floats, which hold them exactly."""
+        assert self.choices is not None
         shape = (self.ep_size, self.num_local_experts)
         experts_TEJ, weights_TEJ = choices(
             probs.unflatten(-1, shape),
             routing_map.unflatten(-1, shape),
-            self.config.moe_router_topk // self.ep_size,
+            self.choices // self.ep_size,
         )
         return torch.cat([experts_TEJ.to(probs.dtype), weights_TEJ], dim=-1).transpose(0, 1)
 
