@@ -25,10 +25,11 @@ Purpose = Literal["train", "plan"]
 
 @dataclass(frozen=True)
 class Started:
-    """What a launcher has started: `processes` in all. It says so in the environment `variable`;
-    `option` of its command line sets it."""
+    """What a launcher has started: `processes` in all, `per_node` of them on this one. It says so
+    in the environment `variable`; `option` of its command line sets it."""
 
     processes: int
+    per_node: int
     variable: str
     option: str
 
@@ -107,7 +108,7 @@ def examine(
     Overrides that cannot be read are left out when the rest is checked.
 
     Args:
-        started: by a launcher; becomes `devices`.
+        started: by a launcher; becomes `devices` and `launch`.
         alone: no launcher, so that this machine's processes are all there is.
     """
     found: list[Violation] = []
@@ -134,7 +135,9 @@ def examine(
         hint = f"devices={started.processes} or null; or {started.option}={config.devices}"
         found.append(Violation("devices", config.devices, reason, hint))
     if started:
-        config = replace(config, devices=started.processes)
+        nodes = max(started.processes // started.per_node, 1)
+        launch = replace(config.launch, processes=started.per_node, nodes=nodes)
+        config = replace(config, devices=started.processes, launch=launch)
     if alone:
         found += _alone(config)
     named = {violation.key for violation in found}

@@ -28,9 +28,14 @@ def dispatcher(moe: MoEConfig, expert_parallel: int, expert_tensor_parallel: int
 
 
 def why_not(
-    kind: DispatcherType, moe: MoEConfig, expert_parallel: int, expert_tensor_parallel: int
+    kind: DispatcherType,
+    moe: MoEConfig,
+    expert_parallel: int,
+    expert_tensor_parallel: int,
+    ranks_per_node: int = 0,
 ) -> str:
-    """Why a dispatcher cannot serve this router over these ranks; "" where it can."""
+    """Why a dispatcher cannot serve this router over these ranks; "" where it can. `ranks_per_node`
+    is 0 where it is not known."""
     spread = expert_parallel * expert_tensor_parallel
     if kind == "local" and spread > 1:
         return f"tokens cannot stay local: experts are spread over EP x ETP = {spread} ranks"
@@ -42,5 +47,16 @@ def why_not(
         return (
             f"equal splits need whole groups on every rank: {moe.num_expert_groups} groups over "
             f"{expert_parallel} expert-parallel ranks"
+        )
+    if kind == "hierarchical" and expert_tensor_parallel > 1:
+        return (
+            "it takes tokens to whole experts, and expert_tensor_parallel_size = "
+            f"{expert_tensor_parallel} slices them"
+        )
+    if kind == "hierarchical" and ranks_per_node and expert_parallel % ranks_per_node:
+        inside = "lie inside one node" if expert_parallel < ranks_per_node else "do not fill nodes"
+        return (
+            f"its two levels are nodes and their ranks: {expert_parallel} expert-parallel ranks "
+            f"{inside} of {ranks_per_node}"
         )
     return ""

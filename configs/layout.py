@@ -1,8 +1,19 @@
-"""Which layers a pipeline stage holds. The trainer and the simulator both ask here."""
+"""Which layers a pipeline stage holds, and which ranks share a node. The trainer and the simulator
+both ask here."""
 
 from __future__ import annotations
 
 from configs.schema import Config
+
+
+def ranks_per_node(config: Config) -> int:
+    """Ranks that share a node: as they are started, or else the planned machine's; 0 where neither
+    tells."""
+    launch = config.launch
+    if launch.processes * launch.nodes == config.world_size:
+        return launch.processes
+    planned = (config.hardware or {}).get("devices_per_node")
+    return planned if isinstance(planned, int) and planned > 0 else 0
 
 
 def num_virtual_stages(config: Config) -> int:

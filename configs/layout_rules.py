@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from configs.dispatch import why_not
-from configs.layout import num_virtual_stages
+from configs.layout import num_virtual_stages, ranks_per_node
 from configs.problem import CP, EP, ETP, PP, TP, VPP, Problem, divides, divisors, get, multiples
 from configs.schema import Config
 
@@ -94,10 +94,14 @@ def _expert_widths(config: Config) -> Iterator[Problem]:
         yield Problem("MoE needs SP", key, False, reason, {key: [True], TP: [1]})
     kind, key = config.moe.dispatcher, "moe.dispatcher"
     sizes = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
-    if kind != "auto" and (reason := why_not(kind, config.moe, *sizes)):
-        options: dict[str, list[Any]] = {key: ["auto", "alltoall", "allgather"]}
+    per_node = ranks_per_node(config)
+    if kind != "auto" and (reason := why_not(kind, config.moe, *sizes, per_node)):
+        options: dict[str, list[Any]] = {key: ["auto", "alltoall", "allgather", "deduplicated"]}
         if kind == "moge":
             options[EP] = divisors(config.moe.num_expert_groups)
+        if kind == "hierarchical":
+            options[ETP] = [1]
+            options[EP] = [n for n in divisors(model.num_experts) if n % (per_node or 1) == 0]
         yield Problem("dispatcher", key, kind, reason, options)
 
 

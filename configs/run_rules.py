@@ -112,7 +112,6 @@ def trainer_limits(config: Config) -> Iterator[Problem]:
         ("parallel.schedule", ["1f1b"]),
         ("parallel.zero_stage", [0, 1]),
         ("backend.precision", ["auto", "fp32", "fp64", "bf16"]),
-        ("moe.dispatcher", ["auto", "local", "allgather", "alltoall", "deduplicated", "moge"]),
     )
     for key, allowed in limits:
         if (value := get(config, key)) not in allowed:

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from configs import check
 from configs.check import warnings
+from configs.layout import ranks_per_node
 from configs.process_groups import process_groups
 from configs.schema import Config
 from configs.violation import Violation
@@ -23,7 +24,7 @@ from launch.environment import ProcessEnvironment
 from pangu import machine_check, preflight
 from pangu.preflight import precision
 from pangu.violation_table import console, print_violations, print_warnings
-from simulator.api import Rank, count_parameters, load_hardware, pipeline_ranks
+from simulator.api import Rank, count_parameters, pipeline_ranks
 
 # Keys whose violations leave intact what the model and its layout are.
 ELSEWHERE = {"backend", "data.blend", "data.validation_blend", "data.tokenizer", "data.cache_dir"}
@@ -84,7 +85,7 @@ def examine(overrides: list[str]) -> tuple[Config | None, list[Violation], list[
 
 def show_groups(config: Config, groups: dict[str, list[list[int]]]) -> None:
     """One row per kind of group. `reach`: whether its ranks share a node."""
-    node = devices_per_node(config)
+    node = ranks_per_node(config)
     ranks = f"{config.world_size} rank" + ("s" if config.world_size > 1 else "")
     title = ranks + (f", {node} per node" if node else "")
     table = Table(title=title, title_justify="left")
@@ -106,13 +107,6 @@ def shortened(ranks: Sequence[int], most: int = 6) -> str:
     if len(ranks) <= most:
         return ", ".join(map(str, ranks))
     return ", ".join(map(str, ranks[: most // 2])) + f", … {ranks[-1]}"
-
-
-def devices_per_node(config: Config) -> int:
-    """From the machine preset or the launcher's processes; 0 where neither tells."""
-    if config.hardware:
-        return load_hardware(config.hardware).devices_per_node
-    return config.launch.processes if config.launch.processes > 1 or not config.devices else 0
 
 
 def reach(groups: list[list[int]], node: int) -> str:

@@ -54,7 +54,8 @@ def examine(
     this process: one of a launcher's, or alone on this machine."""
     started = None
     if process.launched:
-        started = check.Started(process.world_size, *process.count_is_set_by())
+        counted = process.count_is_set_by()
+        started = check.Started(process.world_size, process.local_world_size, *counted)
     config, found = check.examine(overrides, started=started, alone=not process.launched)
     if config is None:
         return None, found

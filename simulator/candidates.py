@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from configs.dispatch import why_not
+from configs.layout import ranks_per_node
 from configs.schema import Config
 from simulator.array import Array
 from simulator.hardware import load_hardware
@@ -140,7 +141,8 @@ def _indivisible_sizes(
     yield "an expert's width does not split over ETP", model.moe_ffn_hidden_size % etp != 0
     kind = config.moe.dispatcher
     if model.num_experts and kind != "auto":
-        unserved = np.vectorize(lambda *sizes: bool(why_not(kind, config.moe, *map(int, sizes))))
+        node = ranks_per_node(config)
+        unserved = np.vectorize(lambda n, m: bool(why_not(kind, config.moe, int(n), int(m), node)))
         yield f"moe.dispatcher={kind} cannot serve its ranks", unserved(ep, etp)
     if not everything and np.size(axis["etp"]) > 1:
         yield "experts are cut over all TP ranks or none", (etp != 1) & (etp != tp)

@@ -25,7 +25,7 @@ MODEL = [
 
 def steps(overrides: list[str], world_size: int, count: int) -> list[tuple[float, float]]:
     """(loss, gradient norm) of the first `count` steps on this rank's part of a layout."""
-    from megatron.core import parallel_state
+    import gloo
 
     from pangu.data.datasets import batches, build_datasets
     from pangu.engines.contract import StepShape
@@ -57,7 +57,7 @@ def steps(overrides: list[str], world_size: int, count: int) -> list[tuple[float
         engine.set_learning_rate(config.optimizer.lr)
         result = engine.train_step(iterator, shape)
         results.append((result.loss, result.grad_norm))
-    parallel_state.destroy_model_parallel()
+    gloo.drop_groups()
     return results
 
 

@@ -55,6 +55,21 @@ BROKEN = [
         "4 groups over 8 expert-parallel",
     ),
     (["moe.dispatcher=local", f"{EP}=2", "devices=2"], "moe.dispatcher", "EP x ETP = 2"),
+    (
+        ["moe.dispatcher=hierarchical", f"{EP}=2", "launch.processes=4"],
+        "moe.dispatcher",
+        "inside one",
+    ),
+    (
+        ["moe.dispatcher=hierarchical", f"{EP}=4", "launch.processes=3", "launch.nodes=4"],
+        "moe.dispatcher",
+        "do not fill nodes of 3",
+    ),
+    (
+        ["moe.dispatcher=hierarchical", f"{TP}=2", f"{ETP}=2", "devices=4"],
+        "moe.dispatcher",
+        "whole experts",
+    ),
     ([f"{PP}=3", "devices=3", "train.global_batch_size=9"], PP, "4 layers do not fill"),
     ([f"{VPP}=2"], VPP, "only one"),
     ([f"{PP}=2", "devices=2", "parallel.pipeline_layout=[4]"], "parallel.pipeline_layout", "1 st"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
@@ -22,21 +23,21 @@ _groups: NodeGroups | None = None
 
 
 def initialize(ranks_per_node: int, timeout: timedelta | None = None) -> NodeGroups:
-    """Make this rank's groups, anew, after megatron-core's; all expert-parallel ranks call it.
+    """Make the groups of all ranks, anew, after megatron-core's; every rank calls it.
 
     Raises:
         ValueError: the expert-parallel ranks do not fill whole nodes.
     """
     global _groups
     ranks = dist.get_process_group_ranks(parallel_state.get_expert_model_parallel_group())
-    if len(ranks) % ranks_per_node or ranks[-1] - ranks[0] != len(ranks) - 1:
+    size = len(ranks)
+    if size % ranks_per_node or ranks[-1] - ranks[0] != size - 1:
         raise ValueError(f"expert-parallel ranks {ranks} do not fill nodes of {ranks_per_node}")
-    nodes = [ranks[i : i + ranks_per_node] for i in range(0, len(ranks), ranks_per_node)]
-    here = next(node for node in nodes if dist.get_rank() in node)
-    place = here.index(dist.get_rank())
+    # Ranks that follow one another hold whole experts, so the others' groups are such blocks too.
+    world = torch.arange(dist.get_world_size()).view(-1, size // ranks_per_node, ranks_per_node)
     _groups = NodeGroups(
-        inside=_group(here, timeout, "EXPERTS_INSIDE_NODE"),
-        between=_group([node[place] for node in nodes], timeout, "EXPERTS_BETWEEN_NODES"),
+        inside=_own(world.flatten(0, 1), timeout, "EXPERTS_INSIDE_NODE"),
+        between=_own(world.mT.flatten(0, 1), timeout, "EXPERTS_BETWEEN_NODES"),
     )
     return _groups
 
@@ -52,6 +53,8 @@ def current() -> NodeGroups:
     return _groups
 
 
-def _group(ranks: list[int], timeout: timedelta | None, name: str) -> dist.ProcessGroup:
-    # Pipeline stages without experts make none: the members alone agree on it.
-    return dist.new_group(ranks, timeout, use_local_synchronization=True, group_desc=name)
+def _own(ranks: torch.Tensor, timeout: timedelta | None, name: str) -> dist.ProcessGroup:
+    """Of groups `[groups, ranks]`, made in the same order everywhere, the one of this rank."""
+    own, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout, group_desc=name)
+    assert own is not None
+    return own
