@@ -251,9 +251,11 @@ def rank_seconds(parts: Parts, contents: list[StageContent]) -> RankSeconds:
         waiting(host, device, norm)
         for host, device in zip(issuing, (forward, backward + weight), strict=True)
     ]
-    return RankSeconds(
-        forward + waits[0], backward + waits[1], weight, hideable, waits[0] + waits[1]
-    )
+    # Side by side, both passes take what is left of them, and the host issues both meanwhile.
+    apart = forward + backward + weight
+    beside = apart - hideable + waiting(issuing[0] + issuing[1], apart - hideable, norm)
+    saved = np.maximum(apart + waits[0] + waits[1] - beside, 0.0)
+    return RankSeconds(forward + waits[0], backward + waits[1], weight, saved, waits[0] + waits[1])
 
 
 def exchange_share(parts: Parts) -> float:
