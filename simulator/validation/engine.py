@@ -205,8 +205,9 @@ def _dispatcher(row: Row) -> DispatcherType:
 
 def _parallel(row: Row, assumed: list[str]) -> ParallelConfig:
     sizes = {name: row.number(name, 1) for name in ("tp", "pp", "vpp", "ep", "etp", "cp")}
+    noops = _noop_layers(row)
     if not row.number("vpp") and sizes["pp"] > 1:
-        sizes["vpp"] = _virtual_stages(row, row.number("layers") // sizes["pp"])
+        sizes["vpp"] = _virtual_stages(row, (row.number("layers") + noops) // sizes["pp"])
         assumed.append(f"{sizes['vpp']} virtual stages per rank")
     # Before parallel folding, experts were cut as attention is.
     unfolded = row.mentions("Parallel Folding") and not row.mentions("w/ Folding")
@@ -219,6 +220,7 @@ def _parallel(row: Row, assumed: list[str]) -> ParallelConfig:
         sequence_parallel=not row.mentions("no sequence parallel", "SC21 arXiv", DEEPSPEED),
         pipeline_model_parallel_size=sizes["pp"],
         virtual_pipeline_model_parallel_size=sizes["vpp"],
+        num_noop_layers=noops,
         context_parallel_size=sizes["cp"],
         # Megatron's default; its all-to-all is named where a table used it.
         context_parallel_type="all_to_all" if row.mentions("ulysses", "CP A2A") else "ring",
@@ -269,6 +271,12 @@ def _virtual_stages(row: Row, layers: int) -> int:
     if row.mentions("interleaved"):
         return next((v for v in (2, 3, 4) if layers % v == 0), 1)
     return 1
+
+
+def _noop_layers(row: Row) -> int:
+    """Llama 3 has a layer less in its first and in its last stage: the first chunk of the first
+    rank is the embedding alone, the last of the last rank the loss (arXiv 2407.21783, 3.3.2)."""
+    return 2 if row.mentions("Llama 3 Herd") else 0
 
 
 def _zero_stage(row: Row, sharded: bool) -> int:
