@@ -325,6 +325,19 @@ class SimulationConfig:
     # `deduplicated` sends a token once to a node, not to a rank, and hands it on there, by kernels
     # that take few of the device's cores (DeepEP, HybridEP).
     node_forwarding: bool = False
+    # Tensor-parallel collectives of the backward pass run beside the other gradient's product, as
+    # megatron-core issues them; else they stand alone (PyTorch's DTensor).
+    tp_gradient_overlap: bool = True
+    # Operands are cast to float8 before tensor-parallel ranks or sharded weights are gathered
+    # (torchao's tensor-wise scaling); else they are gathered in 16 bits.
+    fp8_gathers: bool = False
+    # Passes that casting an operand to float8 takes, each a read and two writes (rows and columns).
+    fp8_cast_passes: Positive = 1.0
+    # Attention and MLP read one norm and are added up once (PaLM's parallel layers): one gathering
+    # and one reduction for both.
+    parallel_block: bool = False
+    # Interleaved pipelines send beside the next chunk's computing; else each send is waited for.
+    overlap_sends: bool = True
     # Pipeline sends cut over tensor-parallel ranks even without sequence parallelism (Megatron of
     # 2021, arXiv 2104.04473).
     scatter_gather_sends: bool = False

@@ -361,7 +361,8 @@ def sharded_weights(parts: Parts, block: BlockSeconds, kind: LayerKind) -> tuple
         size, stride = layout.size(group), layout.stride(group)
         if early:  # every neighbour as far as the next node's
             stride = np.maximum(stride, s.domain)
-        weights = collective_seconds(hw, "all_gather", elements * s.element, size, stride)
+        sent = s.linear_element if s.traits.fp8_gathers and s.dtype == "fp8" else s.element
+        weights = collective_seconds(hw, "all_gather", elements * sent, size, stride)
         gather = gather + np.where(layout.zero >= 3, weights, 0.0)
         grads = collective_seconds(hw, "reduce_scatter", elements * grad, size, stride)
         reduce = reduce + np.where(layout.zero >= 2, grads, 0.0)

@@ -45,6 +45,7 @@ class Layout:
     noop_layers: Array = 0
     deal: Array = 0  # index of `DEALS`
     schedule: Array = 0
+    overlap_sends: bool = True  # of interleaved pipelines
     overlap_grad_reduce: Mask = False
     overlap_param_gather: Mask = False
     # full recomputation: none, or of `recompute_layers` layers of each virtual stage (block), or
@@ -144,6 +145,7 @@ def from_config(config: Config) -> Layout:
         num_microbatches=config.num_microbatches,
         noop_layers=p.num_noop_layers,
         schedule=SCHEDULES.index(p.schedule),
+        overlap_sends=config.simulation.overlap_sends,
         overlap_grad_reduce=p.overlap_grad_reduce,
         overlap_param_gather=p.overlap_param_gather,
         full_recompute=memory.recompute_granularity == "full",

@@ -95,7 +95,8 @@ def pipeline_seconds(layout: Layout, ranks: list[tuple[Ranks, RankSeconds]], sen
     p, v, m = layout.pp, layout.vpp, layout.num_microbatches
     schedule = layout.schedule
     zero_bubble = (schedule == SCHEDULES.index("zero_bubble")) & (v == 1)
-    waits = np.where(v > 1, 0.0, 1.0) * send
+    hidden = (v > 1) & layout.overlap_sends
+    waits = np.where(hidden, 0.0, v) * send
     through: Array = 0.0
     forward_through: Array = 0.0
     slowest_forward: Array = 0.0
@@ -118,6 +119,6 @@ def pipeline_seconds(layout: Layout, ranks: list[tuple[Ranks, RankSeconds]], sen
         own = m * both - hidden_seconds(layout, group.first, seconds)
         own = np.where(group.count > 0, own + through - once, 0.0)
         slowest = np.maximum(slowest, own)
-    slowest = slowest + np.where(v > 1, 2.0 * (p - 1 + (v - 1) * p) * send, 0.0)
+    slowest = slowest + np.where(hidden, 2.0 * (p - 1 + (v - 1) * p) * send, 0.0)
     gpipe = (m - 1) * (slowest_forward + slowest_backward) + forward_through
     return np.where(schedule == SCHEDULES.index("gpipe"), gpipe, slowest)

@@ -99,7 +99,8 @@ def _run(
         orders = [interleaved_order(p, v, m, rank, early) for rank in range(p)]
         if early:
             orders = [_paired(order, p, v, m, rank) for rank, order in enumerate(orders)]
-    return _follow(orders, units, send, p, v)
+    waited = v == 1 or not layout.overlap_sends
+    return _follow(orders, units, send, p, v, waited=waited)
 
 
 def forward_units(p: int, v: int, m: int) -> list[tuple[int, int]]:
@@ -152,13 +153,19 @@ def _paired(order: list[Unit], p: int, v: int, m: int, rank: int) -> list[Unit]:
 
 
 def _follow(
-    orders: list[list[Unit]], units: list[list[UnitSeconds]], send: float, p: int, v: int
+    orders: list[list[Unit]],
+    units: list[list[UnitSeconds]],
+    send: float,
+    p: int,
+    v: int,
+    *,
+    waited: bool,
 ) -> Timeline:
-    """Run fixed orders. Without interleaving a rank waits for its sends; with it they only
+    """Run fixed orders. Without interleaving a rank waits for its sends; with it they mostly only
     delay the receiver."""
     run = _Following(units, p, p * v - 1)
-    run.waits = send if v == 1 else 0.0
-    run.delay = send if v > 1 and p > 1 else 0.0
+    run.waits = send if waited else 0.0
+    run.delay = send if not waited and p > 1 else 0.0
     run.ahead[0] = {batch: 0.0 for _, batch, _ in orders[0]}
     position = [0] * p
     waiting = list(range(p))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from simulator.array import Array
 from simulator.counts.attention import attention
@@ -15,7 +15,24 @@ from simulator.parameters import LayerKind, mtp_kind
 
 def layer(s: Shapes, kind: LayerKind, load: Array = 1.0) -> Counts:
     """One transformer layer."""
-    return attention(s) + (dense_mlp(s) if kind == "dense" else moe(s, load))
+    counts = attention(s) + (dense_mlp(s) if kind == "dense" else moe(s, load))
+    return _side_by_side(counts) if s.traits.parallel_block and kind == "dense" else counts
+
+
+# What attention and MLP have in common where they stand side by side: the norm and its output,
+# gathered once, and the sum of both, reduced once.
+COMMON: tuple[str, ...] = ("mlp.norm", "attention.residual", "mlp.fc1 input", "mlp.fc1 gradient")
+COMMON += ("attention.proj output",)
+
+
+def _side_by_side(counts: Counts) -> Counts:
+    """A dense layer whose attention and MLP read the same norm."""
+    return replace(
+        counts,
+        operators=[each for each in counts.operators if not each.name.startswith(COMMON)],
+        messages=[each for each in counts.messages if not each.name.startswith(COMMON)],
+        saved=[each for each in counts.saved if not each.name.startswith(COMMON)],
+    )
 
 
 @dataclass(frozen=True)

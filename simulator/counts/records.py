@@ -220,7 +220,7 @@ def _quantised(
     gradient backward, each read once and written twice, plain and transposed."""
     if s.linear_element == s.element:
         return []
-    moved = rows * (s.element + 2 * s.linear_element)
+    moved = rows * (s.element + 2 * s.linear_element) * s.traits.fp8_cast_passes
     return vector(f"{name} quantised", inputs * moved, outputs * moved, recompute, count)
 
 

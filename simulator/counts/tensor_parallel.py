@@ -18,46 +18,25 @@ def before_column(
 ) -> list[Message]:
     """Around a column-cut matrix whose input is `[tokens, width]`.
 
-    The gradient's reduction runs beside the weight gradient and the second gathering of the
-    input beside the input gradient; the forward gathering only with fused kernels.
+    Megatron runs the gradient's reduction beside the weight gradient and the second gathering of
+    the input beside the input gradient; the forward gathering is hidden only with fused kernels,
+    with which the gradient's reduction is fused too where it is not beside the weight gradient.
     """
     parallel = _sequence_parallel(s)
     size = s.tokens * width * s.element
-    fused = f"{linear}:forward" if s.traits.tp_comm_overlap else ""
+    gathered = s.tokens * width * _gathered_element(s)
+    beside = s.traits.tp_gradient_overlap
+    fused = s.traits.tp_comm_overlap
+    forward = f"{linear}:forward" if fused else ""
+    again = f"{linear}:{'input' if beside else 'weight'}_gradient" if beside or fused else ""
+    back = f"{linear}:{'weight' if beside else 'input'}_gradient" if beside or fused else ""
+    name, gradient = f"{linear} input", f"{linear} gradient"
+    twice = f"{name} again"
     return [
-        Message(
-            f"{linear} input", "forward", "all_gather", group, size, fused, recompute, parallel
-        ),
-        Message(
-            f"{linear} input again",
-            "weight_gradient",
-            "all_gather",
-            group,
-            size,
-            f"{linear}:input_gradient",
-            "",
-            parallel,
-        ),
-        Message(
-            f"{linear} gradient",
-            "input_gradient",
-            "reduce_scatter",
-            group,
-            size,
-            f"{linear}:weight_gradient",
-            "",
-            parallel,
-        ),
-        Message(
-            f"{linear} gradient",
-            "input_gradient",
-            "all_reduce",
-            group,
-            size,
-            f"{linear}:weight_gradient",
-            "",
-            1 - parallel,
-        ),
+        Message(name, "forward", "all_gather", group, gathered, forward, recompute, parallel),
+        Message(twice, "weight_gradient", "all_gather", group, gathered, again, "", parallel),
+        Message(gradient, "input_gradient", "reduce_scatter", group, size, back, "", parallel),
+        Message(gradient, "input_gradient", "all_reduce", group, size, back, "", 1 - parallel),
     ]
 
 
@@ -67,26 +46,21 @@ def after_row(
     """Around a row-cut matrix whose output is `[tokens, width]`."""
     parallel = _sequence_parallel(s)
     size = s.tokens * width * s.element
+    gathered = s.tokens * width * _gathered_element(s)
     fused = f"{linear}:forward" if s.traits.tp_comm_overlap else ""
     back = f"{linear}:input_gradient" if s.traits.tp_comm_overlap else ""
+    output = f"{linear} output"
+    gradient = f"{linear} output gradient"
     return [
-        Message(
-            f"{linear} output", "forward", "reduce_scatter", group, size, fused, recompute, parallel
-        ),
-        Message(
-            f"{linear} output", "forward", "all_reduce", group, size, fused, recompute, 1 - parallel
-        ),
-        Message(
-            f"{linear} output gradient",
-            "input_gradient",
-            "all_gather",
-            group,
-            size,
-            back,
-            "",
-            parallel,
-        ),
+        Message(output, "forward", "reduce_scatter", group, size, fused, recompute, parallel),
+        Message(output, "forward", "all_reduce", group, size, fused, recompute, 1 - parallel),
+        Message(gradient, "input_gradient", "all_gather", group, gathered, back, "", parallel),
     ]
+
+
+def _gathered_element(s: Shapes) -> float:
+    """Bytes of an element that is gathered for a product."""
+    return s.linear_element if s.traits.fp8_gathers and s.dtype == "fp8" else s.element
 
 
 def _sequence_parallel(s: Shapes) -> Array:

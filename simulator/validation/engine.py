@@ -56,6 +56,10 @@ VOCABULARIES = {"Mixtral": 32768, "Llama": 128256, "Qwen": 151936, "GPT": 51200}
 # Microsoft's fork of Megatron in 2022: unfused attention, no sequence parallelism, float16
 # gradients reduced whole, pipeline sends cut over tensor-parallel ranks.
 DEEPSPEED = "Megatron-DeepSpeed"
+# Float8 with a scale for every row or column: each operand is cast along both from 16 bits, by
+# compiled kernels (calibrated, see simulator.validation.split); products are as fast as with one
+# scale per tensor (pull request 2185 of pytorch/ao, TP 8 shapes of Llama 70B).
+ROWWISE_CASTS = 4.3
 DROPPED = ("CF=1", "token drop", "token-drop", "tokendrop")
 
 
@@ -215,6 +219,7 @@ def _parallel(row: Row, assumed: list[str]) -> ParallelConfig:
         sizes["etp"] = sizes["tp"]
     sharded = row.mentions("FSDP", "ZeRO-3")
     modern = row.mentions("Megatron-Bridge", "NeMo", "ModelZoo", "Megatron Core", "MegaScale")
+    modern = modern and not _before_overlap(row)
     return ParallelConfig(
         tensor_model_parallel_size=sizes["tp"],
         sequence_parallel=not row.mentions("no sequence parallel", "SC21 arXiv", DEEPSPEED),
@@ -231,6 +236,12 @@ def _parallel(row: Row, assumed: list[str]) -> ParallelConfig:
         overlap_grad_reduce=modern or sharded or row.mentions("overlap-grad-reduce"),
         overlap_param_gather=modern or sharded or row.mentions("overlap-param-gather"),
     )
+
+
+def _before_overlap(row: Row) -> bool:
+    """MegaScale's baseline: Megatron of early 2023 (commit 285068c8), to which the paper adds the
+    overlap of pipeline sends, gradients and parameters as its own (arXiv 2402.15627, table 3)."""
+    return row.mentions("MegaScale NSDI") and row["notes"].startswith("Megatron-LM")
 
 
 OVERLAP = r"(a2a|all-to-all) overlap"
@@ -325,7 +336,7 @@ def _traits(row: Row) -> SimulationConfig:
     )
     notes = row["notes"].lower()
     fused = any(word in notes for word in ("mc2 (", "coc overlap", "async tp", "asynctp"))
-    fused = fused or "tp-comm-overlap" in notes
+    fused = fused or "tp-comm-overlap" in notes or row["notes"].startswith("MegaScale")
     return SimulationConfig(
         transformer_engine=transformer_engine and not early,
         # Gemma 2 caps its attention scores between the two products.
@@ -353,12 +364,18 @@ def _traits(row: Row) -> SimulationConfig:
         expert_streams=True,
         gradient_accumulation_fusion=not row.mentions("SC21 arXiv", "llm-foundry", DEEPSPEED),
         scatter_gather_sends=early,
+        parallel_block=row.mentions("parallel block"),
+        overlap_sends=not _before_overlap(row),
         sharding="deepspeed_2021" if row.mentions("SC21 arXiv") else "fsdp",
         attention_span=_attention_span(row),
         fp8_attention=published is not None and published.fp8_attention,
         balanced_context=not row.mentions("torchtitan"),
         node_forwarding=_forwards(row),
         tp_comm_overlap=fused or row.mentions("Megatron-Bridge", "NeMo"),
+        tp_gradient_overlap=not row.mentions("torchtitan", "Llama 3 Herd"),
+        # torchtitan's `apply_tp` gathers in float8 under tensor-wise scaling alone.
+        fp8_gathers=row.mentions("torchtitan") and "rowwise" not in row["precision"],
+        fp8_cast_passes=ROWWISE_CASTS if "rowwise" in row["precision"] else 1.0,
         swap_optimizer=row.mentions("swap-optimizer"),
     )
 

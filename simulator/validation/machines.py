@@ -44,7 +44,6 @@ PRECISIONS = (
     (r"bf16|^$", "bf16"),
     (r"fp32", "fp32"),
 )
-ROWWISE = 0.5  # calibrated, see simulator.validation.split
 # FlashAttention 2 on H100 over A100, forward and backward, heads of 128: 335 over 203 TFLOP/s
 # (arXiv 2307.08691, figures 4 and 7).
 PORTED = 335 / 203
@@ -69,7 +68,7 @@ def machine(row: Row) -> dict[str, Any]:
                 found["links"] = [*inside, between | {"bandwidth_gbps": speed}]
             if row.mentions("llm-foundry"):
                 found = _eager_kernels(found)
-            return _rowwise(found) if "rowwise" in row["precision"] else found
+            return found
     raise NotPredictable(f"no preset for the device '{row['device']}'")
 
 
@@ -96,14 +95,6 @@ def _eager_kernels(machine: dict[str, Any]) -> dict[str, Any]:
     rates = {name: part * curve[name] for name in ("forward", "backward")}
     memory = {"memory_efficiency": older["memory_efficiency"]}
     return machine | memory | {"attention": curve | rates}
-
-
-def _rowwise(machine: dict[str, Any]) -> dict[str, Any]:
-    """Float8 with one scale per row: its kernels and casts leave ROWWISE of the rate that one
-    scale per tensor reaches."""
-    matmul = machine["matmul"]
-    fp8 = {"fp8": ROWWISE * matmul.get("dtype", {}).get("fp8", 1.0)}
-    return machine | {"matmul": matmul | {"dtype": matmul.get("dtype", {}) | fp8}}
 
 
 @cache
