@@ -16,6 +16,7 @@ from configs.limits import (
     Experts,
     Layers,
     Limits,
+    NotNegative,
     Part,
     PartAboveZero,
     Positive,
@@ -275,8 +276,13 @@ class InferenceConfig:
     weight_dtype: Dtype = "bf16"  # W8A8 is int8 and int8, W4A8 is int4 and int8
     compute_dtype: Dtype = "bf16"
     kv_dtype: Dtype = "bf16"
-    # Proposed per step by multi-token prediction.
-    draft_tokens: Annotated[int, Limits(0, 1024)] = 0
+    draft_tokens: Annotated[int, Limits(0, 1024)] = 0  # proposed for every sequence in each step
+    # Who proposes: the model's own multi-token prediction, its prompt (which costs nothing), or a
+    # model of `configs/model` or of a YAML file.
+    draft: str = "mtp"
+    # What the serving engine spends on each pass of a model beside the device's own time, and on
+    # accepting drafts: scheduling, inputs, sampling. 0: hidden behind the device.
+    host_ms: NotNegative = 0.0
     acceptance_rate: Part = 0.8  # of each drafted token, those before it being accepted
     latency_limit_ms: Positive | None = None
 

@@ -3,6 +3,7 @@ that was measured is like.
 
 - before a run: `predict` (a `Forecast`), `pipeline_ranks` where no machine is named;
 - behind MFU and reports: `model_flops_per_token`, `count_parameters`, `fill_page`;
+- for drafts: `decoding_seconds`;
 - for calibration: `Hardware` and its parts, `load_hardware`, `operator_seconds`, `count_layer`.
 """
 
@@ -16,15 +17,18 @@ import numpy as np
 
 from configs.schema import Config
 from simulator import operators
+from simulator.array import Array
 from simulator.counts.records import Counts
 from simulator.evaluate import Parts, prepare
 from simulator.hardware import Attention, Hardware, Launch, Link, Matmul, Overlap, load_hardware
 from simulator.host import issue_seconds
+from simulator.inference import decode_step
 from simulator.layout import from_config
 from simulator.page import fill as fill_page
 from simulator.parameters import count_parameters, model_flops_per_token
 from simulator.predict import Forecast, predict
 from simulator.ranks import Rank, pipeline_ranks
+from simulator.serving import serving
 
 __all__ = [
     "Attention",
@@ -38,6 +42,7 @@ __all__ = [
     "Rank",
     "count_layer",
     "count_parameters",
+    "decoding_seconds",
     "fill_page",
     "load_hardware",
     "model_flops_per_token",
@@ -57,6 +62,24 @@ def operator_seconds(hardware: Hardware, kind: str, *, dtype: str, **shape: Any)
     """Seconds of one operator of `kind` (matmul, grouped_matmul, attention) and `shape` (names and
     units of `simulator.operators`; arrays broadcast) on `hardware`."""
     return _SECONDS[kind](hardware, **shape, dtype=dtype)
+
+
+def decoding_seconds(
+    config: Config, sequences: Array, tokens: Array = 1, *, context: Array | None = None
+) -> Array:
+    """Seconds of one decoding step of one copy of the model on the machine that `config` names.
+
+    `tokens` new tokens of each of `sequences` sequences pass together, every sequence having
+    `context` positions in the cache (null: the prompt and half of the output of
+    `config.inference`). Arguments broadcast: a whole table of batches × draft lengths in one call.
+
+    Raises:
+        ConfigError: there is no machine, or the layout cannot serve.
+    """
+    layout = serving(config, load_hardware(config.hardware))
+    if context is None:
+        context = config.inference.input_length + config.inference.output_length / 2
+    return decode_step(layout, sequences, context, tokens).seconds
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from simulator.array import Array
 from simulator.collectives import collective_seconds
 from simulator.counts.records import total
 from simulator.hardware import ELEMENT_BYTES, Hardware
-from simulator.imbalance import routing_factor
+from simulator.imbalance import routing_factor, straggler_factor
+from simulator.moesd import active_experts
 from simulator.operators import (
     attention_seconds,
     grouped_matmul_seconds,
@@ -116,7 +117,8 @@ def forecast(serving: Serving, batch: int) -> ServingForecast:
     step = decode_step(serving, batch, context, 1 + options.draft_tokens)
     parts = dict(step.parts)
     if options.draft_tokens:
-        parts["draft"] = options.draft_tokens * _draft_seconds(serving, batch, context)
+        parts["draft"] = options.draft_tokens * draft_seconds(serving, batch, context)
+        parts["rejection"] = rejection_seconds(serving, batch, options.draft_tokens)
     step = Step(parts)
     gained = sum(options.acceptance_rate**i for i in range(options.draft_tokens + 1))
     tpot = float(step.seconds) / gained
@@ -133,12 +135,42 @@ def forecast(serving: Serving, batch: int) -> ServingForecast:
     )
 
 
+def draft_seconds(serving: Serving, batch: Array, context: Array) -> Array:
+    """Drafting one token of every sequence: a step of the drafting model on the sequences of one
+    device, and what samples from it; one layer of the model's last kind, its projection and the
+    head for multi-token prediction; nothing where the prompt is looked up."""
+    model = serving.model
+    if serving.options.draft == "ngram":
+        return np.zeros(np.shape(batch))
+    if draft := serving.draft:
+        share = np.ceil(np.asarray(batch, dtype=float) / serving.devices)
+        return decode_step(draft, share, context).seconds + _sampling_seconds(draft, share)
+    step = decode_step(serving, batch, context)
+    matrices = matmul_parameters_per_token(model, serving.moe, mtp_kind(model))
+    rest = step.parts["head"] + _host_seconds(serving)
+    layer = (step.seconds - rest) / model.num_layers
+    projection = 2.0 * model.hidden_size**2 / matrices
+    return layer * (1 + projection) + rest
+
+
+def rejection_seconds(serving: Serving, batch: Array, draft_tokens: Array) -> Array:
+    """Probabilities of every verified and drafted token, what of them is accepted, and one more
+    sampled from what is left (T_reject)."""
+    rows = np.asarray(batch, dtype=float) * (2.0 * np.asarray(draft_tokens) + 1.0)
+    return 2 * _sampling_seconds(serving, rows) + _host_seconds(serving)
+
+
+def _sampling_seconds(serving: Serving, rows: Array) -> Array:
+    """A softmax over float32 logits, and a choice from it."""
+    return 2 * vector_seconds(serving.hardware, 8.0 * rows * serving.model.vocab_size)
+
+
 def memory_bytes(serving: Serving, batch: Array) -> Array:
     """Weights, cache at its longest, and the widest activations, on one device."""
     model, options = serving.model, serving.options
     vocabulary = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
     matrices = count_parameters(serving.config).total - vocabulary
-    if options.draft_tokens:
+    if options.draft_tokens and options.draft == "mtp":
         matrices += count_parameters(serving.config).mtp
     weights = matrices * ELEMENT_BYTES[options.weight_dtype] + vocabulary * 2.0
     length = options.input_length + options.output_length
@@ -147,7 +179,10 @@ def memory_bytes(serving: Serving, batch: Array) -> Array:
     # Logits in float32 and a few tensors of hidden size for the tokens of one step.
     tokens = np.asarray(batch) * (1 + options.draft_tokens)
     widest = tokens * (4.0 * model.vocab_size / serving.devices + 16.0 * model.hidden_size)
-    return weights / serving.devices + cached * local + widest
+    drafting: Array = 0.0
+    if serving.draft and options.draft_tokens:
+        drafting = memory_bytes(serving.draft, np.ceil(np.asarray(batch) / serving.devices))
+    return weights / serving.devices + cached * local + widest + drafting
 
 
 def usable_bytes(serving: Serving) -> float:
@@ -205,7 +240,13 @@ def _pass(
     head = matmul_seconds(hw, heads_on, model.vocab_size / n, model.hidden_size, dtype=_plain(hw))
     gather = collective_seconds(hw, "all_gather", heads_on * model.vocab_size * 2.0, n)
     parts["head"] = head + gather
+    if serving.options.host_ms:
+        parts["host"] = _host_seconds(serving)
     return Step(parts)
+
+
+def _host_seconds(serving: Serving) -> float:
+    return serving.options.host_ms / 1e3
 
 
 def _linear(serving: Serving, linear: Linear, tokens: Array, tp: int) -> Array:
@@ -229,9 +270,12 @@ def _mlp(serving: Serving, width: int, tokens: Array) -> Array:
 def _experts(serving: Serving, tokens: Array) -> Array:
     """Router and routed experts of the slowest device."""
     model, moe, hw = serving.model, serving.moe, serving.hardware
-    factor = routing_factor(moe, model.num_experts, np.maximum(tokens, 1.0), serving.ep)
-    held = model.num_experts / serving.ep
-    touched = held * (1.0 - (1.0 - moe.top_k / model.num_experts) ** tokens)
+    chosen = serving.chosen
+    if chosen is None:
+        factor = routing_factor(moe, model.num_experts, np.maximum(tokens, 1.0), serving.ep)
+    else:
+        factor = _measured_factor(serving, chosen, np.maximum(tokens, 1.0))
+    touched = active_experts(tokens, model.num_experts, moe.top_k, chosen=chosen, ranks=serving.ep)
     rows = tokens * moe.top_k / serving.ep * factor
     dtype, weight = serving.options.compute_dtype, ELEMENT_BYTES[serving.options.weight_dtype]
     products: Array = 0.0
@@ -246,6 +290,19 @@ def _experts(serving: Serving, tokens: Array) -> Array:
     permute = 3 * vector_seconds(hw, 4.0 * rows * model.hidden_size)
     activation = vector_seconds(hw, 6.0 * rows * model.moe_ffn_hidden_size / serving.etp)
     return router + choice + permute + products + activation
+
+
+def _measured_factor(serving: Serving, chosen: np.ndarray, tokens: Array) -> Array:
+    """The straggler factor of experts that are as popular as measured, the mean over layers."""
+    groups = serving.moe.num_expert_groups if serving.moe.router == "moge" else 1
+    if groups > 1:  # every rank's load follows from its groups, or nearly so
+        return straggler_factor(
+            tokens, serving.model.num_experts, serving.moe.top_k, serving.ep, groups=groups
+        )
+    mean = chosen.mean(axis=0)
+    return straggler_factor(
+        tokens, len(mean), serving.moe.top_k, serving.ep, popularity=-np.log1p(-mean)
+    )
 
 
 def _small_operators(serving: Serving, tokens: Array, local: Array) -> Array:
@@ -296,16 +353,6 @@ def _cached_attention(serving: Serving, local: Array, new: Array, context: Array
     )
 
 
-def _draft_seconds(serving: Serving, batch: Array, context: Array) -> Array:
-    """Drafting one token: one layer of the model's last kind, its projection, and the head."""
-    model = serving.model
-    step = decode_step(serving, batch, context)
-    matrices = matmul_parameters_per_token(model, serving.moe, mtp_kind(model))
-    layer = (step.seconds - step.parts["head"]) / model.num_layers
-    projection = 2.0 * model.hidden_size**2 / matrices
-    return layer * (1 + projection) + step.parts["head"]
-
-
 def _cache_bytes_per_token(serving: Serving) -> float:
     """One layer's keys and values of one token on one device."""
     model = serving.model
@@ -321,5 +368,5 @@ def _attention_dtype(serving: Serving) -> str:
 
 
 def _plain(hardware: Hardware) -> str:
-    """The 16-bit dtype of the device."""
-    return "bf16" if "bf16" in hardware.peak_tflops else "fp16"
+    """The 16-bit dtype of the device; float32 where it has none."""
+    return next((name for name in ("bf16", "fp16") if name in hardware.peak_tflops), "fp32")

@@ -8,8 +8,11 @@ reduce-scattered over its devices and gathered for the next, which is an all-red
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
+import numpy as np
+
+from configs.compose import load
 from configs.schema import Config, InferenceConfig, ModelConfig, MoEConfig
 from configs.violation import ConfigError, Violation
 from simulator.hardware import Hardware
@@ -17,7 +20,12 @@ from simulator.hardware import Hardware
 
 @dataclass(frozen=True)
 class Serving:
-    """One copy of a model on `devices` devices: the layout and the precisions."""
+    """One copy of a model on `devices` devices: the layout and the precisions.
+
+    `draft` is the model that drafts, None where the model's own layers or the prompt do. `chosen`
+    are the probabilities `[layers, experts]` that a token chooses each expert, where they were
+    measured (`simulator.moesd.read_popularity`).
+    """
 
     config: Config
     hardware: Hardware
@@ -25,6 +33,8 @@ class Serving:
     tp: int
     ep: int
     etp: int
+    draft: Serving | None = None
+    chosen: np.ndarray | None = field(default=None, compare=False)
 
     @property
     def model(self) -> ModelConfig:
@@ -50,7 +60,7 @@ def serving(config: Config, hardware: Hardware) -> Serving:
     are spread over all devices.
 
     Raises:
-        ConfigError: with every size that does not divide.
+        ConfigError: with every size that does not divide, or a draft that is no model.
     """
     p, n = config.parallel, config.world_size
     ep, etp = p.expert_model_parallel_size, p.expert_tensor_parallel_size
@@ -91,4 +101,24 @@ def serving(config: Config, hardware: Hardware) -> Serving:
     if wrong:
         raise ConfigError(wrong)
     hardware.peak(config.inference.compute_dtype)
-    return Serving(config, hardware, n, tp, ep, etp)
+    return Serving(config, hardware, n, tp, ep, etp, draft=_draft(config, hardware))
+
+
+def _draft(config: Config, hardware: Hardware) -> Serving | None:
+    """The model that drafts, whole on every device, each for its share of the sequences."""
+    name = config.inference.draft
+    if name in ("mtp", "ngram"):
+        return None
+    try:
+        model = load([f"model={name}"])
+    except ConfigError as error:
+        first = error.violations[0]
+        reason = "is not mtp, ngram, or a model's name or file"
+        raise ConfigError([Violation("inference.draft", name, reason, first.suggestion)]) from None
+    if model.model.vocab_size != config.model.vocab_size:
+        reason = (
+            f"has {model.model.vocab_size} tokens, {config.model.name} {config.model.vocab_size}"
+        )
+        raise ConfigError([Violation("inference.draft", name, reason)])
+    options = replace(config.inference, draft="ngram", draft_tokens=0)
+    return serving(replace(model, hardware=config.hardware, inference=options), hardware)

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 # In the order in which the help shows them.
-COMMANDS = ("predict", "search", "shape", "infer", "compare", "goodput", "validate", "report")
+COMMANDS = (
+    *("predict", "search", "shape", "infer", "speculate", "compare", "goodput", "validate"),
+    "report",
+)
 
 
 def load_plan(overrides: list[str]) -> Config:

@@ -29,8 +29,8 @@ def compare(
     from simulator.commands.search import load_search_plan, progress_bar
     from simulator.compare import compare as side_by_side
 
-    models, others = _take("model", overrides)
-    machines, others = _take("hardware", others)
+    models, others = take("model", overrides)
+    machines, others = take("hardware", others)
     _check_names(models, machines)
     given = any(line.lstrip("+").startswith(("parallel=", "experiment=")) for line in others)
     read = load_plan if given else load_search_plan
@@ -51,7 +51,7 @@ def compare(
         _show(pairs)
 
 
-def _take(key: str, overrides: list[str]) -> tuple[list[str], list[str]]:
+def take(key: str, overrides: list[str]) -> tuple[list[str], list[str]]:
     """The values of `key=a,b` and the other overrides."""
     values = [
         value.strip()

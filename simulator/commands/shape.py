@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from simulator.shape import Shape, ShapeResult
 
 
+MOST_VALUES = 100_000  # of one range
+
+
 class Goal(Enum):
     """What a shape is good for."""
 
@@ -106,18 +109,19 @@ def values(option: str, text: str) -> list[int]:
     """`FROM:TO:STEP` with both ends, or `A,B,…`, as whole numbers.
 
     Raises:
-        ConfigError: it is neither, or holds nothing positive.
+        ConfigError: it is neither, holds nothing positive, or more than a search could try.
     """
     from configs.violation import ConfigError, Violation
 
     try:
         if ":" in text:
             first, last, *step = (int(part) for part in text.split(":"))
-            found = list(range(first, last + 1, step[0] if step else 1))
-            good = len(step) < 2
+            spread = range(first, last + 1, step[0] if step else 1)
+            good = len(step) < 2 and len(spread) <= MOST_VALUES
+            found = list(spread) if good else []
         else:
             found, good = [int(part) for part in text.split(",")], True
-    except ValueError:
+    except (ValueError, OverflowError):
         found, good = [], False
     if not good or not found or min(found) < 1:
         wanted = "must be FROM:TO:STEP or A,B of positive whole numbers"

@@ -18,9 +18,9 @@ from simulator.operators import (
     vector_seconds,
 )
 
-NAMES = ["a100", "a100_pcie", "ascend_910b_280t", "ascend_910b_313t", "ascend_910b_376t"]
+NAMES = ["a100", "a100_pcie", "a800", "ascend_910b_280t", "ascend_910b_313t", "ascend_910b_376t"]
 NAMES += ["ascend_910c_die", "ascend_a5", "atlas_300i_duo", "b200", "b300", "cloudmatrix384"]
-NAMES += ["gb200", "gb300", "h100", "h100_96g", "h200", "h800"]
+NAMES += ["gb200", "gb300", "h100", "h100_96g", "h200", "h800", "l40"]
 
 
 def benchmarked(name: str) -> Hardware:
