@@ -42,7 +42,7 @@ def speculate(
         str | None, typer.Option(help="Experts per token (K), likewise; left out, the model's own.")
     ] = None,
     popularity: Annotated[
-        Path | None, typer.Option(help="The expert_load.json of a run: how popular experts are.")
+        Path | None, typer.Option(help="expert_load.json of a run: how popular experts are.")
     ] = None,
     fit: Annotated[
         Path | None,
@@ -72,11 +72,9 @@ def speculate(
     batches = None if batch is None else values("--batch", batch)
     _check_size(batches, len(lengths) * len(sparsities or [1]) * len(plans))
     fitted = _fit(plans[0], fit, fit_points) if fit else None
-    curves, dense = [], []
-    for config in plans:
-        sparse, twins = _curves(config, sparsities, lengths, batches, popularity)
-        curves += sparse
-        dense += twins
+    found = [_curves(config, sparsities, lengths, batches, popularity) for config in plans]
+    curves = [each for sparse, _ in found for each in sparse]
+    dense = [each for _, twins in found for each in twins]
     if plot:
         from simulator.speculation_plot import speedup_plot
 

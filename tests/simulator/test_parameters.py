@@ -19,6 +19,8 @@ from simulator.parameters import (
         ("pangu_pro_moe", 71.99, 16.50, 2),
         ("mixtral_8x7b", 46.7, 12.9, 1),
         ("qwen3_30b_a3b", 30.5, 3.4, 1),
+        ("qwen2_57b_a14b", 57.4, 14.2, 1),
+        ("qwen2_0_5b", 0.49, 0.49, 2),
         ("deepseek_v3", 671, 38, 0),
     ],
 )
