@@ -22,7 +22,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing into .venv, which takes some minutes"
 	$(BIN)/python -m pip install -qq --disable-pip-version-check \
-		-c constraints.txt -e ".[train,test]"
+		-c constraints.txt -e ".[train,serve,test]"
 	@touch $@
 
 train: $(INSTALLED)

@@ -1,10 +1,54 @@
-"""What the typer command lines share: a user's mistake is one sentence and exit code 2."""
+"""What command lines share: a user's mistake is one sentence and exit code 2."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, TypeVar
 
 import typer
+
+from configs.violation import Violation
+
+T = TypeVar("T")
+
+
+def option_keys(kind: type[Any]) -> dict[str, str]:
+    """The key of each field of a dataclass of options: `speculative_tokens` is written
+    `speculative.tokens`."""
+    return {
+        field.name: field.name.replace("speculative_", "speculative.") for field in fields(kind)
+    }
+
+
+def read_options(kind: type[T], arguments: Sequence[str]) -> tuple[T, list[Violation]]:
+    """Options of the form key=value, as a dataclass whose first field must be given; and what is
+    wrong with them: unknown and malformed ones, which keep their defaults."""
+    from pydantic import TypeAdapter, ValidationError
+
+    keys = option_keys(kind)
+    names = {key: name for name, key in keys.items()}
+    needed = next(iter(keys))
+    given, violations = {}, []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key in names and equals:
+            given[names[key]] = value
+        else:
+            reason = "unknown key" if equals else "is not of the form key=value"
+            violations.append(Violation(key, value, reason, f"known: {', '.join(names)}"))
+    if needed not in given:
+        violations.append(Violation(needed, "", "is missing", f"{needed}=RUN_DIR"))
+    options: dict[str, str] = {needed: ""} | given
+    try:
+        return TypeAdapter(kind).validate_python(options), violations
+    except ValidationError as error:
+        for item in error.errors():
+            name = str(item["loc"][0])
+            violations.append(Violation(keys[name], item["input"], item["msg"].lower()))
+            del options[name]
+        return TypeAdapter(kind).validate_python(options), violations
 
 
 def run(app: typer.Typer, arguments: list[str], *mistakes: type[Exception]) -> int:

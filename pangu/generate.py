@@ -10,7 +10,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -102,35 +102,11 @@ def parse(arguments: Sequence[str]) -> Options:
     Raises:
         ConfigError: naming every argument that is unknown, malformed or out of range.
     """
-    from pydantic import TypeAdapter, ValidationError
-
     from configs.violation import ConfigError, Violation
+    from pangu.command_line import option_keys, read_options
 
-    names = {
-        field.name.replace("speculative_", "speculative."): field.name for field in fields(Options)
-    }
-    keys = {name: key for key, name in names.items()}
-    given = {}
-    violations = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if key in names and equals:
-            given[names[key]] = value
-        else:
-            reason = "unknown key" if equals else "is not of the form key=value"
-            violations.append(Violation(key, value, reason, f"known: {', '.join(names)}"))
-    if "checkpoint" not in given:
-        reason = "what to generate with is missing"
-        violations.append(Violation("checkpoint", "", reason, "checkpoint=RUN_DIR"))
-    options = {"checkpoint": ""} | given
-    try:
-        found = TypeAdapter(Options).validate_python(options)
-    except ValidationError as error:
-        for item in error.errors():
-            name = str(item["loc"][0])
-            violations.append(Violation(keys[name], item["input"], item["msg"].lower()))
-            del options[name]
-        found = TypeAdapter(Options).validate_python(options)
+    found, violations = read_options(Options, arguments)
+    keys = option_keys(Options)
     ranges = {
         "max_new_tokens": (found.max_new_tokens > 0, "a number of tokens is positive"),
         "temperature": (0 <= found.temperature < math.inf, "must be 0 or more"),

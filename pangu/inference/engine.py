@@ -46,7 +46,8 @@ class Likely:
 class Update:
     """What a step has added to a request.
 
-    `finish`: "" while it goes on, then "stop", "length" or "not finite".
+    `finish`: "" while it goes on, then "stop", "length" or "not finite". `reused`: tokens of its
+    prompt that were in the cache already.
     """
 
     number: int
@@ -54,6 +55,7 @@ class Update:
     text: str = ""
     logprobs: list[Likely] = field(default_factory=list)
     finish: str = ""
+    reused: int = 0
 
 
 @dataclass
@@ -137,10 +139,6 @@ class Engine:
     def cancel(self, number: int) -> None:
         """Drop a request; there is no further update of it."""
         self._end(number)
-
-    def reused_tokens(self, number: int) -> int:
-        """Tokens of a running request's prompt that were in the cache already."""
-        return self._sequences[number].reused
 
     def step(self) -> list[Update]:
         """One pass of the model, and what it has added to which requests. Collective."""
@@ -233,7 +231,7 @@ class Engine:
         self, sequence: batching.Sequence, tokens: Sequence[int], logits: torch.Tensor
     ) -> Update:
         """A sequence with more tokens; those after its end are dropped. logits `[rows, vocab]`"""
-        request, update = sequence.request, Update(sequence.number)
+        request, update = sequence.request, Update(sequence.number, reused=sequence.reused)
         text = self._texts.get(sequence.number)
         for token, row in zip(tokens, logits, strict=False):
             if token == _NO_TOKEN:  # what rank 0 found

@@ -136,7 +136,7 @@ def test_a_damaged_checkpoint_is_a_sentence_and_exit_code_2(ended):
     [
         (["checkpoint=nowhere"], "checkpoint=nowhere: is neither a run folder nor a checkpoint"),
         (["run"], "run=: is not of the form key=value"),
-        (["prompt=x"], "checkpoint=: what to generate with is missing"),
+        (["prompt=x"], "checkpoint=: is missing (checkpoint=RUN_DIR)"),
         (["checkpoint=x", "promt=y"], "promt=y: unknown key (known: checkpoint, prompt"),
         (["checkpoint=x", "temperature=-1"], "temperature=-1.0: must be 0 or more"),
         (["checkpoint=x", "prompt=a", "prompts=b"], "prompts=b: give either prompt or prompts"),

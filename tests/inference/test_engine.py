@@ -77,13 +77,11 @@ def test_a_prompt_that_begins_as_another_did_is_computed_from_there_on(model):
     engine = make(model)
     assert [decode(engine, [request])[0] for request in asked] == expected
     number = engine.add(asked[0])
-    engine.step()
-    assert engine.reused_tokens(number) == 28  # whole pages of four of the 31, but not the last
+    assert engine.step()[0].reused == 28  # whole pages of four of the 31, but not the last
     engine.cancel(number)
     engine.scheduler.pool.forget()
-    number = engine.add(asked[0])
-    engine.step()
-    assert engine.reused_tokens(number) == 0
+    engine.add(asked[0])
+    assert engine.step()[0].reused == 0
 
 
 def test_prefixes_in_use_by_several_at_once_stay_until_the_last_has_ended(model):

@@ -1,0 +1,211 @@
+"""Serve: `python -m pangu.serve checkpoint=DIR [key=value] …`, with OpenAI's API.
+
+One process, whatever layout the checkpoint was saved in.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from configs.schema import Config
+    from pangu.data.tokenizer import Tokenizer
+    from pangu.serving.server import Server
+
+USAGE = """usage: python -m pangu.serve checkpoint=DIR [key=value] ...
+
+  checkpoint          a run folder (its newest sound checkpoint) or one checkpoint's folder
+  port                8000; 0 takes a free one and prints it
+  host                127.0.0.1
+  name                what clients call the model; its configuration's name if not given
+  chat_template       a Jinja file; the one that came with the model if not given
+  api_key_file        a file whose first line clients must send as their API key
+  max_length          tokens of a prompt and its answer; at most, and if not given, the model's
+  max_sequences       32; sequences decoded at a time
+  max_batch_tokens    512; tokens that a pass computes
+  max_queue           128; requests that may wait; more are told to come again (429)
+  max_body            1048576; bytes of a request
+  cache_tokens        16384; tokens whose keys and values are kept, of all sequences together
+  drain               60; seconds that answers under way have to end when told to stop (SIGTERM)
+  speculative         none | ngram | draft, as python -m pangu.generate has it
+  speculative.tokens  4
+  draft               the smaller model's folder
+  backend             auto | cpu | cuda | npu
+"""
+
+
+@dataclass
+class Options:
+    """What to serve."""
+
+    checkpoint: str
+    port: int = 8000
+    host: str = "127.0.0.1"
+    name: str = ""
+    chat_template: str = ""
+    api_key_file: str = ""
+    max_length: int = 0
+    max_sequences: int = 32
+    max_batch_tokens: int = 512
+    max_queue: int = 128
+    max_body: int = 2**20
+    cache_tokens: int = 16384
+    drain: int = 60
+    speculative: Literal["none", "ngram", "draft"] = "none"
+    speculative_tokens: int = 4
+    draft: str = ""
+    backend: Literal["auto", "cpu", "cuda", "npu"] = "auto"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The exit code: 0 told to stop, 2 a mistake of the user's."""
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE)
+        return 0
+    from configs.violation import ConfigError
+
+    try:
+        serve(parse(arguments))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> Options:
+    """Options of the command line.
+
+    Raises:
+        ConfigError: naming every argument that is unknown, malformed or out of range.
+    """
+    from configs.violation import ConfigError, Violation
+    from pangu.command_line import option_keys, read_options
+
+    found, violations = read_options(Options, arguments)
+    keys = option_keys(Options)
+    positive = ("max_sequences", "max_batch_tokens", "max_body", "cache_tokens", "drain")
+    fits = {name: (getattr(found, name) > 0, "must be more than 0") for name in positive} | {
+        "port": (0 <= found.port < 2**16, "a port is 0 to 65535"),
+        "max_length": (found.max_length >= 0, "must be more than 0"),
+        "max_queue": (found.max_queue >= 0, "must be 0 or more"),
+        "speculative_tokens": (1 <= found.speculative_tokens <= 64, "1 to 64 guesses make sense"),
+        "draft": (
+            (found.speculative == "draft") == bool(found.draft),
+            "speculative=draft and draft=DIR belong together",
+        ),
+    }
+    violations += [
+        Violation(keys[name], getattr(found, name), reason)
+        for name, (fit, reason) in fits.items()
+        if not fit
+    ]
+    if violations:
+        raise ConfigError(violations)
+    return found
+
+
+def serve(options: Options) -> None:
+    """Answer until told to stop by SIGTERM or SIGINT; answers under way then have `drain` seconds
+    to end.
+
+    Raises:
+        ConfigError: the backend or the packages are missing, or a file cannot be used.
+    """
+    from configs.violation import ConfigError, Violation
+    from pangu.trained_model import loaded
+
+    try:
+        import uvicorn
+    except ImportError:
+        reason = 'serving needs more packages: pip install "pangu-moe[train,serve]"'
+        raise ConfigError([Violation("port", options.port, reason)]) from None
+    key = _api_key(options)
+    with loaded(Path(options.checkpoint), options.backend) as (model, tokenizer, config):
+        from pangu.serving.server import application
+
+        app = application(_server(options, key, model, tokenizer, config))
+
+        class Listening(uvicorn.Server):
+            async def startup(self, sockets: Any = None) -> None:
+                await super().startup(sockets)
+                for server in getattr(self, "servers", []):
+                    host, port = server.sockets[0].getsockname()[:2]
+                    print(f"serving on http://{host}:{port}", flush=True)
+
+            def handle_exit(self, sig: int, frame: Any) -> None:
+                super().handle_exit(sig, frame)
+                self._captured_signals.clear()  # or the process would end by the signal
+
+        Listening(
+            uvicorn.Config(
+                app,
+                host=options.host,
+                port=options.port,
+                log_level="warning",
+                access_log=False,
+                timeout_graceful_shutdown=options.drain,
+            )
+        ).run()
+
+
+def _api_key(options: Options) -> str:
+    from configs.violation import ConfigError, Violation
+
+    if not options.api_key_file:
+        return ""
+    try:
+        key = Path(options.api_key_file).read_text(encoding="utf-8").partition("\n")[0].strip()
+        reason = "" if key else "its first line is empty"
+    except (OSError, UnicodeDecodeError) as error:
+        key, reason = "", str(error)
+    if reason:
+        raise ConfigError([Violation("api_key_file", options.api_key_file, reason)])
+    return key
+
+
+def _server(
+    options: Options, api_key: str, model: Any, tokenizer: Tokenizer, config: Config
+) -> Server:
+    from configs.violation import ConfigError, Violation
+    from pangu.inference.engine import Engine
+    from pangu.serving.chat import TemplateError, chat_format
+    from pangu.serving.server import Limits, Server
+    from pangu.serving.worker import Worker
+    from pangu.trained_model import add_drafter
+
+    longest = min(config.model.max_position_embeddings, options.cache_tokens)
+    if options.max_length > longest:
+        reason = f"the model and cache_tokens={options.cache_tokens} allow {longest}"
+        raise ConfigError([Violation("max_length", options.max_length, reason, str(longest))])
+    try:
+        chat = chat_format(Path(options.checkpoint), tokenizer, options.chat_template)
+    except TemplateError as error:
+        raise ConfigError([Violation("chat_template", options.chat_template, str(error))]) from None
+    engine = Engine(
+        model,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer=tokenizer,
+        cache_tokens=options.cache_tokens,
+        max_sequences=options.max_sequences,
+        max_batch_tokens=options.max_batch_tokens,
+    )
+    add_drafter(engine, options.speculative, options.speculative_tokens, options.draft)
+    return Server(
+        worker=Worker(engine, options.max_sequences + options.max_queue),
+        tokenizer=tokenizer,
+        name=options.name or config.model.name,
+        limits=Limits(options.max_length or longest, options.max_body),
+        chat=chat,
+        api_key=api_key,
+    )
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,80 @@
+"""What Prometheus asks for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from pangu.inference.engine import Engine, Update
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class Metrics:
+    """Counters of a server, and the engine's own state at the time of asking."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_EngineState(engine))
+        registry = self._registry
+        self.requests = Counter("pangu_requests", "Ended requests", ["finish"], registry=registry)
+        self.prompt_tokens = Counter("pangu_prompt_tokens", "Tokens of prompts", registry=registry)
+        self.reused_tokens = Counter(
+            "pangu_prompt_tokens_reused", "Of them, found in the cache", registry=registry
+        )
+        self.first_token = Histogram(
+            "pangu_seconds_to_first_token", "From a request", buckets=_SECONDS, registry=registry
+        )
+        self.per_token = Histogram(
+            "pangu_seconds_per_token", "After the first", buckets=_SECONDS, registry=registry
+        )
+
+    def text(self) -> bytes:
+        """In Prometheus's format."""
+        return generate_latest(self._registry)
+
+
+class Times:
+    """When a request's tokens came, for the histograms."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._start, self._last = time.perf_counter(), 0.0
+
+    def saw(self, update: Update) -> None:
+        now, count = time.perf_counter(), len(update.tokens)
+        if not count:
+            return
+        if self._last:
+            for _ in range(count):
+                self._metrics.per_token.observe((now - self._last) / count)
+        else:
+            self._metrics.first_token.observe(now - self._start)
+        self._last = now
+
+
+class _EngineState(Collector):
+    """Read without a lock: each figure is one number that the decoding thread replaces."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+        scheduler, counts = self._engine.scheduler, self._engine.counts
+        pool = scheduler.pool
+        gauge, counter = GaugeMetricFamily, CounterMetricFamily
+        yield gauge("pangu_running", "Sequences in the batch", len(scheduler.running))
+        yield gauge("pangu_waiting", "Sequences that wait", len(scheduler.waiting))
+        yield gauge("pangu_cache_used", "Part of the cache in use", pool.used / pool.count)
+        yield counter("pangu_passes", "Passes of the model", value=counts.passes)
+        yield counter("pangu_generated_tokens", "Tokens drawn", value=counts.tokens)
+        yield counter("pangu_preemptions", "Sequences set back", value=scheduler.preemptions)
+        for name, found in (("guessed", counts.guessed), ("held", counts.held)):
+            family = counter(f"pangu_{name}_tokens", "Guesses by place", labels=["place"])
+            for place, count in sorted(dict(found).items()):
+                family.add_metric([str(place + 1)], count)
+            yield family

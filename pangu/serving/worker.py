@@ -1,0 +1,156 @@
+"""The thread that decodes; the event loop hands it requests and gets updates."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import traceback
+from collections.abc import AsyncGenerator, Callable
+
+from pangu.inference.batching import Request
+from pangu.inference.engine import Engine, Update
+
+
+class Busy(Exception):
+    """The queue is full."""
+
+
+class WorkerDead(Exception):
+    """Decoding has failed; nothing comes any more."""
+
+
+Updates = asyncio.Queue[tuple[int, Update | None]]
+
+
+class Ticket:
+    """A request that was handed over, and where to tell what becomes of it."""
+
+    def __init__(self, request: Request, place: int, updates: Updates) -> None:
+        self.request, self._place, self._updates = request, place, updates
+        self.number: int | None = None  # once the engine has it
+
+    def tell(self, update: Update | None) -> None:
+        """None: there will be no more, though it has not ended."""
+        self._updates.put_nowait((self._place, update))
+
+
+class Worker:
+    """Runs an engine in a thread of its own. All methods are for the event loop's thread.
+
+    `most_open`: requests that may be under way, waiting ones included.
+    """
+
+    def __init__(self, engine: Engine, most_open: int) -> None:
+        self.engine, self.most_open = engine, most_open
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._tickets: dict[int, Ticket] = {}  # by number, of the worker's thread
+        self._open: set[Ticket] = set()
+        self._stopping = False
+        self._failed = False
+        self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Let the thread end after the step under way."""
+        self._stopping = True
+        self._commands.put(lambda: None)
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and not self._failed
+
+    @property
+    def open(self) -> int:
+        """Requests under way."""
+        return len(self._open)
+
+    async def updates(self, requests: list[Request]) -> AsyncGenerator[tuple[int, Update], None]:
+        """What becomes of the requests, as (place among them, update), until all have ended. When
+        the iterator is closed before, they are cancelled.
+
+        Raises:
+            Busy: there is no room for so many; none was started.
+            WorkerDead
+        """
+        if not self.alive:
+            raise WorkerDead
+        if len(self._open) + len(requests) > self.most_open:
+            raise Busy
+        merged: Updates = asyncio.Queue()
+        tickets = [Ticket(request, place, merged) for place, request in enumerate(requests)]
+        for ticket in tickets:
+            self._open.add(ticket)
+            self._commands.put(lambda ticket=ticket: self._begin(ticket))  # type: ignore[misc]
+        left = len(tickets)
+        try:
+            while left:
+                place, update = await merged.get()
+                if update is None:
+                    raise WorkerDead
+                left -= bool(update.finish)
+                yield place, update
+        finally:
+            for ticket in tickets:
+                self._open.discard(ticket)
+                self._commands.put(lambda ticket=ticket: self._drop(ticket))  # type: ignore[misc]
+
+    # In the worker's thread.
+
+    def _begin(self, ticket: Ticket) -> None:
+        ticket.number = self.engine.add(ticket.request)
+        self._tickets[ticket.number] = ticket
+
+    def _drop(self, ticket: Ticket) -> None:
+        if ticket.number in self._tickets:
+            del self._tickets[ticket.number]
+            self.engine.cancel(ticket.number)
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._obey()
+                self._tell(self.engine.step())
+        except Exception:
+            traceback.print_exc()
+            self._failed = True
+            self._call(self._give_up)
+
+    def _obey(self) -> None:
+        """Commands that are there; with nothing to decode, wait for one."""
+        if not self.engine.busy:
+            self._commands.get()()
+        while True:
+            try:
+                self._commands.get_nowait()()
+            except queue.Empty:
+                return
+
+    def _tell(self, updates: list[Update]) -> None:
+        told = []
+        for update in updates:
+            if ticket := self._tickets.get(update.number):
+                told.append((ticket, update))
+                if update.finish:
+                    del self._tickets[update.number]
+        if told:
+            self._call(lambda: _pass_on(told))
+
+    def _call(self, function: Callable[[], object]) -> None:
+        assert self._loop is not None, "start() has been called"
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function)
+
+    def _give_up(self) -> None:
+        for ticket in self._open:
+            ticket.tell(None)
+
+
+def _pass_on(told: list[tuple[Ticket, Update]]) -> None:
+    for ticket, update in told:
+        ticket.tell(update)
