@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -45,9 +46,15 @@ Contents = dict[str, bytes]
 class Run:
     """The trainer's command, once, in a forked process."""
 
-    def __init__(self, run_dir: Path, overrides: tuple[str, ...], unprivileged: bool) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        overrides: tuple[str, ...] = (),
+        unprivileged: bool = False,
+        largest_file: int = resource.RLIM_INFINITY,
+    ) -> None:
         self.arguments = [*COMMAND, f"run_dir={run_dir}", f"train.steps={END}", *overrides]
-        self.unprivileged = unprivileged
+        self.unprivileged, self.largest_file = unprivileged, largest_file
         with tempfile.TemporaryFile() as output:
             pid = os.fork()
             if pid == 0:
@@ -65,6 +72,7 @@ class Run:
                 os.setgroups([])
                 os.setgid(NOBODY)
                 os.setuid(NOBODY)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.largest_file, self.largest_file))
             code = train(self.arguments)
         except BaseException:
             traceback.print_exc()
