@@ -30,6 +30,8 @@ ROOT = Path(__file__).parent
 MOVED = {
     "simulation.dispatch": "moe.dispatcher=alltoall, hierarchical or deduplicated"
     " (as DeepEP with simulation.node_forwarding=true)",
+    "simulation.swap_modules": "memory.swap",
+    "simulation.swap_optimizer": "memory.swap_optimizer",
 }
 
 
@@ -220,6 +222,9 @@ def _from_pydantic(item: Any) -> Violation:
     if members := schema.get("properties"):
         hint = f"{key}.KEY=VALUE, of {', '.join(members)}"
         return Violation(key, item.get("input"), "is a group of keys, not a value", hint)
+    if key == "parallel.schedule" and item["input"] == "1f1b_overlap":
+        hint = "parallel.overlap_expert_parallel=true"
+        return Violation(key, item["input"], "is a key of its own now", hint)
     reason = "unknown value" if "enum" in schema else item["msg"].lower()
     return Violation(key, item.get("input"), reason, _expected(schema))
 

@@ -83,6 +83,9 @@ def _expert_widths(config: Config) -> Iterator[Problem]:
             if get(config, key) > 1:
                 reason = "a dense model has no experts to spread"
                 yield Problem(f"dense {key}", key, get(config, key), reason, {key: [1]})
+        if parallel.overlap_expert_parallel:
+            key, reason = "parallel.overlap_expert_parallel", "a dense model has no experts"
+            yield Problem(f"dense {key}", key, True, reason, {key: [False]})
         return
     reason = "{value} experts do not spread evenly over {size} expert-parallel ranks"
     yield from divides(config, "experts/EP", "model.num_experts", EP, reason)
@@ -112,6 +115,10 @@ def pipeline(config: Config) -> Iterator[Problem]:
     if vpp > 1 and pp == 1:
         reason = "virtual stages interleave the stages of a pipeline, and there is only one"
         yield Problem("VPP", VPP, vpp, reason, {VPP: [1], PP: divisors(config.world_size)})
+    if parallel.overlap_expert_parallel and parallel.schedule != "1f1b":
+        key = "parallel.overlap_expert_parallel"
+        reason = f"schedule={parallel.schedule} has no backward pass beside a forward to overlap"
+        yield Problem("overlap", key, True, reason, {key: [False], "parallel.schedule": ["1f1b"]})
     layout, key = parallel.pipeline_layout, "parallel.pipeline_layout"
     if layout is None and slots % stages:
         reason = f"{slots} layers do not fill PP x VPP = {pp} x {vpp} = {stages} stages evenly"

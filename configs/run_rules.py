@@ -10,7 +10,7 @@ from configs.change_rules import ALLOWABLE
 from configs.layout import num_virtual_stages
 from configs.limits import bounded
 from configs.problem import Problem, get
-from configs.schema import Config
+from configs.schema import Config, ModelConfig, RecomputeModule
 
 
 def bounds(config: Config) -> tuple[Config, list[Problem]]:
@@ -26,6 +26,42 @@ def bounds(config: Config) -> tuple[Config, list[Problem]]:
 
 
 def memory(config: Config) -> Iterator[Problem]:
+    yield from _recomputation(config)
+    yield from _swap(config)
+
+
+def _absent(model: ModelConfig, modules: list[RecomputeModule]) -> list[str]:
+    """Those of `modules` that a model does not have."""
+    absent = {
+        "mla_up_proj": model.attention != "mla",
+        "moe": not model.num_experts,
+        "moe_act": not model.num_experts,
+        "shared_experts": not model.shared_expert_ffn_hidden_size,
+        "mlp": bool(model.num_experts) and not model.num_dense_layers,
+    }
+    return [name for name in modules if absent.get(name)]
+
+
+def _swap(config: Config) -> Iterator[Problem]:
+    policy, key = config.memory, "memory.swap"
+    again = policy.recompute_modules if policy.recompute_granularity == "selective" else []
+    missing = _absent(config.model, policy.swap)
+    both = [name for name in policy.swap if name in again]
+    kept = [name for name in policy.swap if name not in (*missing, *both)]
+    if missing:
+        reason = f"this model has no {', '.join(missing)} to swap"
+        yield Problem("absent swap", key, policy.swap, reason, {key: [kept]})
+    if both:
+        reason = f"{', '.join(both)} cannot be swapped and recomputed too"
+        options: dict[str, list[Any]] = {key: [kept], "memory.recompute_granularity": ["none"]}
+        yield Problem("swapped twice", key, policy.swap, reason, options)
+    if policy.swap and policy.recompute_granularity == "full":
+        reason = "whole layers are recomputed: nothing inside them is kept"
+        options = {key: [[]], "memory.recompute_granularity": ["none"]}
+        yield Problem("swap of nothing", key, policy.swap, reason, options)
+
+
+def _recomputation(config: Config) -> Iterator[Problem]:
     policy, model = config.memory, config.model
     key = "memory.recompute_modules"
     if policy.recompute_granularity == "selective":
@@ -36,14 +72,7 @@ def memory(config: Config) -> Iterator[Problem]:
                 "memory.recompute_granularity": ["none"],
             }
             yield Problem("nothing selected", key, [], reason, options)
-        absent = {
-            "mla_up_proj": model.attention != "mla",
-            "moe": not model.num_experts,
-            "moe_act": not model.num_experts,
-            "shared_experts": not model.shared_expert_ffn_hidden_size,
-            "mlp": bool(model.num_experts) and not model.num_dense_layers,
-        }
-        missing = [name for name in policy.recompute_modules if absent.get(name)]
+        missing = _absent(model, policy.recompute_modules)
         if missing:
             kept = [name for name in policy.recompute_modules if name not in missing]
             reason = f"this model has no {', '.join(missing)} to recompute"
@@ -110,6 +139,9 @@ def trainer_limits(config: Config) -> Iterator[Problem]:
     plan_only = "the simulator plans it, the trainer does not run it"
     limits: tuple[tuple[str, list[Any]], ...] = (
         ("parallel.schedule", ["1f1b"]),
+        ("parallel.overlap_expert_parallel", [False]),
+        ("memory.swap", [[]]),
+        ("memory.swap_optimizer", [False]),
         ("parallel.zero_stage", [0, 1]),
         ("backend.precision", ["auto", "fp32", "fp64", "bf16"]),
     )

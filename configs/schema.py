@@ -144,7 +144,10 @@ class ParallelConfig:
     # 0: plain data parallelism; 1: optimizer state sharded (megatron-core's distributed
     # optimizer); 2: gradients too; 3: weights too.
     zero_stage: Annotated[int, Limits(0, 3)] = 1
-    schedule: Literal["1f1b", "gpipe", "zero_bubble", "1f1b_overlap"] = "1f1b"
+    schedule: Literal["1f1b", "gpipe", "zero_bubble"] = "1f1b"
+    # Expert communication of one micro-batch beside another's computing: a forward beside a
+    # backward pass.
+    overlap_expert_parallel: bool = False
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
 
@@ -159,13 +162,16 @@ class MemoryConfig:
     """What is kept for the backward pass.
 
     `selective` recomputes `recompute_modules`; `full` recomputes whole layers,
-    `recompute_num_layers` at a time (uniform) or the first so many of each stage (block).
+    `recompute_num_layers` at a time (uniform) or the first so many of each stage (block). What is
+    swapped waits on the host until it is needed.
     """
 
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     recompute_modules: list[RecomputeModule] = field(default_factory=lambda: ["core_attn"])
     recompute_method: Literal["uniform", "block"] = "uniform"
     recompute_num_layers: Annotated[int, Limits(1, 10_000)] = 1
+    swap: list[RecomputeModule] = field(default_factory=list)  # activations of these modules
+    swap_optimizer: bool = False  # its state, between steps
 
 
 @dataclass
@@ -360,8 +366,6 @@ class SimulationConfig:
     # Zipf exponent of how often experts are chosen by a top-k router; 0: alike; null: what real
     # routers show (`simulator.imbalance`). Balance that is forced is declared: moe=forced_balance.
     expert_popularity_exponent: Annotated[float, Limits(0, 10)] | None = None
-    swap_modules: list[RecomputeModule] = field(default_factory=list)  # activations kept on host
-    swap_optimizer: bool = False  # optimizer state kept on host between steps
 
 
 @dataclass

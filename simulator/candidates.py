@@ -38,6 +38,7 @@ KEYS = {
     "ring": "parallel.context_parallel_type",
     "zero": "parallel.zero_stage",
     "schedule": "parallel.schedule",
+    "overlap_expert_parallel": "parallel.overlap_expert_parallel",
 }
 POLICY_KEYS = (
     "memory",
@@ -45,6 +46,7 @@ POLICY_KEYS = (
     "memory.recompute_modules",
     "memory.recompute_method",
     "memory.recompute_num_layers",
+    "memory.swap",
 )
 
 
@@ -73,6 +75,9 @@ def enumerate_layouts(
         "ring": [False, True] if everything else [now.ring],
         "zero": [0, 1, 2, 3] if everything else [now.zero],
         "schedule": list(range(len(SCHEDULES))) if everything else [now.schedule],
+        "overlap_expert_parallel": [False, True]
+        if everything and model.num_experts
+        else [now.overlap_expert_parallel],
     }
     for name, key in KEYS.items():
         if key in pinned:
@@ -185,10 +190,13 @@ def _bad_schedules(config: Config, axis: dict[str, np.ndarray]) -> Iterator[tupl
         "zero bubble is not interleaved",
         ((axis["schedule"] == SCHEDULES.index("zero_bubble")) & (vpp > 1)),
     )
+    overlap, exchanges = axis["overlap_expert_parallel"], axis["ep"] * axis["etp"] > 1
+    yield "expert communication overlaps in 1F1B", overlap & (axis["schedule"] > 0)
     yield (
         "a choice without effect",
         (
-            (axis["ring"] & (cp == 1))
+            (overlap & ~exchanges & (np.size(overlap) > 1))
+            | (axis["ring"] & (cp == 1))
             | (front & (noop < 2))
             | (front & (noop == alone(model) * (model.num_layers + noop) // stages))
             | (apart & (pp < 3))
@@ -279,6 +287,7 @@ def configure(config: Config, layout: Layout) -> Config:
         pipeline_layout=None if even else stage_counts(config.model, layout),
         zero_stage=int(layout.zero),
         schedule=schedule,
+        overlap_expert_parallel=bool(layout.overlap_expert_parallel),
     )
     memory = replace(
         config.memory,
@@ -286,7 +295,7 @@ def configure(config: Config, layout: Layout) -> Config:
         recompute_modules=again or ["core_attn"],
         recompute_method="block" if layout.block_recompute else "uniform",
         recompute_num_layers=int(layout.recompute_layers),
+        swap=swapped or config.memory.swap,
     )
     train = replace(config.train, micro_batch_size=int(layout.micro_batch))
-    simulation = replace(config.simulation, swap_modules=swapped or config.simulation.swap_modules)
-    return replace(config, parallel=parallel, memory=memory, train=train, simulation=simulation)
+    return replace(config, parallel=parallel, memory=memory, train=train)

@@ -29,8 +29,6 @@ def experiment(config: Config, overrides: list[str]) -> str:
     tree["devices"] = config.world_size
     tree["parallel"] = _parallel(config.parallel)
     tree["memory"] = vars(config.memory)
-    if config.simulation.swap_modules:
-        tree.setdefault("simulation", {})["swap_modules"] = list(config.simulation.swap_modules)
     tree.setdefault("train", {})
     tree["train"]["micro_batch_size"] = config.train.micro_batch_size
     tree["train"]["global_batch_size"] = config.train.global_batch_size

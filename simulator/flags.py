@@ -106,7 +106,7 @@ def _dispatcher(config: Config) -> str:
 
 
 def _overlapped(config: Config) -> bool:
-    return config.parallel.schedule == "1f1b_overlap"
+    return config.parallel.overlap_expert_parallel
 
 
 def _memory(config: Config) -> list[str]:
@@ -123,7 +123,7 @@ def _memory(config: Config) -> list[str]:
 
 
 def _megatron(config: Config) -> list[str]:
-    p, traits = config.parallel, config.simulation
+    p, memory = config.parallel, config.memory
     flags = []
     if p.context_parallel_size > 1:
         flags.append(f"--cp-comm-type {'p2p' if p.context_parallel_type == 'ring' else 'a2a'}")
@@ -138,14 +138,14 @@ def _megatron(config: Config) -> list[str]:
     elif config.model.num_experts and config.moe.dispatcher == "hierarchical":
         flags.append("# gathers nothing between nodes: a flat all-to-all")
     flags += _zero(p.zero_stage)
-    if traits.swap_modules:
-        known = [module for module in traits.swap_modules if module in OFFLOADED]
+    if memory.swap:
+        known = [module for module in memory.swap if module in OFFLOADED]
         named = dict.fromkeys(name for module in known for name in OFFLOADED[module])
         flags.append("--fine-grained-activation-offloading")
         flags.append(f"--offload-modules {' '.join(named)}")
-        for module in sorted(set(traits.swap_modules) - set(known)):
+        for module in sorted(set(memory.swap) - set(known)):
             flags.append(f"# does not offload {module}")
-    if traits.swap_optimizer:
+    if memory.swap_optimizer:
         flags += ["--optimizer-cpu-offload", "--use-precision-aware-optimizer"]
         flags.append("--overlap-cpu-optimizer-d2h-h2d")
     return flags
@@ -160,7 +160,7 @@ def _zero(stage: int) -> list[str]:
 
 
 def _mindspeed(config: Config) -> list[str]:
-    p, traits = config.parallel, config.simulation
+    p, memory = config.parallel, config.memory
     flags = ["--use-flash-attn", "--use-fused-rmsnorm", "--use-fused-swiglu"]
     if _dispatches_once(config):
         flags += [_dispatcher(config), "# sends a token once per expert, not once per node"]
@@ -173,13 +173,13 @@ def _mindspeed(config: Config) -> list[str]:
             flags.append("# overlaps only with whole experts over several ranks")
         if p.overlap_grad_reduce:
             flags.append("# does not overlap the reduction of gradients beside that")
-    if traits.swap_modules:
+    if memory.swap:
         named = dict.fromkeys(
-            name for module in traits.swap_modules for name in SWAPPED.get(module, ("mlp",))
+            name for module in memory.swap for name in SWAPPED.get(module, ("mlp",))
         )
         flags += ["--swap-attention", f"--swap-modules {','.join(named)}"]
         if _overlapped(config):
             flags.append("# does not swap beside --moe-fb-overlap")
-    if traits.swap_optimizer:
+    if memory.swap_optimizer:
         flags.append("--swap-optimizer")
     return flags

@@ -15,7 +15,7 @@ from configs.schema import Config, ModelConfig, RecomputeModule
 from simulator.array import Array, Mask
 
 MODULES: tuple[str, ...] = get_args(RecomputeModule)
-SCHEDULES = ("1f1b", "gpipe", "zero_bubble", "1f1b_overlap")
+SCHEDULES = ("1f1b", "gpipe", "zero_bubble")
 # How layers are dealt to virtual stages: evenly, no-op layers at both ends; from the front, so that
 # the last stages hold fewer; or with MTP and the loss on stages of their own, the first of the
 # others one layer more where they do not divide.
@@ -46,6 +46,7 @@ class Layout:
     deal: Array = 0  # index of `DEALS`
     schedule: Array = 0
     overlap_sends: bool = True  # of interleaved pipelines
+    overlap_expert_parallel: Mask = False  # where the schedule has a backward pass beside a forward
     overlap_grad_reduce: Mask = False
     overlap_param_gather: Mask = False
     # full recomputation: none, or of `recompute_layers` layers of each virtual stage (block), or
@@ -62,6 +63,8 @@ class Layout:
     moe: Mask = False
     moe_act: Mask = False
     shared_experts: Mask = False
+    swapped: tuple[str, ...] = ()  # modules that go to the host in every layout
+    swap_optimizer: bool = False
     stage_layers: tuple[int, ...] | None = None  # layers by virtual stage, where given
 
     @property
@@ -146,11 +149,14 @@ def from_config(config: Config) -> Layout:
         noop_layers=p.num_noop_layers,
         schedule=SCHEDULES.index(p.schedule),
         overlap_sends=config.simulation.overlap_sends,
+        overlap_expert_parallel=p.overlap_expert_parallel,
         overlap_grad_reduce=p.overlap_grad_reduce,
         overlap_param_gather=p.overlap_param_gather,
         full_recompute=memory.recompute_granularity == "full",
         block_recompute=memory.recompute_method == "block",
         recompute_layers=memory.recompute_num_layers,
+        swapped=tuple(memory.swap),
+        swap_optimizer=memory.swap_optimizer,
         stage_layers=tuple(p.pipeline_layout) if p.pipeline_layout is not None else None,
         **modules,
     )

@@ -138,7 +138,7 @@ def kept_activations(s: Shapes, counts: Counts) -> Array:
         dropped: Mask = False
         for module in tensor.dropped_by:
             dropped = dropped | s.layout.drops(module)
-            if module in s.traits.swap_modules:
+            if module in s.layout.swapped:
                 dropped = True
         kept = kept + np.where(dropped, 0.0, tensor.bytes)
     return kept
@@ -151,7 +151,7 @@ def swapped_activations(s: Shapes, counts: Counts | None) -> Array:
         away: Mask = False
         for module in tensor.dropped_by:
             away = away | (s.layout.drops(module) & s.layout.swap)
-            if module in s.traits.swap_modules:
+            if module in s.layout.swapped:
                 away = True
         swapped = swapped + np.where(away, tensor.bytes, 0.0)
     return swapped
@@ -223,7 +223,7 @@ def units_in_flight(layout: Layout, rank: Array) -> Array:
     one = after + 1
     interleaved = 2 * after + (v - 1) * p + 1
     units = np.where(v > 1, interleaved, one)
-    units = units + np.where(layout.schedule == SCHEDULES.index("1f1b_overlap"), 1, 0)
+    units = units + np.where(layout.overlap_expert_parallel, 1, 0)
     units = np.where(layout.schedule == SCHEDULES.index("gpipe"), m * v, units)
     return np.minimum(units, m * v)
 
@@ -269,7 +269,7 @@ def rank_memory(
     matrices = _matrices(blocks)
     gradients = sharded(2) * (4.0 if s.traits.fp32_gradients or not half else element)
     state = 12.0 if half else 8.0  # float32 master weights and Adam's two moments
-    optimizer: Array = 0.0 if s.traits.swap_optimizer else sharded(1) * state
+    optimizer: Array = 0.0 if s.layout.swap_optimizer else sharded(1) * state
     if s.traits.transformer_engine:
         gradients = gradients + element * total(matrices.values())
     whole = whole_layers(s, blocks, contents)

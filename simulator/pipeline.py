@@ -75,15 +75,14 @@ def warmup_units(layout: Layout, rank: Array) -> Array:
     p, v, m = layout.pp, layout.vpp, layout.num_microbatches
     after = np.maximum(p - rank - 1, 0)
     units = np.where(v > 1, 2 * after + (v - 1) * p, after)
-    units = units + np.where(layout.schedule == SCHEDULES.index("1f1b_overlap"), 1, 0)
+    units = units + np.where(layout.overlap_expert_parallel, 1, 0)
     return np.minimum(units, m * v)
 
 
 def hidden_seconds(layout: Layout, rank: Array, seconds: RankSeconds) -> Array:
     """What the overlapped schedule hides in a step: forward passes beside backward passes."""
     pairs = layout.num_microbatches - warmup_units(layout, rank) / layout.vpp
-    overlapped = layout.schedule == SCHEDULES.index("1f1b_overlap")
-    return np.where(overlapped, pairs * seconds.hideable, 0.0)
+    return np.where(layout.overlap_expert_parallel, pairs * seconds.hideable, 0.0)
 
 
 def pipeline_seconds(layout: Layout, ranks: list[tuple[Ranks, RankSeconds]], send: Array) -> Array:

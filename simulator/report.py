@@ -12,7 +12,7 @@ from simulator.hardware import GRADES
 from simulator.page import fill
 from simulator.predict import Forecast
 from simulator.search import Choice, SearchResult
-from simulator.words import layout_words, recompute_words
+from simulator.words import layout_words, recompute_words, schedule_words
 
 TEMPLATE = Path(__file__).with_name("report.html")
 MOST_POINTS = 2_000  # of a search: more than an eye tells apart
@@ -36,7 +36,7 @@ def report_data(
     assert config.hardware is not None
     return {
         "title": f"{config.model.name} on {p.devices:,} × {config.hardware['name']}",
-        "subtitle": f"{layout_words(config)} · {config.parallel.schedule} · batch of"
+        "subtitle": f"{layout_words(config)} · {schedule_words(config.parallel)} · batch of"
         f" {config.train.global_batch_size:,} × {config.train.seq_length:,} tokens",
         "tiles": _tiles(p),
         "step": p.step_seconds,

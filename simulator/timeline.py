@@ -95,7 +95,7 @@ def _run(
     if schedule == "gpipe":
         orders = [_gpipe(v, m) for _ in range(p)]
     else:
-        early = 1 if schedule == "1f1b_overlap" else 0
+        early = 1 if layout.overlap_expert_parallel else 0
         orders = [interleaved_order(p, v, m, rank, early) for rank in range(p)]
         if early:
             orders = [_paired(order, p, v, m, rank) for rank, order in enumerate(orders)]

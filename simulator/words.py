@@ -8,12 +8,20 @@ from configs.schema import Config, MemoryConfig, ParallelConfig
 
 
 def recompute_words(memory: MemoryConfig) -> str:
-    """What is recomputed, in a few words."""
-    if memory.recompute_granularity == "selective":
-        return "+".join(memory.recompute_modules)
-    if memory.recompute_granularity == "full" and memory.recompute_method == "block":
-        return f"full, {memory.recompute_num_layers} a stage"
-    return memory.recompute_granularity
+    """What is recomputed, and what is swapped, in a few words."""
+    words = memory.recompute_granularity
+    if words == "selective":
+        words = "+".join(memory.recompute_modules)
+    elif words == "full" and memory.recompute_method == "block":
+        words = f"full, {memory.recompute_num_layers} a stage"
+    if not memory.swap:
+        return words
+    swap = f"swap {'+'.join(memory.swap)}"
+    return swap if words == "none" else f"{words}, {swap}"
+
+
+def schedule_words(parallel: ParallelConfig) -> str:
+    return parallel.schedule + (" overlapped" if parallel.overlap_expert_parallel else "")
 
 
 def stages_words(parallel: ParallelConfig) -> str:
@@ -38,6 +46,6 @@ def layout_words(config: Config, *, recompute: bool = True) -> str:
     }
     words = [f"{name}{size}" for name, size in sizes.items() if size > 1]
     words.append(f"MBS{config.train.micro_batch_size}")
-    if recompute and config.memory.recompute_granularity != "none":
+    if recompute and (config.memory.recompute_granularity != "none" or config.memory.swap):
         words.append(f"recompute {recompute_words(config.memory)}")
     return " ".join(words)

@@ -154,14 +154,14 @@ def _show(result: SearchResult) -> None:
 def _table(title: str, choices: list[Choice]) -> Table:
     from rich.table import Table
 
-    from simulator.words import recompute_words, stages_words
+    from simulator.words import recompute_words, schedule_words, stages_words
 
     sizes = ["TP", "PP", "VPP", "CP", "EP", "ETP", "DP", "MBS"]
     figures = ["step s", "tokens/s/device", "MFU", "bubble", "peak GiB"]
     table = Table(*sizes, "layers", "recompute", "schedule", *figures, title=title)
     for choice in choices:
         config, p = choice.config, choice.prediction
-        parallel, swapped = config.parallel, "+".join(config.simulation.swap_modules)
+        parallel = config.parallel
         table.add_row(
             str(parallel.tensor_model_parallel_size),
             str(parallel.pipeline_model_parallel_size),
@@ -172,8 +172,8 @@ def _table(title: str, choices: list[Choice]) -> Table:
             str(config.data_parallel_size),
             str(config.train.micro_batch_size),
             stages_words(parallel),
-            f"swap {swapped}" if swapped else recompute_words(config.memory),
-            parallel.schedule,
+            recompute_words(config.memory),
+            schedule_words(parallel),
             f"{p.step_seconds:.3f}",
             f"{p.tokens_per_second_per_device:,.1f}",
             f"{p.mfu:.1%}",

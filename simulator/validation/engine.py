@@ -83,7 +83,7 @@ def case(row: Row) -> Case:
         model=_model(row, assumed),
         moe=_moe(row),
         parallel=parallel,
-        memory=memory_policy(row),
+        memory=replace(memory_policy(row), swap_optimizer=row.mentions("swap-optimizer")),
         backend=BackendConfig(precision=precision(row)),  # type: ignore[arg-type]
         train=_train(row, assumed),
         simulation=_traits(row),
@@ -232,7 +232,7 @@ def _parallel(row: Row, assumed: list[str]) -> ParallelConfig:
         expert_model_parallel_size=sizes["ep"],
         expert_tensor_parallel_size=sizes["etp"],
         zero_stage=_zero_stage(row, sharded),
-        schedule="1f1b_overlap" if _overlaps(row) else "1f1b",
+        overlap_expert_parallel=_overlaps(row),
         overlap_grad_reduce=modern or sharded or row.mentions("overlap-grad-reduce"),
         overlap_param_gather=modern or sharded or row.mentions("overlap-param-gather"),
     )
@@ -376,7 +376,6 @@ def _traits(row: Row) -> SimulationConfig:
         # torchtitan's `apply_tp` gathers in float8 under tensor-wise scaling alone.
         fp8_gathers=row.mentions("torchtitan") and "rowwise" not in row["precision"],
         fp8_cast_passes=ROWWISE_CASTS if "rowwise" in row["precision"] else 1.0,
-        swap_optimizer=row.mentions("swap-optimizer"),
     )
 
 
@@ -409,6 +408,7 @@ def _assume_recomputation(found: Case) -> Case:
         ("full recomputation", MemoryConfig(recompute_granularity="full")),
     )
     for name, memory in policies:
+        memory = replace(memory, swap_optimizer=found.config.memory.swap_optimizer)
         chosen = Case(found.row, replace(found.config, memory=memory), [*found.assumptions, name])
         try:
             result = evaluate(chosen.config, from_config(chosen.config))

@@ -27,12 +27,13 @@ MINDSPEED = {
 PLANS = {
     "plain": ["model=qwen3_30b_a3b", "parallel.expert_model_parallel_size=8"],
     "uneven": ["model=pangu_pro_moe", "parallel=pangu_pro", "memory=full"],
-    "apart": ["model=pangu_ultra_moe", "parallel=pangu_ultra", "parallel.schedule=1f1b_overlap"],
+    "apart": ["model=pangu_ultra_moe", "parallel=pangu_ultra",
+              "parallel.overlap_expert_parallel=true"],
     "ring": ["model=mixtral_8x7b", "parallel.context_parallel_size=2", "parallel.zero_stage=3",
              "parallel.context_parallel_type=ring", "memory=selective"],
     "swapped": ["model=pangu_ultra_moe", "parallel=pangu_ultra",
-                "simulation.swap_modules=[layernorm,mla_up_proj,moe_act,shared_experts]",
-                "simulation.swap_optimizer=true"],
+                "memory.swap=[layernorm,mla_up_proj,moe_act,shared_experts]",
+                "memory.swap_optimizer=true"],
     "once": ["model=deepseek_v3", "parallel.expert_model_parallel_size=64",
              "moe.dispatcher=deduplicated"],
 }  # fmt: skip

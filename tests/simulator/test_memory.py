@@ -191,7 +191,7 @@ def test_swap_drops_what_recomputation_drops():
     config = base()
     s = shapes(config, from_config(config))
     before = block_activations(s, blocks(s)).moe
-    config.simulation.swap_modules = ["moe_act"]
+    config.memory.swap = ["moe_act"]
     s = shapes(config, from_config(config))
     swapped = block_activations(s, blocks(s)).moe
     assert float(before - swapped) == pytest.approx(4096 * 8 * 1344 * 2)

@@ -13,7 +13,7 @@ from simulator.parameters import model_flops_per_token
 from simulator.predict import predict
 
 RUN = ["model=pangu_ultra_moe", "simulation=fused", "hardware=ascend_910b_280t", "devices=6144"]
-RUN += ["parallel=pangu_ultra", "parallel.schedule=1f1b_overlap", "train.micro_batch_size=2"]
+RUN += ["parallel=pangu_ultra", "parallel.overlap_expert_parallel=true", "train.micro_batch_size=2"]
 RUN += ["train.global_batch_size=6144", "train.seq_length=4096", "simulation.tp_comm_overlap=true"]
 
 
@@ -31,5 +31,7 @@ def test_published_throughput_and_mfu() -> None:
 
 def test_overlap_is_worth_its_trouble() -> None:
     hidden = predict(load([*RUN, "moe.dispatcher=hierarchical"]))
-    shown = predict(load([*RUN, "parallel.schedule=1f1b", "moe.dispatcher=alltoall"]))
+    shown = predict(
+        load([*RUN, "parallel.overlap_expert_parallel=false", "moe.dispatcher=alltoall"])
+    )
     assert shown.step_seconds > 1.1 * hidden.step_seconds

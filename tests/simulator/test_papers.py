@@ -19,7 +19,11 @@ from simulator.search import search
 from simulator.serving import serving
 
 ULTRA = ["model=pangu_ultra_moe", "simulation=fused", "hardware=ascend_910b_280t", "devices=6144"]
-ULTRA += ["parallel=pangu_ultra", "parallel.schedule=1f1b_overlap", "train.micro_batch_size=2"]
+ULTRA += [
+    "parallel=pangu_ultra",
+    "parallel.overlap_expert_parallel=true",
+    "train.micro_batch_size=2",
+]
 ULTRA += ["train.global_batch_size=6144", "train.seq_length=4096"]
 ULTRA += ["simulation.tp_comm_overlap=true", "moe.dispatcher=hierarchical"]
 
@@ -34,7 +38,7 @@ def test_61_layers_are_faster_than_66():
     """The paper: about 15 %. Each depth with the best layout found for it, as the paper's
     simulator searches, 9 %: 66 layers find stages that suit them (PP12, VPP3). In the published
     stages, of which six would hold a third layer, 23 % (and more memory than there is)."""
-    deeper = load([*ULTRA, "parallel=single", "parallel.schedule=1f1b_overlap",
+    deeper = load([*ULTRA, "parallel=single", "parallel.overlap_expert_parallel=true",
                    "model.num_layers=66"])  # fmt: skip
     assert best(deeper) / best(load(ULTRA)) == pytest.approx(1.09, abs=0.03)
     stages = [*[3] * 6, *[2] * 24, 0, 0]
@@ -114,7 +118,7 @@ def test_pangu_pros_change_of_layout():
     before += ["parallel.pipeline_model_parallel_size=6", "parallel.context_parallel_type=ring"]
     before += ["parallel.virtual_pipeline_model_parallel_size=4"]
     after = [*pro, "parallel=pangu_pro", "devices=4000", "train.global_batch_size=1000"]
-    after += ["parallel.schedule=1f1b_overlap", "moe.dispatcher=hierarchical"]
+    after += ["parallel.overlap_expert_parallel=true", "moe.dispatcher=hierarchical"]
     after += ["simulation.tp_comm_overlap=true"]
     # whole experts over TP x EP = 16 ranks, as hierarchical dispatch has them
     after += ["parallel.expert_model_parallel_size=16", "parallel.expert_tensor_parallel_size=1"]

@@ -34,7 +34,7 @@ LAYOUTS = {
         "parallel.expert_model_parallel_size=8",
     ],
     "uneven": ["devices=4000", "parallel=pangu_pro"],
-    "overlap": ["devices=4000", "parallel=pangu_pro", "parallel.schedule=1f1b_overlap"],
+    "overlap": ["devices=4000", "parallel=pangu_pro", "parallel.overlap_expert_parallel=true"],
     "full": ["devices=16", "parallel.pipeline_model_parallel_size=2", "memory=full"],
     "context": ["devices=8", "parallel.context_parallel_size=4"],
     "fsdp": ["devices=16", "parallel.zero_stage=3"],
@@ -52,7 +52,7 @@ def config(request):
 def test_events_and_closed_forms_agree(config):
     events, closed = predict(config), evaluate(config, from_config(config))
     # joined passes also wait for each other's inputs, which the closed form leaves out
-    tolerance = 0.05 if config.parallel.schedule == "1f1b_overlap" else 0.03
+    tolerance = 0.05 if config.parallel.overlap_expert_parallel else 0.03
     assert events.step_seconds == pytest.approx(float(closed.step_seconds), rel=tolerance)
     assert events.peak_memory_gib * 2**30 == pytest.approx(float(closed.peak_memory_bytes))
     assert events.mfu == pytest.approx(float(closed.mfu), rel=tolerance)
@@ -192,7 +192,7 @@ def test_swapping_costs_what_the_host_link_cannot_hide():
     plan = [*PLAN, "devices=8", "train.global_batch_size=80", "memory=selective"]
     modules = "[moe_act,layernorm]"
     again = predict(load([*plan, f"memory.recompute_modules={modules}"]))
-    swap = [*PLAN, "devices=8", "train.global_batch_size=80", f"simulation.swap_modules={modules}"]
+    swap = [*PLAN, "devices=8", "train.global_batch_size=80", f"memory.swap={modules}"]
     fast = predict(load([*swap, "hardware.host_link_gbps=1000"]))
     slow = predict(load([*swap, "hardware.host_link_gbps=1"]))
     assert "recomputation" in again.breakdown
@@ -240,7 +240,7 @@ def test_rings_that_know_no_nodes_are_bound_by_one_port():
 
 def test_exchange_by_kernels_hides_less_than_by_copy_engines():
     plan = ["model=pangu_ultra_moe", "devices=64", "hardware=h100", "train.seq_length=4096"]
-    plan += ["parallel.expert_model_parallel_size=64", "parallel.schedule=1f1b_overlap"]
+    plan += ["parallel.expert_model_parallel_size=64", "parallel.overlap_expert_parallel=true"]
     plan += ["train.global_batch_size=4096"]
     key = "expert dispatch and combine"
 

@@ -30,7 +30,8 @@ def drawn(model: str, hardware: str, batch: int) -> tuple[Config, Layout]:
     """A configuration and `PLANS` layouts of 64 devices whose micro-batches can be halved."""
     overrides = [f"model={model}", f"hardware={hardware}", "devices=64", "train.seq_length=4096"]
     config = load([*overrides, f"train.global_batch_size={batch}"])
-    pinned = frozenset({"parallel.schedule", "parallel.pipeline_layout"})
+    names = ("schedule", "pipeline_layout", "overlap_expert_parallel")
+    pinned = frozenset(f"parallel.{name}" for name in names)
     structures, _ = enumerate_layouts(config, pinned, everything=True)
     even = structures.num_microbatches % (2 * np.where(structures.vpp > 1, structures.pp, 1)) == 0
     places = np.flatnonzero(even)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from simulator.layout import SCHEDULES, Layout
@@ -84,8 +86,9 @@ def test_uneven_stages_wait_for_the_slowest():
 
 def test_overlap_hides_expert_communication_in_the_steady_state():
     p, v, m = 4, 2, 32
-    shown, _ = both(layout(p, m, v, "1f1b_overlap"), even(p, v, h=0.0))
-    hidden, closed = both(layout(p, m, v, "1f1b_overlap"), even(p, v, h=0.6))
+    overlapped = replace(layout(p, m, v), overlap_expert_parallel=True)
+    shown, _ = both(overlapped, even(p, v, h=0.0))
+    hidden, closed = both(overlapped, even(p, v, h=0.6))
     assert hidden == pytest.approx(closed, rel=0.03)
     assert shown - hidden == pytest.approx(0.6 * m, rel=0.25)
 

@@ -155,14 +155,16 @@ def test_everything_adds_what_only_plans(config):
     usual, _ = enumerate_layouts(config, frozenset(), everything=False)
     wider, _ = enumerate_layouts(config, frozenset(), everything=True)
     assert set(usual.schedule if np.ndim(usual.schedule) else [usual.schedule]) == {0}
-    assert set(wider.schedule.tolist()) == {0, 1, 2, 3}
+    assert set(wider.schedule.tolist()) == {0, 1, 2}
+    assert set(wider.overlap_expert_parallel.tolist()) == {False, True}
+    assert not np.any(wider.overlap_expert_parallel & (wider.schedule > 0))
     assert set(wider.zero.tolist()) == {0, 1, 2, 3}
     assert int(from_config(config).zero) == 1
     swaps = [policy for policy in recompute_policies(config, frozenset(), True) if policy["swap"]]
     assert not [p for p in recompute_policies(config, frozenset()) if p["swap"]]
     one = replace(usual.take(0), **swaps[0])
     written = configure(config, one)
-    assert written.simulation.swap_modules == ["layernorm"]
+    assert written.memory.swap == ["layernorm"]
     assert written.memory.recompute_granularity == "none"
     assert predict(written).peak_memory_gib * 2**30 == pytest.approx(
         float(evaluate(config, one).peak_memory_bytes)

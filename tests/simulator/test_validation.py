@@ -65,7 +65,7 @@ def test_a_row_becomes_the_run_it_describes() -> None:
     config = found.config
     assert config.world_size == 256
     assert config.num_microbatches == 128
-    assert config.parallel.schedule == "1f1b_overlap"
+    assert config.parallel.overlap_expert_parallel
     assert config.parallel.expert_model_parallel_size == 32
     assert config.memory.recompute_modules == ["layernorm", "moe_act"]
     assert config.hardware is not None
@@ -104,21 +104,22 @@ def test_held_out_runs_on_ascend() -> None:
 
 
 def test_what_published_scripts_say_and_tables_leave_out() -> None:
-    def settings(name: str) -> tuple[str, str, list[str]]:
+    def settings(name: str) -> tuple[bool, str, list[str]]:
         config = case(ROWS[name]).config
-        return config.parallel.schedule, config.moe.dispatcher, config.memory.recompute_modules
+        overlap = config.parallel.overlap_expert_parallel
+        return overlap, config.moe.dispatcher, config.memory.recompute_modules
 
     graphs = case(ROWS["mbridge_26.08_10"]).config
-    assert graphs.parallel.schedule == "1f1b_overlap"
+    assert graphs.parallel.overlap_expert_parallel
     assert graphs.moe.dispatcher == "deduplicated"
     assert graphs.memory.recompute_granularity == "none"
-    assert settings("mbridge_26.04_119") == ("1f1b", "deduplicated", ["mla_up_proj"])
-    assert settings("mbridge_25.09_252") == ("1f1b", "alltoall", ["mla_up_proj"])
+    assert settings("mbridge_26.04_119") == (False, "deduplicated", ["mla_up_proj"])
+    assert settings("mbridge_25.09_252") == (False, "alltoall", ["mla_up_proj"])
     # overlap needs interleaved stages
-    assert settings("mbridge_26.06_25")[0] == "1f1b"
-    assert settings("mbridge_26.06_27")[0] == "1f1b_overlap"
+    assert not settings("mbridge_26.06_25")[0]
+    assert settings("mbridge_26.06_27")[0]
     report = case(ROWS["dsv3_report"]).config
-    assert settings("dsv3_report") == ("1f1b_overlap", "deduplicated", ["layernorm", "mla_up_proj"])
+    assert settings("dsv3_report") == (True, "deduplicated", ["layernorm", "mla_up_proj"])
     assert report.parallel.virtual_pipeline_model_parallel_size == 2
     assert (report.moe.num_expert_groups, report.moe.topk_group) == (8, 4)
     swapped = case(ROWS["ms_rc3_52"]).config
@@ -277,17 +278,18 @@ def test_the_version_of_an_engine(version: str, notes: str, half: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("notes", "schedule"),
+    ("notes", "overlap"),
     [
-        ("dropless; A2A overlap", "1f1b_overlap"),
-        ("DeepEP; A2A overlap off", "1f1b"),
-        ("DeepEP; without A2A overlap", "1f1b"),
-        ("all-to-all overlap; HybridEP", "1f1b_overlap"),
-        ("dispatcher DeepEP;", "1f1b"),
+        ("dropless; A2A overlap", True),
+        ("DeepEP; A2A overlap off", False),
+        ("DeepEP; without A2A overlap", False),
+        ("all-to-all overlap; HybridEP", True),
+        ("dispatcher DeepEP;", False),
     ],
 )
-def test_overlap_named_in_a_rows_notes(notes: str, schedule: str) -> None:
-    assert case(like("zoo_q235_h100_2", notes=notes)).config.parallel.schedule == schedule
+def test_overlap_named_in_a_rows_notes(notes: str, overlap: bool) -> None:
+    parallel = case(like("zoo_q235_h100_2", notes=notes)).config.parallel
+    assert parallel.overlap_expert_parallel is overlap
 
 
 def test_unknown_words_for_recomputation_are_named() -> None:
