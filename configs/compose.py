@@ -32,6 +32,8 @@ MOVED = {
     " (as DeepEP with simulation.node_forwarding=true)",
     "simulation.swap_modules": "memory.swap",
     "simulation.swap_optimizer": "memory.swap_optimizer",
+    "inference.input_length": "inference.prompt_length",
+    "inference.output_length": "inference.max_new_tokens",
 }
 
 
@@ -277,6 +279,10 @@ def read_file(file: Path, key: str) -> Config:
         ConfigError: under `key`, for a file that cannot be read, or is of another version.
     """
     tree = yaml_file.read(file, key)
+    for old in MOVED:  # of runs before: the simulator's, of which no weight and no token knows
+        section, _, name = old.partition(".")
+        if isinstance(tree.get(section), dict):
+            tree[section].pop(name, None)
     try:
         return from_dict(tree)
     except ConfigError as error:

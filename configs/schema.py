@@ -272,13 +272,17 @@ Dtype = Literal["bf16", "fp16", "fp8", "int8", "fp4", "int4"]
 
 @dataclass
 class InferenceConfig:
-    """What is served, for `python -m simulator infer`. Lengths in tokens; `batch_size` counts the
+    """What is asked of a model, and how it answers. Lengths in tokens; `batch_size` counts the
     sequences of one copy of the model, 0 finds the largest within memory and `latency_limit_ms`
-    per output token."""
+    per new token.
+
+    `python -m simulator infer` plans with all of it. `pangu.generate`, and the sample at the end of
+    a run, know `max_new_tokens`: they have one sequence, and the precision of the weights.
+    """
 
     batch_size: Amount = 0
-    input_length: Count = 2048
-    output_length: Count = 2048
+    prompt_length: Count = 2048
+    max_new_tokens: Count = 128
     weight_dtype: Dtype = "bf16"  # W8A8 is int8 and int8, W4A8 is int4 and int8
     compute_dtype: Dtype = "bf16"
     kv_dtype: Dtype = "bf16"

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from configs.schema import InferenceConfig
+
 if TYPE_CHECKING:
     from pangu.data.tokenizer import Tokenizer
     from pangu.inference.batching import Request
@@ -28,7 +30,7 @@ USAGE = """usage: python -m pangu.generate checkpoint=DIR [prompt=TEXT] [key=val
   prompt              text to go on from; without one, a document from its beginning
   prompts             a file of prompts, one a line, for all at a time: prints JSON lines with
                       prompt, text and finish (stop or length), in the file's order
-  max_new_tokens      128
+  max_new_tokens      128; inference.max_new_tokens is the same
   temperature         0.8; 0 always takes the most likely token
   top_p               0.95; draws from the fewest tokens that are this likely together
   top_k               0; draws from so many most likely tokens; 0: from all
@@ -44,6 +46,7 @@ USAGE = """usage: python -m pangu.generate checkpoint=DIR [prompt=TEXT] [key=val
 """
 
 
+SHARED = "inference.max_new_tokens="  # the simulator's key too
 EXPERT_CHOICE = (
     "warning: with moe.router=expert_choice experts chose among all tokens of a batch in training; "
     "in generation they see one token at a time and choose otherwise"
@@ -57,7 +60,7 @@ class Options:
     checkpoint: str
     prompt: str = ""
     prompts: str = ""
-    max_new_tokens: int = 128
+    max_new_tokens: int = InferenceConfig.max_new_tokens
     temperature: float = 0.8
     top_p: float = 0.95
     top_k: int = 0
@@ -105,7 +108,10 @@ def parse(arguments: Sequence[str]) -> Options:
     from configs.violation import ConfigError, Violation
     from pangu.command_line import option_keys, read_options
 
-    found, violations = read_options(Options, arguments)
+    own = [
+        word.removeprefix("inference.") if word.startswith(SHARED) else word for word in arguments
+    ]
+    found, violations = read_options(Options, own)
     keys = option_keys(Options)
     ranges = {
         "max_new_tokens": (found.max_new_tokens > 0, "a number of tokens is positive"),

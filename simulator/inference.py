@@ -105,15 +105,15 @@ def prefill(serving: Serving, batch: Array, length: Array) -> Step:
 
 
 def forecast(serving: Serving, batch: int) -> ServingForecast:
-    """Latency and throughput of `batch` sequences of `input_length` and `output_length` tokens.
+    """Latency and throughput of `batch` sequences of `prompt_length` and `max_new_tokens` tokens.
 
     The cache holds the prompt and, on average, half of the output. With drafting, a step verifies
     `draft_tokens` more tokens of every sequence, each accepted with `acceptance_rate` if all
     before it were; a draft costs one transformer layer, its projection and the head.
     """
     options = serving.options
-    first = prefill(serving, batch, options.input_length)
-    context = options.input_length + options.output_length / 2
+    first = prefill(serving, batch, options.prompt_length)
+    context = options.prompt_length + options.max_new_tokens / 2
     step = decode_step(serving, batch, context, 1 + options.draft_tokens)
     parts = dict(step.parts)
     if options.draft_tokens:
@@ -173,7 +173,7 @@ def memory_bytes(serving: Serving, batch: Array) -> Array:
     if options.draft_tokens and options.draft == "mtp":
         matrices += count_parameters(serving.config).mtp
     weights = matrices * ELEMENT_BYTES[options.weight_dtype] + vocabulary * 2.0
-    length = options.input_length + options.output_length
+    length = options.prompt_length + options.max_new_tokens
     cached = _cache_bytes_per_token(serving) * model.num_layers * length
     local = np.ceil(np.asarray(batch) / serving.attention_dp)
     # Logits in float32 and a few tensors of hidden size for the tokens of one step.

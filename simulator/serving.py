@@ -86,8 +86,8 @@ def serving(config: Config, hardware: Hardware) -> Serving:
         )
     limits: dict[str, float] = {
         "batch_size": 0,
-        "input_length": 1,
-        "output_length": 1,
+        "prompt_length": 1,
+        "max_new_tokens": 1,
         "draft_tokens": 0,
         "latency_limit_ms": 0,
     }

@@ -277,13 +277,13 @@ def coarse_decoding(
     if model.attention == "mla":
         width = np.full(len(total), model.kv_lora_rank + model.qk_pos_emb_head_dim, dtype=float)
     cached = columns["num_layers"] * width * ELEMENT_BYTES[options.kv_dtype]
-    length = options.input_length + options.output_length
+    length = options.prompt_length + options.max_new_tokens
     room = devices * 0.94 * hardware.memory_bytes - weights
     batch = np.maximum(room, 0.0) / (cached * length)
     launch = hardware.launch_us.matmul * 1e-6
     fixed = weights / bandwidth + OPERATORS_PER_LAYER * columns["num_layers"] * launch
     flops = 2 * active / (devices * hardware.peak(options.compute_dtype))
-    each = cached * (options.input_length + options.output_length / 2) / bandwidth + flops
+    each = cached * (options.prompt_length + options.max_new_tokens / 2) / bandwidth + flops
     if options.latency_limit_ms:
         batch = np.minimum(batch, (options.latency_limit_ms / 1e3 - fixed) / each)
     batch = np.where(batch >= 1, batch, 0.0)

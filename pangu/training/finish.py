@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 # Counting n-grams of so many training tokens takes some seconds; more are cut off.
 _MOST_TOKENS = 12_000_000
 _PROBE_SEQUENCES = 512  # of the training data, for the n-grams' training loss
-_SAMPLE_TOKENS = 128
 _SAMPLING = Sampling(temperature=0.8, top_p=0.95)
 
 
@@ -62,6 +61,10 @@ def finish(trainer: Trainer) -> None:
         print(f"warning: the report could not be written: {error}", file=sys.stderr)
 
 
+def _sample_length(config: Config) -> int:
+    return min(config.inference.max_new_tokens, config.model.max_position_embeddings - 1)
+
+
 def sample(trainer: Trainer) -> str:
     """A document from its very beginning, or why there is none; ends early when the run is told to
     stop. Collective."""
@@ -71,7 +74,7 @@ def sample(trainer: Trainer) -> str:
     tokens = []
     request = Request(
         prompt=(tokenizer.eod,),
-        max_new_tokens=_SAMPLE_TOKENS,
+        max_new_tokens=_sample_length(trainer.config),
         sampling=replace(_SAMPLING, seed=trainer.config.seed),
         stop_tokens=frozenset({tokenizer.eod}),
     )

@@ -74,9 +74,11 @@ def _show(console: Console, layout: Serving, result: ServingForecast) -> None:
         f" cache {options.kv_dtype}"
     )
     console.print(
-        f"first token   {1e3 * result.ttft_seconds:.1f} ms ({options.input_length} tokens)"
+        f"first token   {1e3 * result.ttft_seconds:.1f} ms ({options.prompt_length} tokens)"
     )
-    console.print(f"each token    {1e3 * result.tpot_seconds:.2f} ms")
+    console.print(
+        f"each token    {1e3 * result.tpot_seconds:.2f} ms ({options.max_new_tokens} tokens)"
+    )
     console.print(f"throughput    {result.tokens_per_second_per_device:,.1f} tokens/s per device")
     verdict = "fits" if result.fits else "[red]does not fit[/]"
     available = layout.hardware.memory_gib

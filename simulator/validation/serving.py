@@ -17,7 +17,7 @@ from simulator.validation.rows import Outcome
 
 TABLE = Path(__file__).parent / "serving.csv"
 QUANTISED = ["inference.weight_dtype=int8", "inference.compute_dtype=int8"]
-QUANTISED += ["inference.kv_dtype=int8", "inference.output_length=1024"]
+QUANTISED += ["inference.kv_dtype=int8", "inference.max_new_tokens=1024"]
 DENSE = {
     "layers": "num_layers",
     "hidden": "hidden_size",

@@ -145,6 +145,11 @@ def test_a_damaged_checkpoint_is_a_sentence_and_exit_code_2(ended):
         (["checkpoint=x", "speculative.tokens=0"], "speculative.tokens=0: 1 to 64 guesses"),
         (["checkpoint=x", "min_p=2"], "min_p=2.0: a part is 0 to 1"),
         (["checkpoint=x", "top_p=0"], "top_p=0.0: a probability is more than 0 and at most 1"),
+        (
+            ["checkpoint=x", "inference.kv_dtype=int8"],
+            "inference.kv_dtype=int8: unknown key",
+        ),
+        (["checkpoint=x", "inference.max_new_tokens=0"], "max_new_tokens=0: a number of tokens is"),
         (["checkpoint=x", "max_new_tokens=many"], "max_new_tokens=many: input should be a valid"),
         (
             ["x=y", "seed=-1", "temperature=nan", "max_new_tokens=many"],

@@ -25,7 +25,7 @@ from simulator.validation.serving import TABLE, serving_outcomes
 
 PRO = ["model=pangu_pro_moe", "hardware=ascend_910b_280t", "devices=4"]
 PRO += ["parallel.tensor_model_parallel_size=4", "inference.weight_dtype=int8"]
-PRO += ["inference.compute_dtype=int8", "inference.kv_dtype=int8"]
+PRO += ["inference.compute_dtype=int8", "inference.kv_dtype=int8", "inference.max_new_tokens=2048"]
 
 
 def make(*overrides: str) -> Serving:
@@ -97,7 +97,8 @@ def test_hybrid_layouts_and_impossible_ones() -> None:
                   "parallel.expert_tensor_parallel_size=2")  # fmt: skip
     assert (hybrid.attention_dp, hybrid.ep, hybrid.etp) == (2, 4, 2)
     assert forecast(hybrid, 64).tpot_seconds < forecast(make(), 64).tpot_seconds
-    mla = load(["model=deepseek_v3", "hardware=cloudmatrix384", "devices=32"])
+    long = "inference.max_new_tokens=2048"
+    mla = load(["model=deepseek_v3", "hardware=cloudmatrix384", "devices=32", long])
     wide = serving(mla, load_hardware(mla.hardware))
     assert (wide.ep, wide.attention_dp) == (32, 32)
     # One layer of DeepSeek-V3 caches 576 elements per token, whatever the heads.
@@ -126,6 +127,7 @@ def test_a_refusal_names_the_devices_that_would_do() -> None:
 def test_a_first_token_that_nobody_waits_for_is_said():
     """Where neither a batch nor a limit was asked for."""
     served = ["infer", "model=pangu_pro_moe", "hardware=ascend_910b_376t", "devices=8", "--json"]
+    served += ["inference.max_new_tokens=2048"]
     said = []
     for more in ([], ["inference.latency_limit_ms=50"], ["inference.batch_size=456"]):
         done = CliRunner().invoke(application(["infer"]), [*served, *more])

@@ -25,6 +25,7 @@ SERVED = [
     "inference.compute_dtype=int8",
     "inference.kv_dtype=int8",
     "inference.latency_limit_ms=50",
+    "inference.max_new_tokens=2048",
 ]
 RANGES = Ranges(
     num_layers=[40, 48, 56],
