@@ -9,7 +9,7 @@ from configs.schema import Config, MemoryConfig, ParallelConfig
 
 def recompute_words(memory: MemoryConfig) -> str:
     """What is recomputed, and what is swapped, in a few words."""
-    words = memory.recompute_granularity
+    words: str = memory.recompute_granularity
     if words == "selective":
         words = "+".join(memory.recompute_modules)
     elif words == "full" and memory.recompute_method == "block":
