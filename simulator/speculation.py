@@ -61,7 +61,7 @@ def speculate(
     (the prompt and half of the output unless given). Arguments broadcast."""
     options = serving.options
     if context is None:
-        context = options.input_length + options.output_length / 2
+        context = options.prompt_length + options.max_new_tokens / 2
     gamma = np.asarray(draft_tokens, dtype=float)
     plain = decode_step(serving, batch, context).seconds
     shape = np.broadcast_shapes(np.shape(batch), gamma.shape, np.shape(context))

@@ -85,8 +85,8 @@ def _layout(hardware: str, devices: str, host_ms: float) -> Serving:
             f"devices={devices}",
             f"parallel.tensor_model_parallel_size={devices}",
             f"parallel.expert_tensor_parallel_size={devices}",
-            "inference.input_length=150",
-            "inference.output_length=400",
+            "inference.prompt_length=150",
+            "inference.max_new_tokens=400",
             f"inference.host_ms={host_ms}",
         ]
     )

@@ -111,7 +111,10 @@ def test_the_host_does_not_disappear_with_the_exchange() -> None:
     that hides, only what the host does not need shows as saved."""
     run = ["model=qwen3_30b_a3b", "hardware=h100", "devices=64", "train.seq_length=4096"]
     run += ["parallel.expert_model_parallel_size=16", "parallel.pipeline_model_parallel_size=2"]
-    run += ["parallel.virtual_pipeline_model_parallel_size=2", "parallel.schedule=1f1b_overlap"]
+    run += [
+        "parallel.virtual_pipeline_model_parallel_size=2",
+        "parallel.overlap_expert_parallel=true",
+    ]
     run += ["simulation=fused", "simulation.host_reads_counts=true", "moe=forced_balance"]
     run += ["train.global_batch_size=256"]
 

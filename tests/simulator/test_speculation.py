@@ -32,7 +32,7 @@ from simulator.validation.speculation import BATCHES, published_peaks
 
 QWEN = ["model=qwen2_57b_a14b", "hardware=a800", "devices=2", "inference.draft=qwen2_0_5b"]
 QWEN += ["parallel.tensor_model_parallel_size=2", "parallel.expert_tensor_parallel_size=2"]
-QWEN += ["inference.input_length=150", "inference.output_length=400"]
+QWEN += ["inference.prompt_length=150", "inference.max_new_tokens=400"]
 
 
 def make(*overrides: str) -> Serving:
