@@ -5,8 +5,9 @@ KiB are free; then on a large one, where no file may become larger than so many 
 KiB as arguments: these, on a small disk if one may be mounted, else with small files.
 
 The run must end with a sentence: exit code 2 where nothing could begin, 1 where the last steps are
-in no checkpoint, 0 where there was room enough. No checkpoint that was whole may be gone. When there
-is room, the same command must bring it to its end with the losses of a run that nobody disturbed.
+in no checkpoint, 0 where there was room enough. No checkpoint that was whole may be gone. When
+there is room, the same command must bring it to its end with the losses of a run that nobody
+disturbed.
 """
 
 from __future__ import annotations
