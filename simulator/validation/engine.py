@@ -358,7 +358,8 @@ def _traits(row: Row) -> SimulationConfig:
         launch=_launch(row),
         host_reads_counts=row.number("n_experts") > 0 and not row.mentions(*DROPPED),
         inplace_cross_entropy=False,
-        # Composer's training metrics: cross-entropy and perplexity of every batch.
+        # `LanguageCrossEntropy` and `LanguagePerplexity` of every batch, each a cross-entropy
+        # of its own (llmfoundry/models/mpt/modeling_mpt.py, composer/metrics/nlp.py).
         loss_metrics=2 if row.mentions("llm-foundry") else 0,
         torch_kernels=False,
         expert_streams=True,

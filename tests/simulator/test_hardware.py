@@ -225,3 +225,16 @@ def test_small_all_reduces_between_nodes_are_far_below_the_link() -> None:
     assert slower(8192, 16) == pytest.approx(1.0, abs=0.01)
     assert slower(8, 8) == 1.0
     assert slower(8, 16, "all_to_all") == 1.0
+
+
+def test_all_reduce_on_two_nodes_of_h100() -> None:
+    """NCCL 2.20 on two nodes of eight over InfiniBand (README of
+    github.com/drmysore/nebius-h100-16gpu-benchmark): 22, 125, 304 and 435 GB/s of bus bandwidth."""
+    hw = read_hardware("h100")
+    published = {1: 0.088, 10: 0.157, 100: 0.647, 1024: 4.520}  # MiB, ms
+    for mib, milliseconds in published.items():
+        seconds = float(collective_seconds(hw, "all_reduce", mib * 2**20, 16))
+        assert 1e3 * seconds == pytest.approx(milliseconds, rel=0.35), mib
+    # the size at which half of the large messages' rate is reached lies between 10 and 100 MB
+    half = collective_seconds(hw, "all_reduce", 32 * 2**20, 16)
+    assert 0.4 < 32 * 2**20 / half / (2**30 / collective_seconds(hw, "all_reduce", 2**30, 16)) < 0.7
