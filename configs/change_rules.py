@@ -34,7 +34,7 @@ _KEYS: dict[Kind, str] = {
         moe.router_scale moe.expert_bias
     """,
     "function": """
-        model.rotary_base model.norm_epsilon
+        model.rotary_base model.norm_epsilon model.activation_bits
         moe.router moe.top_k moe.num_expert_groups moe.topk_group moe.score_function
         moe.softmax_after_top_k moe.renormalize moe.scaling_factor
     """,

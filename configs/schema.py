@@ -75,6 +75,10 @@ class ModelConfig:
     # were pruned away, it leads over the gap (LinearPatch).
     patched_layers: list[Layers] = field(default_factory=list)
 
+    # What comes into the layers' linears is rounded to so many bits, token by token, symmetrically;
+    # 0: it is not.
+    activation_bits: Annotated[int, Limits(0, 8)] = 0
+
     # Depth-scaled sandwich norm (Pangu Ultra): a second norm after each sublayer, whose gain
     # starts at c/sqrt(num_layers).
     sandwich_norm: bool = False

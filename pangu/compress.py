@@ -26,6 +26,13 @@ class Patch(StrEnum):
     HADAMARD = "hadamard"
 
 
+class Method(StrEnum):
+    RTN = "rtn"
+    AWQ = "awq"
+    GPTQ = "gptq"
+    SMOOTHQUANT = "smoothquant"
+
+
 Model = Annotated[Path, typer.Argument(help="a run folder, a checkpoint or an imported model")]
 Out = Annotated[Path, typer.Option("--out", help="a new folder")]
 Calibration = Annotated[Path, typer.Option("--calibration", help="a UTF-8 text file")]
@@ -82,6 +89,37 @@ def prune_layers(
     choice = pruning.Choice(layers, patch.value, start)
     taught = pruning.Distillation(distill_tokens, top, learning_rate) if distill else None
     print(pruning.prune(model, out, choice, texts, taught, backend=backend, progress=_bar))
+
+
+@app.command()
+def quantize(
+    model: Model,
+    scheme: Annotated[
+        str, typer.Option(help="W4A16, W3A16, W8A16, W8A8, W4A8, …; W4A16_ASYM has zero points")
+    ],
+    calibration: Calibration,
+    out: Out,
+    method: Annotated[Method, typer.Option(help="how weights are rounded")] = Method.RTN,
+    group_size: Annotated[int, typer.Option(min=8, help="columns of a row with one scale")] = 128,
+    tokens: Tokens = 128 * 2048,
+    window: Window = 2048,
+    text: Text = None,
+    backend: Backend = "auto",
+) -> None:
+    """Round weights, and activations, to a few bits.
+
+    rtn rounds to the nearest. awq scales channels up before, by how large the activations are that
+    meet them (arXiv 2306.00978). gptq rounds column by column, and the rest makes up for the error
+    (arXiv 2210.17323). smoothquant moves what makes activations hard to round into weights (arXiv
+    2211.10438): for W8A8. `pangu.convert export` writes the result in the layout of
+    compressed-tensors.
+    """
+    from pangu.compression import quantization
+    from pangu.compression.texts import Texts
+
+    texts = Texts(calibration, tokens, window, text)
+    rounding = quantization.Rounding(scheme, method.value, group_size)
+    print(quantization.quantize(model, out, rounding, texts, backend, _bar))
 
 
 def _bar(steps: Iterable) -> Iterable:

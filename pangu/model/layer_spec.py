@@ -7,7 +7,7 @@ from typing import Any
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec_for_backend
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType, LayerType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -34,10 +34,18 @@ from pangu.model.norm import Norm, SandwichResidual
 from pangu.model.patched_layer import PatchedLayer
 from pangu.model.transformer_config import PanguTransformerConfig
 from pangu.moe.layer import moe_layer_spec
+from pangu.ops.rounded_linear import RoundedRow, column, row
 
 
 class BiasedRowParallelLinear(RowParallelLinear):
     """An output projection with a bias in a model whose other layers have none (Pangu Pro)."""
+
+    def __init__(self, *args: Any, bias: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, bias=True, **kwargs)
+
+
+class RoundedBiasedRow(RoundedRow):
+    """`BiasedRowParallelLinear` of a rounded input."""
 
     def __init__(self, *args: Any, bias: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, bias=True, **kwargs)
@@ -64,7 +72,7 @@ def layer_spec(config: PanguTransformerConfig, *, moe: bool, patched: bool = Fal
             self_attention=_mla(model) if model.attention == "mla" else _gqa(model),
             self_attn_bda=_residual(config, model.sandwich_attention_gain),
             pre_mlp_layernorm=Norm,
-            mlp=moe_layer_spec(config) if moe else _dense_mlp(),
+            mlp=moe_layer_spec(config) if moe else _dense_mlp(model),
             mlp_bda=_residual(config, model.sandwich_mlp_gain),
         ),
     )
@@ -82,7 +90,9 @@ def _residual(config: PanguTransformerConfig, gain: float) -> Any:
 
 
 def _output_projection(model: ModelConfig) -> type:
-    return BiasedRowParallelLinear if model.add_attention_output_bias else RowParallelLinear
+    if model.add_attention_output_bias:
+        return RoundedBiasedRow if model.activation_bits else BiasedRowParallelLinear
+    return row(model.activation_bits)
 
 
 def _gqa(model: ModelConfig) -> ModuleSpec:
@@ -91,7 +101,7 @@ def _gqa(model: ModelConfig) -> ModuleSpec:
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
+            linear_qkv=column(model.activation_bits),
             core_attention=CoreAttention,
             linear_proj=_output_projection(model),
             q_layernorm=qk_norm,
@@ -106,11 +116,11 @@ def _mla(model: ModelConfig) -> ModuleSpec:
         module=MLASelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=MLASelfAttentionSubmodules(
-            linear_q_proj=ColumnParallelLinear,
-            linear_q_down_proj=ColumnParallelLinear,
-            linear_q_up_proj=ColumnParallelLinear,
-            linear_kv_down_proj=ColumnParallelLinear,
-            linear_kv_up_proj=ColumnParallelLinear,
+            linear_q_proj=column(model.activation_bits),
+            linear_q_down_proj=column(model.activation_bits),
+            linear_q_up_proj=column(model.activation_bits),
+            linear_kv_down_proj=column(model.activation_bits),
+            linear_kv_up_proj=column(model.activation_bits),
             core_attention=CoreAttention,
             linear_proj=_output_projection(model),
             q_layernorm=qk_norm,
@@ -119,10 +129,12 @@ def _mla(model: ModelConfig) -> ModuleSpec:
     )
 
 
-def _dense_mlp() -> ModuleSpec:
+def _dense_mlp(model: ModelConfig) -> ModuleSpec:
     return ModuleSpec(
         module=MLP,
-        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        submodules=MLPSubmodules(
+            linear_fc1=column(model.activation_bits), linear_fc2=row(model.activation_bits)
+        ),
     )
 
 

@@ -34,6 +34,7 @@ def transformer_config(config: Config) -> PanguTransformerConfig:
     return PanguTransformerConfig(
         model=model,
         moe=config.moe,
+        activation_bits=model.activation_bits,
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size or model.moe_ffn_hidden_size,

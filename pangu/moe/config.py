@@ -43,4 +43,5 @@ class MoETransformerConfig(MLATransformerConfig):
     """
 
     moe: MoEConfig = field(default_factory=MoEConfig)
+    activation_bits: int = 0  # of what comes into linears and experts; 0: as it is
     step: StepTokens | None = None  # of the step under way; None where no engine counts

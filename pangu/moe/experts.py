@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pangu import backends
 from pangu.ops.grouped_matmul import grouped_matmul
+from pangu.ops.rounded_linear import round_tokens
 from pangu.ops.swiglu import swiglu
 
 
@@ -54,6 +55,7 @@ class GroupedExperts(MegatronModule):
         if config.perform_initialization:
             config.init_method(self.w1)
             config.output_layer_init_method(self.w2)
+        self.activation_bits = getattr(config, "activation_bits", 0)
         self.recompute_activation = (
             config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules
         )
@@ -80,15 +82,20 @@ class GroupedExperts(MegatronModule):
         `tokens_per_expert` holds E integers, on the host or the device.
         """
         counts_E = tokens_per_expert
+        rows_NH = round_tokens(rows_NH, self.activation_bits)
         hidden_N2F = grouped_matmul(rows_NH, self.w1.flatten(2), counts_E, parameter=self.w1)
         if not self.recompute_activation:
-            activated_NF = swiglu(hidden_N2F, weights_N)
+            activated_NF = self._activate(hidden_N2F, weights_N)
             return grouped_matmul(activated_NF, self.w2, counts_E, parameter=self.w2), None
         checkpoint = CheckpointWithoutOutput(fp8=None)  # None, not False, turns FP8 off
-        activated_NF = checkpoint.checkpoint(swiglu, hidden_N2F, weights_N)
+        activated_NF = checkpoint.checkpoint(self._activate, hidden_N2F, weights_N)
         output_NH = grouped_matmul(activated_NF, self.w2, counts_E, parameter=self.w2)
         checkpoint.discard_output_and_register_recompute(output_NH)
         return output_NH, None
+
+    def _activate(self, hidden_N2F: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:
+        activated_NF = swiglu(hidden_N2F, weights_N)
+        return round_tokens(activated_NF, self.activation_bits, self.tp_group)
 
     def sharded_state_dict(
         self,

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
@@ -20,6 +19,7 @@ from pangu.moe.dispatch import DISPATCHERS, Dispatcher
 from pangu.moe.dispatch.choices import choices_per_token
 from pangu.moe.experts import GroupedExperts
 from pangu.moe.router import ExpertRouter
+from pangu.ops.rounded_linear import column, row
 
 
 class ExpertLayer(MoELayer):
@@ -74,9 +74,10 @@ class ExpertLayer(MoELayer):
 
 def moe_layer_spec(config: MoETransformerConfig) -> ModuleSpec:
     """What takes the place of the MLP in an MoE layer of `config`."""
+    bits = config.activation_bits
     shared = ModuleSpec(
         module=SharedExpertMLP,
-        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        submodules=MLPSubmodules(linear_fc1=column(bits), linear_fc2=row(bits)),
     )
     return ModuleSpec(
         module=ExpertLayer,

@@ -6,7 +6,8 @@ Every tensor of both sides is accounted for exactly once; the stored dtype stays
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,10 +17,11 @@ from configs.schema import Config
 from pangu.checkpoint.tensor_files import Safetensors, Source, WeightsError, read_json
 from pangu.data import DataError
 from pangu.data.tokenizer import load_tokenizer
-from pangu.weights import architectures, model_folder, tensor_names
+from pangu.weights import architectures, compressed_tensors, model_folder, tensor_names
 from pangu.weights.architectures import ARCHITECTURES, Architecture
 from pangu.weights.gguf_file import Gguf
 from pangu.weights.links import Link
+from pangu.weights.quantized_file import Quantized
 from pangu.weights.writer import ModelFolder, finite
 
 Progress = Callable[[Iterable[Link]], Iterable[Link]]
@@ -127,8 +129,13 @@ def export_model(
         WeightsError: it is no folder of ours, or no class of Hugging Face computes its model.
     """
     path, config, source = model_folder.opened(path)
+    codes = Quantized.of(path)
+    if codes is not None:  # its activations' bits stand in the description of the layout
+        config = replace(config, model=replace(config.model, activation_bits=0))
     fields = architectures.fields_of(config)
     kind = ARCHITECTURES[fields["architectures"][0]]
+    if codes is not None:
+        fields["quantization_config"] = compressed_tensors.description(codes.scheme, config, kind)
     wanted = tensor_names.links(config, kind)
     _account_ours(wanted, source, path)
     with ModelFolder(out) as folder:
@@ -139,6 +146,10 @@ def export_model(
             if dtype is not None and not link.ours.endswith("expert_bias"):
                 whole = whole.to(dtype)
             written.add(whole.dtype)
+            if codes is not None and link.ours in codes.weights:
+                for name, part in _codes(link, whole, codes):
+                    folder.add(name, part)
+                continue
             for name, part in zip(link.theirs, link.split(whole), strict=True):
                 # The parts may share one storage, which a file would hold as often.
                 folder.add(name, part.clone())
@@ -146,6 +157,16 @@ def export_model(
         _write_companions(path, folder.partial)
         _write_config(folder.partial, fields, written)
     return kind
+
+
+def _codes(link: Link, whole: torch.Tensor, codes: Quantized) -> Iterator[tuple[str, torch.Tensor]]:
+    """A quantised weight in the layout of compressed-tensors."""
+    scale, zero = (link.split(part) for part in codes.parts(link.ours))
+    weights = link.split(whole)
+    for name, weight, s, z in zip(link.theirs, weights, scale, zero, strict=True):
+        s = s.to(whole.dtype)
+        for key, part in compressed_tensors.entries(name, weight, s, z, codes.scheme):
+            yield key, part.clone()
 
 
 def _account_ours(wanted: list[Link], source: Source, path: Path) -> None:

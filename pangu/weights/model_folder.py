@@ -12,7 +12,7 @@ It is read wherever a checkpoint is: `checkpoint.resume=DIR`, `pangu.generate ch
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -74,10 +74,14 @@ def _whole_checkpoint(path: Path) -> Path:
 
 
 def write(
-    out: Path, config: Config, tensors: Iterable[tuple[str, torch.Tensor]], made_of: Path
+    out: Path,
+    config: Config,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    made_of: Path,
+    beside: Callable[[Path], None] | None = None,
 ) -> None:
     """A new folder at `out` with the model that `config` describes, and with the tokenizer and the
-    settings that the model in `made_of` came with.
+    settings that the model in `made_of` came with; `beside` writes what else belongs there.
 
     Raises:
         WeightsError: a tensor is not finite, or `out` cannot be written; nothing is left there.
@@ -91,6 +95,8 @@ def write(
         if (made_of / TOKENIZER).is_dir():
             shutil.copytree(made_of / TOKENIZER, folder.partial / TOKENIZER)
         describe(folder, config)
+        if beside:
+            beside(folder.partial)
         seal(folder)
 
 

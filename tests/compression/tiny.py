@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from pangu.compress import main
 from pangu.weights.convert import import_model
@@ -24,22 +24,29 @@ def byte_tokenizer(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def llama(folder: Path, **changes: object) -> LlamaForCausalLM:
+SETTINGS = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "initializer_range": 0.15,
+    "max_position_embeddings": 64,
+    "eos_token_id": 0,
+}
+
+
+def llama(folder: Path, **changes: object) -> PreTrainedModel:
     """The model of transformers; `folder / "ours"` is the same one, imported."""
+    return saved(LlamaConfig(**{**SETTINGS, **changes}), folder)
+
+
+def saved(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
+    """A random model of `config`, no two layers of it alike, channels of different size."""
     torch.manual_seed(3)
-    settings = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 48,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 96,
-        "initializer_range": 0.15,
-        "max_position_embeddings": 64,
-        "eos_token_id": 0,
-    }
-    model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
-    with torch.no_grad():  # no two layers alike, channels of different size
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
         for key, value in model.state_dict().items():
             if key.endswith("norm.weight"):
                 value.copy_(1 + 0.3 * torch.randn_like(value))

@@ -1,0 +1,135 @@
+"""Quantisation from end to end: observe, round, write, judge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from configs.schema import Config, InferenceConfig
+from pangu.compression.texts import (
+    Progress,
+    Texts,
+    judge,
+    move,
+    refuse_broken,
+    refuse_existing,
+    table,
+    workplace,
+)
+from pangu.trained_model import loaded
+
+if TYPE_CHECKING:
+    import torch
+    from megatron.core.models.gpt import GPTModel
+
+    from pangu.data.tokenizer import Tokenizer
+    from pangu.weights.quantize import Scheme
+    from pangu.weights.quantize_layers import Quantizer
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """The scheme by name, the method, and the columns of a row that share a scale."""
+
+    scheme: str
+    method: Literal["rtn", "awq", "gptq", "smoothquant"]
+    group_size: int = 128
+
+
+def quantize(
+    folder: Path, out: Path, rounding: Rounding, texts: Texts, backend: str, progress: Progress
+) -> str:
+    """Write the model of `folder`, quantised, at `out`; returns a table of both.
+
+    Raises:
+        ConfigError: the model or a text cannot be used, or `out` exists.
+        WeightsError: the scheme is unknown, a weight is not finite, or `out` cannot be written;
+            nothing is left there.
+    """
+    refuse_existing(out)
+    with workplace(out) as work:
+        with loaded(folder, backend) as (model, tokenizer, config):
+            refuse_broken(model, folder)
+            scheme = scheme_for(model, rounding)
+            rows = [judge("before", model, tokenizer, config, texts, progress)]
+            quantizer = rounded(model, tokenizer, config, folder, rounding, texts, progress)
+            write(folder, work / "quantised", model, quantizer)
+        with loaded(work / "quantised", backend) as (model, tokenizer, config):
+            name = f"{scheme.name} {rounding.method}"
+            rows.append(judge(name, model, tokenizer, config, texts, progress))
+        move(work / "quantised", out)
+    groups = f"groups of {scheme.group_size}" if scheme.group_size else "a scale a row"
+    bits = f"{scheme.bits_per_weight:.2f} bits a weight of the layers' linears, {groups}"
+    return f"{table(rows, texts)}\n{bits}"
+
+
+def scheme_for(model: GPTModel, rounding: Rounding) -> Scheme:
+    """The scheme, with groups that fit all widths of the model.
+
+    Raises:
+        WeightsError: there is no such scheme.
+    """
+    from pangu.weights.quantize import scheme_of
+    from pangu.weights.quantize_layers import widths
+
+    return scheme_of(rounding.scheme, rounding.group_size, widths(model))
+
+
+def rounded(
+    model: GPTModel,
+    tokenizer: Tokenizer,
+    config: Config,
+    folder: Path,
+    rounding: Rounding,
+    texts: Texts,
+    progress: Progress,
+) -> Quantizer:
+    """Round the model in memory."""
+    import torch
+
+    from pangu.inference.likelihood import windows
+    from pangu.weights import model_folder
+    from pangu.weights.quantize_layers import Quantizer
+
+    _, _, source = model_folder.opened(folder)
+    stored = source.read("embedding.word_embeddings.weight").dtype
+    quantizer = Quantizer(rounding.method, scheme_for(model, rounding), stored)
+    ids = texts.calibration_ids(tokenizer) if rounding.method != "rtn" else []
+    cut = [torch.tensor(part) for part in windows(ids, texts.window_of(config))]
+    quantizer.run(model, cut, progress)
+    return quantizer
+
+
+def write(folder: Path, out: Path, model: GPTModel, quantizer: Quantizer) -> None:
+    """Write what has changed in `model` over the model of `folder`, and the grids, at `out`."""
+    from pangu.weights import model_folder, quantized_file
+
+    path, config, source = model_folder.opened(folder)
+    scheme = quantizer.scheme
+    after = replace(
+        config,
+        model=replace(config.model, activation_bits=scheme.activation_bits),
+        inference=_served(config, scheme),
+    )
+    now = dict(model.named_parameters())
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in source.names():
+            before = source.read(name)
+            inside = name in now and name.startswith("decoder.layers.")
+            yield name, now[name].detach().to(before.dtype).cpu() if inside else before
+
+    def grids(target: Path) -> None:
+        quantized_file.save(target, scheme, quantizer.grids, quantizer.stored)
+
+    model_folder.write(out, after, tensors(), made_of=path, beside=grids)
+
+
+def _served(config: Config, scheme: Scheme) -> InferenceConfig:
+    """What `simulator infer` prices: the nearest precisions that it knows."""
+    computes = "int8" if scheme.activation_bits else config.inference.compute_dtype
+    if scheme.weight_bits <= 4:
+        return replace(config.inference, weight_dtype="int4", compute_dtype=computes)
+    return replace(config.inference, weight_dtype="int8", compute_dtype=computes)

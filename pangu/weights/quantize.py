@@ -1,0 +1,130 @@
+"""Affine quantisation of matrices, group by group, and what a scheme asks of it.
+
+Shapes: R rows (outputs), C columns (inputs), G groups of columns. Codes are signed, as
+compressed-tensors has them: w = (code - zero) · scale.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from pangu.checkpoint.tensor_files import WeightsError
+
+Tensor = torch.Tensor
+_SCHEME = re.compile(r"W([2-8])A(4|8|16)(_ASYM)?")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """`W4A16`: weights of 4 bits, activations as they are.
+
+    Up to 4 bits weights have a scale for every `group_size` columns of a row, and in `W4A16_ASYM` a
+    zero point; above, one scale a row. Activations of 8 or 4 bits are rounded token by token,
+    symmetrically.
+    """
+
+    name: str
+    weight_bits: int
+    activation_bits: int  # 0: not quantised
+    group_size: int  # 0: the whole row
+
+    symmetric: bool = True
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """Smallest and largest code of a weight."""
+        return -(2 ** (self.weight_bits - 1)), 2 ** (self.weight_bits - 1) - 1
+
+    @property
+    def bits_per_weight(self) -> float:
+        """With a 16-bit scale, and a zero point where there is one, for each group."""
+        each = 16 if self.symmetric else 16 + self.weight_bits
+        return self.weight_bits + (each / self.group_size if self.group_size else 0)
+
+
+def scheme_of(name: str, group_size: int, widths: set[int]) -> Scheme:
+    """The scheme called `name` for matrices of these numbers of columns: groups of `group_size`, or
+    of the largest part of it that divides all of them.
+
+    Raises:
+        WeightsError: there is no such scheme.
+    """
+    match = _SCHEME.fullmatch(name.upper())
+    if match is None:
+        raise WeightsError(
+            f"--scheme {name}: as W4A16 or W4A16_ASYM (with zero points), weights of 2 to 8 bits, "
+            "activations of 16, 8 or 4"
+        )
+    bits, activations = int(match[1]), int(match[2])
+    if bits > 4:
+        group_size = 0
+    while group_size and any(width % group_size for width in widths):
+        group_size //= 2
+    rounds = activations if activations < 16 else 0
+    return Scheme(name.upper(), bits, rounds, group_size, symmetric=not match[3])
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where a matrix's groups may be rounded to: `scale` `[R, G]` and `zero` `[R, G]` (0 where
+    symmetric), float32."""
+
+    scale: Tensor
+    zero: Tensor
+
+    def columns(self, count: int) -> tuple[Tensor, Tensor]:
+        """Both for every column, `[R, C]`."""
+        size = count // self.scale.size(1)
+        return self.scale.repeat_interleave(size, 1), self.zero.repeat_interleave(size, 1)
+
+
+def grid_of(weight_RC: Tensor, scheme: Scheme, stored: torch.dtype, *, clip: bool = False) -> Grid:
+    """The grid that the extremes of each group span; with `clip`, of up to half of them whichever
+    leaves the least squared error. `stored` is what scales will be kept in."""
+    groups = weight_RC.float().unflatten(1, (-1, scheme.group_size or weight_RC.size(1)))
+    grid = _spanned(groups, 1.0, scheme, stored)
+    if not clip:
+        return grid
+    least = _squared_error(groups, grid, scheme)
+    for step in range(1, 21):
+        other = _spanned(groups, 1.0 - step / 40, scheme, stored)
+        error = _squared_error(groups, other, scheme)
+        better = error < least
+        least = torch.where(better, error, least)
+        grid = Grid(
+            torch.where(better, other.scale, grid.scale), torch.where(better, other.zero, grid.zero)
+        )
+    return grid
+
+
+def _spanned(groups: Tensor, part: float, scheme: Scheme, stored: torch.dtype) -> Grid:
+    low, high = scheme.limits
+    least = groups.amin(-1).clamp(max=0) * part
+    most = groups.amax(-1).clamp(min=0) * part
+    span = 2 * torch.maximum(-least, most) if scheme.symmetric else most - least
+    scale = (span / (high - low)).to(stored).float()
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    if scheme.symmetric:
+        return Grid(scale, torch.zeros_like(scale))
+    return Grid(scale, (low - least / scale).round().clamp(low, high))
+
+
+def _squared_error(groups: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
+    scale, zero = grid.scale[..., None], grid.zero[..., None]
+    codes = (groups / scale + zero).round().clamp(*scheme.limits)
+    return ((codes - zero) * scale - groups).square().sum(-1)
+
+
+def codes_of(weight_RC: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
+    """Nearest codes `[R, C]`, int8."""
+    scale, zero = grid.columns(weight_RC.size(1))
+    return (weight_RC.float() / scale + zero).round().clamp(*scheme.limits).to(torch.int8)
+
+
+def rounded(weight_RC: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
+    """The nearest values on the grid, float32: what the codes stand for."""
+    scale, zero = grid.columns(weight_RC.size(1))
+    return (codes_of(weight_RC, grid, scheme).float() - zero) * scale

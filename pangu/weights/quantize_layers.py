@@ -1,0 +1,248 @@
+"""A model quantised layer by layer: each layer is observed on what the layers before it, already
+quantised, make of the calibration text.
+
+Shapes: S sequence, B batch, H hidden, F width of an expert, E experts, R rows, C columns, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+from pangu import backends
+from pangu.moe.experts import GroupedExperts
+from pangu.ops.grouped_matmul import grouped_matmul
+from pangu.ops.swiglu import swiglu
+from pangu.weights.gptq import gptq
+from pangu.weights.quantize import Grid, Scheme, grid_of, rounded
+from pangu.weights.smoothing import awq_scales, smooth_scales
+
+Tensor = torch.Tensor
+Method = Literal["rtn", "awq", "gptq", "smoothquant"]
+METHODS: tuple[Method, ...] = ("rtn", "awq", "gptq", "smoothquant")
+_FIRST = ("linear_qkv", "linear_q_proj", "linear_q_down_proj", "linear_kv_down_proj")
+
+
+@dataclass
+class Inputs:
+    """What has come into a matrix: sums over tokens of x·xᵀ `[C, C]` and |x| `[C]`, the largest |x|
+    `[C]`, and how many tokens."""
+
+    gram: Tensor
+    total: Tensor
+    largest: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def of(cls, width: int, device: torch.device) -> Inputs:
+        gram = torch.zeros(width, width, device=device)
+        return cls(gram, torch.zeros(width, device=device), torch.zeros(width, device=device))
+
+    def add(self, x: Tensor) -> None:
+        x = x.detach().float().flatten(0, -2)
+        if len(x):
+            self.gram += x.T @ x
+            self.total += x.abs().sum(0)
+            self.largest = torch.maximum(self.largest, x.abs().amax(0))
+            self.tokens += len(x)
+
+
+@dataclass
+class Quantizer:
+    """Method, scheme, and the dtype that weights and scales will be stored in.
+
+    `grids` are by the name of the weight, in its own layout with groups in the place of inputs.
+    """
+
+    method: Method
+    scheme: Scheme
+    stored: torch.dtype
+    grids: dict[str, Grid] = field(default_factory=dict)
+
+    def run(
+        self,
+        model: GPTModel,
+        windows: list[Tensor],
+        progress: Callable[[Iterable], Iterable] = iter,
+    ) -> None:
+        """Round every linear of the decoder's layers, in place. `windows` are token ids `[S]`, none
+        of them where nothing is observed (rounding to nearest).
+
+        Routers, norms, embeddings, head, patches and multi-token prediction stay as they are.
+        """
+        with torch.no_grad():
+            calls = [_call(model, ids) for ids in windows]
+            for number, layer in enumerate(progress(list(model.decoder.layers))):
+                seen = _observed(layer, calls, experts=self.method == "gptq")
+                if self.method in ("awq", "smoothquant"):
+                    self._smooth(layer, seen)
+                self._round(layer, f"decoder.layers.{number}.", seen)
+                for call in calls:
+                    call["hidden_states"] = layer(**call)[0]
+
+    def _smooth(self, layer: Any, seen: dict[str, Inputs]) -> None:
+        """Scale the channels that the norms feed, and what reads them; with AWQ, those of a dense
+        layer's activations too."""
+        attention, mlp = layer.self_attention, layer.mlp
+        first = [name for name in _FIRST if hasattr(attention, name)]
+        readers = [getattr(attention, name).weight for name in first]
+        self._fold(layer.input_layernorm, readers, [], seen[f"self_attention.{first[0]}"])
+        shared = getattr(mlp, "shared_experts", None)
+        dense = [mlp.linear_fc1] if hasattr(mlp, "linear_fc1") else []
+        dense += [shared.linear_fc1] if shared is not None else []
+        readers, exact = [part.weight for part in dense], []
+        if hasattr(mlp, "experts"):
+            readers += [_rows_in(mlp.experts, number) for number in range(len(mlp.experts.w1))]
+            exact = [mlp.router.weight]
+        self._fold(layer.pre_mlp_layernorm, readers, exact, seen["mlp"])
+        if self.method == "awq" and not exact and layer.config.gated_linear_unit:
+            scales = self._scales([mlp.linear_fc2.weight], [], seen["mlp.linear_fc2"])
+            for part in (mlp.linear_fc1.weight, mlp.linear_fc1.bias):
+                if part is not None:
+                    up = part[len(part) // 2 :]
+                    up /= scales.view(-1, *[1] * (up.dim() - 1))
+            mlp.linear_fc2.weight *= scales
+
+    def _fold(self, norm: Any, readers: list[Tensor], exact: list[Tensor], inputs: Inputs) -> None:
+        """Divide what `norm` gives by scales, and multiply `readers` and `exact` (which are not
+        rounded) by them; they are matrices `[R, C]`."""
+        scales = self._scales(readers, exact, inputs)
+        for part in (norm.weight, norm.bias):
+            if part is not None:
+                part /= scales
+        for weight in [*readers, *exact]:
+            weight *= scales
+
+    def _scales(self, readers: list[Tensor], exact: list[Tensor], inputs: Inputs) -> Tensor:
+        if self.method == "smoothquant":
+            return smooth_scales([*readers, *exact], inputs.largest)
+        size = inputs.total / max(inputs.tokens, 1)
+        return awq_scales(readers, size, inputs.gram, self.scheme, self.stored)
+
+    def _round(self, layer: Any, prefix: str, seen: dict[str, Inputs]) -> None:
+        for name, module in layer.named_modules():
+            if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+                values, grid = self._rounded(module.weight, seen.get(name))
+                module.weight.copy_(values)
+                self.grids[f"{prefix}{name}.weight"] = grid
+            elif isinstance(module, GroupedExperts):
+                self._round_experts(module, f"{prefix}{name}.", seen, name)
+
+    def _round_experts(
+        self, experts: GroupedExperts, prefix: str, seen: dict[str, Inputs], name: str
+    ) -> None:
+        into, out = [], []
+        for number in range(len(experts.w1)):
+            rows = _rows_in(experts, number)
+            values, grid = self._rounded(rows, seen.get(f"{name}.w1.{number}"))
+            rows.copy_(values)
+            into.append(grid)
+            down = experts.w2[number].T
+            values, grid = self._rounded(down, seen.get(f"{name}.w2.{number}"))
+            down.copy_(values)
+            out.append(grid)
+        self.grids[f"{prefix}w1"] = _stacked(
+            into, lambda part: part.unflatten(1, (2, -1)).permute(0, 3, 1, 2)
+        )
+        self.grids[f"{prefix}w2"] = _stacked(out, lambda part: part.transpose(1, 2))
+
+    def _rounded(self, weight_RC: Tensor, inputs: Inputs | None) -> tuple[Tensor, Grid]:
+        if self.method == "gptq" and inputs is not None and inputs.tokens:
+            return gptq(weight_RC, inputs.gram, self.scheme, self.stored)
+        grid = grid_of(weight_RC, self.scheme, self.stored)
+        return rounded(weight_RC, grid, self.scheme), grid
+
+
+def widths(model: GPTModel) -> set[int]:
+    """Columns of every matrix that is rounded."""
+    found: set[int] = set()
+    for module in model.decoder.layers.modules():
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+            found.add(module.weight.size(1))
+        elif isinstance(module, GroupedExperts):
+            found |= {module.w1.size(1), module.w2.size(1)}
+    return found
+
+
+def _rows_in(experts: GroupedExperts, number: int) -> Tensor:
+    """An expert's gate and up, `[2·F, H]`: a view, where the parts lie in one piece."""
+    return experts.w1[number].flatten(1).T
+
+
+def _stacked(grids: list[Grid], layout: Callable[[Tensor], Tensor]) -> Grid:
+    """Grids of all experts, `[E, R, G]`, laid out as the weight is."""
+    scale = layout(torch.stack([grid.scale for grid in grids]))
+    return Grid(scale, layout(torch.stack([grid.zero for grid in grids])))
+
+
+class _Reached(Exception):
+    """The first layer has its inputs."""
+
+
+def _call(model: GPTModel, ids_S: Tensor) -> dict[str, Any]:
+    """What the first layer is called with."""
+    found: dict[str, Any] = {}
+
+    def keep(_: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        found.update(kwargs)
+        if args:
+            found["hidden_states"] = args[0]
+        raise _Reached
+
+    handle = model.decoder.layers[0].register_forward_pre_hook(keep, with_kwargs=True)
+    ids = ids_S[None].to(backends.current().device)
+    mtp = model.mtp_process
+    model.mtp_process = False
+    try:
+        model.eval()(ids, torch.arange(ids.size(1), device=ids.device)[None], None)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+        model.mtp_process = mtp
+    return found
+
+
+def _observed(layer: Any, calls: list[dict[str, Any]], *, experts: bool) -> dict[str, Inputs]:
+    """Run the layer on all `calls`, and look at what comes into its matrices, by module; into
+    `mlp` as a whole; and, where `experts`, into both matrices of every expert."""
+    seen: dict[str, Inputs] = {}
+
+    def look(name: str, x: Tensor) -> None:
+        if name not in seen:
+            seen[name] = Inputs.of(x.size(-1), x.device)
+        seen[name].add(x)
+
+    def look_inside(name: str, module: GroupedExperts, args: tuple) -> None:
+        rows, counts, weights = args
+        inner = grouped_matmul(rows, module.w1.flatten(2), counts, parameter=module.w1)
+        active = swiglu(inner, weights)
+        for number, part in enumerate(rows.split(counts.tolist())):
+            look(f"{name}.w1.{number}", part)
+        for number, part in enumerate(active.split(counts.tolist())):
+            look(f"{name}.w2.{number}", part)
+
+    handles = []
+    for name, module in layer.named_modules():
+        if name == "mlp" or isinstance(module, ColumnParallelLinear | RowParallelLinear):
+            handles.append(
+                module.register_forward_pre_hook(lambda _, args, name=name: look(name, args[0]))
+            )
+        elif experts and isinstance(module, GroupedExperts):
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda module, args, name=name: look_inside(name, module, args)
+                )
+            )
+    try:
+        for call in calls:
+            layer(**call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen

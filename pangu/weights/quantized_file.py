@@ -1,0 +1,75 @@
+"""What a quantised model's folder holds beside its weights, which are the values that the codes
+stand for: the grids from which codes are read again.
+
+    quantization.safetensors    NAME.scale and NAME.zero for each quantised weight NAME, and the
+                                scheme in its header
+
+Both are laid out as the weight is, with groups in the place of inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from pangu.checkpoint.tensor_files import WeightsError
+from pangu.weights.quantize import Grid, Scheme
+
+FILE = "quantization.safetensors"
+
+
+def save(folder: Path, scheme: Scheme, grids: Mapping[str, Grid], stored: torch.dtype) -> None:
+    """Write the file; scales are in `stored`, in which they have been rounded before."""
+    tensors = {}
+    for name, grid in grids.items():
+        tensors[f"{name}.scale"] = grid.scale.to(stored).cpu().contiguous()
+        if not scheme.symmetric:
+            tensors[f"{name}.zero"] = grid.zero.to(torch.int8).cpu().contiguous()
+    save_file(tensors, folder / FILE, {key: str(value) for key, value in asdict(scheme).items()})
+
+
+class Quantized:
+    """The grids of a folder, read when asked for; None where `of` finds none.
+
+    Raises:
+        WeightsError: the file is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata()
+                self.weights = {key.removesuffix(".scale") for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise WeightsError(f"{path} is damaged or incomplete: {error}") from None
+        self.weights = {name for name in self.weights if not name.endswith(".zero")}
+        try:
+            self.scheme = Scheme(
+                header["name"],
+                int(header["weight_bits"]),
+                int(header["activation_bits"]),
+                int(header["group_size"]),
+                symmetric=header["symmetric"] == "True",
+            )
+        except (KeyError, TypeError, ValueError):
+            raise WeightsError(f"{path} names no scheme") from None
+
+    @classmethod
+    def of(cls, folder: Path) -> Quantized | None:
+        """The file of a model's folder; None where the model is not quantised."""
+        path = folder / FILE
+        return cls(path) if path.is_file() else None
+
+    def parts(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale, in its stored dtype, and zero, int8, of a weight."""
+        with safe_open(self._path, framework="pt") as file:
+            scale = file.get_tensor(f"{name}.scale")
+            if self.scheme.symmetric:
+                return scale, torch.zeros(scale.shape, dtype=torch.int8)
+            return scale, file.get_tensor(f"{name}.zero")
