@@ -23,8 +23,9 @@ MODEL = [
 ]
 
 
-def steps(overrides: list[str], world_size: int, count: int) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of the first `count` steps on this rank's part of a layout."""
+def steps(overrides: list[str], world_size: int, count: int) -> list[tuple[float, ...]]:
+    """(loss, gradient norm, and the loss of multi-token prediction if there is any) of the first
+    `count` steps on this rank's part of a layout."""
     import gloo
 
     from pangu.data.datasets import batches, build_datasets
@@ -56,13 +57,14 @@ def steps(overrides: list[str], world_size: int, count: int) -> list[tuple[float
     for _ in range(count):
         engine.set_learning_rate(config.optimizer.lr)
         result = engine.train_step(iterator, shape)
-        results.append((result.loss, result.grad_norm))
+        ahead = () if result.mtp_loss is None else (result.mtp_loss,)
+        results.append((result.loss, result.grad_norm, *ahead))
     gloo.drop_groups()
     return results
 
 
 def all_layouts(
     layouts: dict[str, list[str]], world_size: int, count: int
-) -> dict[str, list[tuple[float, float]]]:
+) -> dict[str, list[tuple[float, ...]]]:
     """`steps` of every layout, by name."""
     return {name: steps(overrides, world_size, count) for name, overrides in layouts.items()}

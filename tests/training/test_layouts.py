@@ -26,7 +26,7 @@ TWO = {
 FOUR = {"tp2 ep2": [TP2, EP2], "pp2 ep2": [PP2, EP2]}
 
 
-def farthest(found: list[tuple[float, float]], expected: list[tuple[float, float]]) -> float:
+def farthest(found: list[tuple[float, ...]], expected: list[tuple[float, ...]]) -> float:
     return max(
         abs(a - b) / abs(b)
         for x, y in zip(found, expected, strict=True)
@@ -47,4 +47,17 @@ def test_twenty_steps_equal_the_single_process(router):
     found = {**run(2, all_layouts, two, 2, STEPS)[0], **run(4, all_layouts, four, 4, STEPS)[0]}
     errors = {name: farthest(values, expected) for name, values in found.items()}
     print(errors)
+    assert {name: error for name, error in errors.items() if not error < 1e-5} == {}
+
+
+@pytest.mark.distributed
+def test_multi_token_prediction_in_a_split_sequence_and_in_uneven_stages():
+    mtp = ["model.mtp_num_layers=1", "model.mtp_loss_scaling_factor=0.5", "model.num_layers=4"]
+    uneven = "parallel.pipeline_layout="
+    two = {"cp2": [CP2], "pp2 3+1": [PP2, uneven + "[3,1]"], "pp2 4+0": [PP2, uneven + "[4,0]"]}
+    two = {name: mtp + overrides for name, overrides in two.items()}
+    expected = run(1, all_layouts, {"single": mtp}, 1, 4)[0]["single"]
+    assert len(expected[0]) == 3
+    found = run(2, all_layouts, two, 2, 4)[0]
+    errors = {name: farthest(values, expected) for name, values in found.items()}
     assert {name: error for name, error in errors.items() if not error < 1e-5} == {}
