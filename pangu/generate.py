@@ -37,8 +37,9 @@ USAGE = """usage: python -m pangu.generate checkpoint=DIR [prompt=TEXT] [key=val
   min_p               0; draws from tokens that are this likely as a part of the most likely
   repetition_penalty  1; more than 1 makes tokens that the text holds less likely
   stop                a text to end before
-  speculative         none | ngram (what followed the same tokens before) | draft (a smaller model):
-                      guesses of the next tokens, which one pass verifies; the text is the same
+  speculative         none | ngram | draft | mtp: guesses of the next tokens, for one pass, by
+                      what followed the same tokens before, by a smaller model, or by the model's
+                      own layers of multi-token prediction; the text is the same
   speculative.tokens  4; guesses at a time
   draft               the smaller model's folder; it has the same tokenizer
   seed                0; with several prompts, that of the first, 1 more for each
@@ -67,7 +68,7 @@ class Options:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     stop: str = ""
-    speculative: Literal["none", "ngram", "draft"] = "none"
+    speculative: Literal["none", "ngram", "draft", "mtp"] = "none"
     speculative_tokens: int = 4
     draft: str = ""
     seed: int = 0

@@ -31,7 +31,7 @@ USAGE = """usage: python -m pangu.serve checkpoint=DIR [key=value] ...
   max_body            1048576; bytes of a request
   cache_tokens        16384; tokens whose keys and values are kept, of all sequences together
   drain               60; seconds that answers under way have to end when told to stop (SIGTERM)
-  speculative         none | ngram | draft, as python -m pangu.generate has it
+  speculative         none | ngram | draft | mtp, as python -m pangu.generate has it
   speculative.tokens  4
   draft               the smaller model's folder
   backend             auto | cpu | cuda | npu
@@ -55,7 +55,7 @@ class Options:
     max_body: int = 2**20
     cache_tokens: int = 16384
     drain: int = 60
-    speculative: Literal["none", "ngram", "draft"] = "none"
+    speculative: Literal["none", "ngram", "draft", "mtp"] = "none"
     speculative_tokens: int = 4
     draft: str = ""
     backend: Literal["auto", "cpu", "cuda", "npu"] = "auto"

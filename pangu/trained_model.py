@@ -104,15 +104,22 @@ def load_for_inference(config: Config, folder: Path) -> tuple[GPTModel, Tokenize
 
 
 def add_drafter(engine: Engine, kind: str, tokens: int, draft: str) -> None:
-    """Let `engine` decode with guesses of `tokens` tokens: kind "none", "ngram", or "draft" for
-    those of the model in the folder `draft`. Collective.
+    """Let `engine` decode with guesses of `tokens` tokens: kind "none", "ngram", "draft" for those
+    of the model in the folder `draft`, or "mtp" for those of the model's own layers. Collective.
 
     Raises:
-        ConfigError: there is no model in `draft`, or it has other tokens.
+        ConfigError: there is no model in `draft`, it has other tokens, or there are no such layers.
     """
     from pangu.inference.speculative import ModelDrafter, NgramDrafter
 
     if kind == "none":
+        return
+    if kind == "mtp":
+        try:
+            engine.draft_with_own_layers()
+        except ValueError as error:
+            raise ConfigError([Violation("speculative", kind, str(error))]) from None
+        engine.draft_tokens = min(tokens, engine.draft_tokens)
         return
     engine.draft_tokens = tokens
     if kind == "ngram":

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from pangu import backends
 from pangu.ops.attention import attention
 
 _EVICTED_AT_ONCE = 16  # free pages that lie side by side are worth more than single ones
@@ -150,17 +151,20 @@ class CachedPass:
     ) -> None:
         self._store = store
         self._segments = segments
-        self.rows = torch.tensor(rows, dtype=torch.long)
-        self.positions = torch.cat([torch.arange(s.start, s.start + s.count) for s in segments])
-        self._places = [_places(segment, page_size) for segment in segments]
-        self._written = torch.cat(
-            [
-                place[-segment.count :]
-                if isinstance(place, torch.Tensor)
-                else torch.arange(place.stop - segment.count, place.stop)
-                for segment, place in zip(segments, self._places, strict=True)
-            ]
-        )
+        device = backends.current().device
+        self.hidden: torch.Tensor | None = None
+        self.rows = torch.tensor(rows, dtype=torch.long, device=device)
+        positions = [torch.arange(s.start, s.start + s.count) for s in segments]
+        self.positions = torch.cat(positions).to(device)
+        places = [_places(segment, page_size) for segment in segments]
+        written = [
+            place[-segment.count :]
+            if isinstance(place, torch.Tensor)
+            else torch.arange(place.stop - segment.count, place.stop)
+            for segment, place in zip(segments, places, strict=True)
+        ]
+        self._written = torch.cat(written).to(device)
+        self._places = [p.to(device) if isinstance(p, torch.Tensor) else p for p in places]
 
     def attend(
         self,

@@ -20,7 +20,7 @@ from pangu.inference import batching
 from pangu.inference.batching import Request, Scheduler, Work
 from pangu.inference.cache import CachedPass, KeyValues, PagePool, Segment
 from pangu.inference.forward import Forward, of_rank_0
-from pangu.inference.speculative import Draft, Drafter, verified
+from pangu.inference.speculative import Draft, Drafter, MtpDrafter, verified
 from pangu.inference.text import StoppedText
 
 _NO_TOKEN, _NOTHING = -1, -2  # no number is finite; a guess did not hold
@@ -136,6 +136,18 @@ class Engine:
             self._texts[number] = StoppedText(self.tokenizer, request.stop)
         return number
 
+    def draft_with_own_layers(self) -> None:
+        """Let the model's layers of multi-token prediction guess.
+
+        Raises:
+            ValueError: it has none, or ranks have parts of sequences.
+        """
+        depths = self._forward.depths
+        if not depths:
+            raise ValueError("the model has no layers of multi-token prediction that could guess")
+        self.drafter = MtpDrafter(self._forward, self._store, self.scheduler, self._vocab_size)
+        self.draft_tokens = depths
+
     def cancel(self, number: int) -> None:
         """Drop a request; there is no further update of it."""
         self._end(number)
@@ -190,7 +202,10 @@ class Engine:
         page_size = self.scheduler.pool.page_size
         cached = CachedPass(self._store, page_size, segments, rows)
         tokens = [token for work in works for token in work.tokens]
-        return self._forward(tokens, cached)[:, : self._vocab_size]
+        logits = self._forward(tokens, cached)[:, : self._vocab_size]
+        if self.drafter and cached.hidden is not None:
+            self.drafter.saw(works, cached.hidden)
+        return logits
 
     def _drawn(
         self,

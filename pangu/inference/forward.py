@@ -54,6 +54,35 @@ class Forward:
         with torch.no_grad(), _inference(self._model), self._positions(positions):
             return self._model(ids, positions[None], cached)
 
+    @property
+    def depths(self) -> int:
+        """Layers of multi-token prediction that can guess: none where a rank has a part of the
+        sequence."""
+        mtp = getattr(self._model, "mtp", None)
+        return len(mtp.layers) if mtp is not None and self._multiple == 1 else 0
+
+    def predict_further(
+        self, depth: int, hidden: torch.Tensor, tokens: Sequence[int], cached: CachedPass
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Layer `depth` (from 1) of multi-token prediction, as arXiv 2412.19437, section 2.2:
+        hidden states `[s, 1, H]` of the depth before at the positions of `cached`, and the tokens
+        `depth` positions on → its hidden states, and logits `[rows, vocab]` of the tokens
+        `depth + 1` positions on."""
+        model, positions = self._model, cached.positions
+        ids = torch.tensor([tokens], device=positions.device)
+        with torch.no_grad(), _inference(model), self._positions(positions):
+            angles = None
+            if model.position_embedding_type == "rope" and not model.config.multi_latent_attention:
+                angles = model.rotary_pos_emb(len(tokens))
+            # The layer's own forward moves the tokens of one whole sequence along.
+            hidden = model.mtp.layers[depth - 1]._proj_and_transformer_layer(
+                hidden_states=hidden,
+                decoder_input=model.embedding(ids, positions[None] + depth),
+                attention_mask=cached,
+                rotary_pos_emb=angles,
+            )
+            return hidden, model.row_logits(hidden, cached.rows)
+
     @contextlib.contextmanager
     def _positions(self, positions: torch.Tensor) -> Iterator[None]:
         """Rotary embeddings give the angles of these positions, not of 0, 1, 2 …"""

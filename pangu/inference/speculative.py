@@ -6,15 +6,15 @@ drawn for, token for token with the same seed; else the same distribution (arXiv
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from pangu.inference.batching import Scheduler, Sequence
+from pangu.inference.batching import Scheduler, Sequence, Work
 from pangu.inference.cache import CachedPass, KeyValues, Segment
 from pangu.inference.forward import Forward, of_rank_0
 from pangu.inference.sampling import Draws, Sampling, probabilities
@@ -29,12 +29,16 @@ class Draft:
     chances: list[torch.Tensor] = field(default_factory=list)
 
 
-class Drafter(Protocol):
+class Drafter(ABC):
     """Guesses the next tokens of sequences of which one token is pending."""
 
+    @abstractmethod
     def propose(self, counts: dict[Sequence, int]) -> dict[Sequence, Draft]:
         """At most so many for each sequence, or nothing. Collective."""
-        ...
+
+    def saw(self, works: SequenceOf[Work], hidden: torch.Tensor) -> None:
+        """What a pass of the model has made of its tokens: `[s, 1, H]`; most do not care."""
+        return
 
 
 def verified(
@@ -70,7 +74,7 @@ def verified(
     raise ValueError(f"{len(logits)} rows of logits do not verify {len(draft.tokens)} guesses")
 
 
-class NgramDrafter:
+class NgramDrafter(Drafter):
     """Prompt look-up: what followed when the text's last tokens were there before, as late as
     possible; the longest match of `longest` to `shortest` tokens."""
 
@@ -99,7 +103,7 @@ class NgramDrafter:
         return next((end for end in matches if end is not None), None)
 
 
-class ModelDrafter:
+class ModelDrafter(Drafter):
     """Guesses of a smaller model with the same tokens. Its keys and values lie under the same page
     numbers as the model's, in a store of their own."""
 
@@ -117,14 +121,14 @@ class ModelDrafter:
         }
         active = dict(found)
         while active:
-            self._guess(active)
+            self._guess_once(active)
             active = {s: d for s, d in active.items() if len(d.tokens) < counts[s]}
         for sequence, draft in found.items():
             # The last guess has not been computed; whether the others hold is not known yet.
             sequence.drafted = len(sequence.tokens) + max(0, len(draft.tokens) - 1)
         return found
 
-    def _guess(self, drafts: dict[Sequence, Draft]) -> None:
+    def _guess_once(self, drafts: dict[Sequence, Draft]) -> None:
         """One more guess for each."""
         segments, fed = [], []
         for sequence, draft in drafts.items():
@@ -136,15 +140,79 @@ class ModelDrafter:
         page_size = self._scheduler.pool.page_size
         cached = CachedPass(self._store, page_size, segments, ends.tolist())
         logits = self._forward([token for part in fed for token in part], cached)
-        guesses = []
-        for (sequence, draft), row in zip(drafts.items(), logits.cpu(), strict=True):
-            sampling = sequence.request.sampling
-            if sampling.temperature == 0:
-                guesses.append(int(row[: self._vocab_size].argmax()))
-                continue
-            text = [*sequence.tokens, *draft.tokens]
-            chances = probabilities(row[: self._vocab_size], sampling, text)
-            guesses.append(sequence.draws.token(chances))
-            draft.chances.append(chances)
-        for draft, guess in zip(drafts.values(), of_rank_0(guesses), strict=True):
-            draft.tokens.append(guess)
+        _guess(drafts, logits[:, : self._vocab_size])
+
+
+class MtpDrafter(Drafter):
+    """Guesses of the model's own layers of multi-token prediction, one for each layer. Their keys
+    and values lie beside the model's, under layer numbers of their own.
+
+    Depth k at position i takes depth k - 1 at i and token i + k. What was computed with guesses
+    that did not hold is computed again with the tokens that came: the last positions, one less
+    than there are depths. Where a prefix was found in the cache, so were its keys.
+    """
+
+    def __init__(
+        self, forward: Forward, store: KeyValues, scheduler: Scheduler, vocab_size: int
+    ) -> None:
+        self._forward, self._store = forward, store
+        self._page_size, self._vocab_size = scheduler.pool.page_size, vocab_size
+        # Hidden states of a position and those behind it; how many positions are in the cache.
+        self._hidden: WeakKeyDictionary[Sequence, tuple[int, torch.Tensor]] = WeakKeyDictionary()
+        self._done: WeakKeyDictionary[Sequence, int] = WeakKeyDictionary()
+
+    def saw(self, works: SequenceOf[Work], hidden: torch.Tensor) -> None:
+        parts = hidden.split([len(work.tokens) for work in works])
+        for work, part in zip(works, parts, strict=True):
+            sequence, start = work.sequence, work.sequence.computed
+            first, known = self._hidden.get(sequence, (start, part[:0]))
+            if not first <= start <= first + len(known):
+                first, known = start, part[:0]
+            self._hidden[sequence] = (first, torch.cat([known[: start - first], part]))
+            self._done[sequence] = min(self._done.get(sequence, 0), start)
+
+    def propose(self, counts: dict[Sequence, int]) -> dict[Sequence, Draft]:
+        segments, states, ready = [], [], []
+        overlap = self._forward.depths - 1
+        for sequence in counts:
+            first, known = self._hidden[sequence]
+            start = max(first, self._done[sequence] - overlap)
+            end = sequence.computed
+            segments.append(Segment(start, end - start, sequence.pages))
+            states.append(known[start - first : end - first])
+            ready.append(sequence)
+            kept = max(first, end - overlap)
+            self._hidden[sequence] = (kept, known[kept - first : end - first])
+            self._done[sequence] = end
+        found = {sequence: Draft() for sequence in ready}
+        if not found:
+            return found
+        ends = torch.tensor([segment.count for segment in segments]).cumsum(0) - 1
+        cached = CachedPass(self._store, self._page_size, segments, ends.tolist())
+        hidden = torch.cat(states)
+        for depth in range(1, min(self._forward.depths, max(counts.values())) + 1):
+            tokens = []
+            for (sequence, draft), segment in zip(found.items(), segments, strict=True):
+                text = [*sequence.tokens, *draft.tokens]
+                first = segment.start + depth
+                tokens += text[first : first + segment.count]
+            hidden, logits = self._forward.predict_further(depth, hidden, tokens, cached)
+            _guess(found, logits[:, : self._vocab_size])
+        for sequence, draft in found.items():
+            del draft.tokens[counts[sequence] :], draft.chances[counts[sequence] :]
+        return found
+
+
+def _guess(drafts: dict[Sequence, Draft], logits: torch.Tensor) -> None:
+    """One more guess for each, as its request has it drawn; logits `[drafts, vocab]`."""
+    guesses = []
+    for (sequence, draft), row in zip(drafts.items(), logits.cpu(), strict=True):
+        sampling = sequence.request.sampling
+        if sampling.temperature == 0:
+            guesses.append(int(row.argmax()))
+            continue
+        chances = probabilities(row, sampling, [*sequence.tokens, *draft.tokens])
+        guesses.append(sequence.draws.token(chances))
+        draft.chances.append(chances)
+    for draft, guess in zip(drafts.values(), of_rank_0(guesses), strict=True):
+        draft.tokens.append(guess)

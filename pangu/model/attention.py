@@ -26,6 +26,7 @@ class CachedKeys(Protocol):
     """
 
     rows: torch.Tensor  # `[r]`, the tokens whose logits are wanted
+    hidden: torch.Tensor | None  # `[s, 1, H]`, set by the model: what the logits are made from
 
     def attend(
         self,

@@ -37,7 +37,8 @@ class PanguModel(GPTModel):
     def _postprocess(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         keys = kwargs.get("attention_mask")
         if keys is not None and not isinstance(keys, torch.Tensor):
-            return self.row_logits(kwargs["hidden_states"], keys.rows)
+            keys.hidden = kwargs["hidden_states"]
+            return self.row_logits(keys.hidden, keys.rows)
         mask = kwargs.get("loss_mask")
         self._mtp_masks = []
         if self.training and mask is not None:

@@ -24,6 +24,8 @@ def make(model, draft=None, tokens=4, **settings):
     engine.draft_tokens = tokens
     if draft == "ngram":
         engine.drafter = NgramDrafter(shortest=1)
+    elif draft == "mtp":
+        engine.draft_with_own_layers()
     elif draft is not None:
         engine.drafter = ModelDrafter(draft, engine.scheduler, 64)
     return engine
@@ -70,6 +72,62 @@ def test_preemption_small_passes_and_prefixes_change_nothing():
         assert decode(engine, requests(0)) == expected
         assert engine.scheduler.preemptions > 0
         assert decode(engine, requests(0)) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_models_own_layers_guess_and_the_text_stays_the_same(kind):
+    model = build(*KINDS[kind], "model.mtp_num_layers=2")
+    expected = decode(make(model), requests(0))
+    engine = make(model, "mtp")
+    assert decode(engine, requests(0)) == expected
+    assert engine.counts.guessed[1] > 0
+    engine = make(model, "mtp", cache_tokens=68, max_batch_tokens=7, max_sequences=4)
+    assert decode(engine, requests(0)) == expected
+    assert engine.scheduler.preemptions > 0
+    decode(make(model, "mtp"), requests(0.8))
+
+
+def guesses_of_whole_passes(model, tokens, depths):
+    """Each layer's guess by megatron-core's own forward over all tokens."""
+    found = []
+    for depth in range(1, depths + 1):
+        ids = torch.tensor([[*tokens, *found]])
+        positions = torch.arange(ids.size(1))[None]
+        angles = None
+        if model.position_embedding_type == "rope" and not model.config.multi_latent_attention:
+            angles = model.rotary_pos_emb(ids.size(1))
+        with torch.no_grad():
+            hidden = model.decoder(model.embedding(ids, positions), None, rotary_pos_emb=angles)
+            states = model.mtp(
+                ids, positions, hidden, None, rotary_pos_emb=angles, embedding=model.embedding
+            )
+            state = states.chunk(model.config.mtp_num_layers + 1)[depth]
+            logits = model.row_logits(state, torch.tensor([len(tokens) - 2]))
+        found.append(int(logits[0].argmax()))
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_layers_guess_what_they_do_in_a_pass_over_the_whole_text(kind):
+    model = build(*KINDS[kind], "model.mtp_num_layers=3")
+    engine = make(model, "mtp", max_batch_tokens=9)
+    propose, seen = engine.drafter.propose, []
+
+    def watched(counts):
+        found = propose(counts)
+        seen.extend((list(s.tokens), list(draft.tokens)) for s, draft in found.items())
+        return found
+
+    engine.drafter.propose = watched
+    decode(engine, requests(0))
+    assert len(seen) > 20
+    for tokens, guesses in seen[::5]:
+        assert guesses == guesses_of_whole_passes(model, tokens, len(guesses))
+
+
+def test_a_model_without_such_layers_says_so():
+    with pytest.raises(ValueError, match="no layers of multi-token prediction"):
+        make(build(), "mtp")
 
 
 def test_a_stop_inside_guesses_that_hold_ends_the_text_there():
