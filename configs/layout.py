@@ -1,9 +1,19 @@
-"""Which layers a pipeline stage holds, and which ranks share a node. The trainer and the simulator
-both ask here."""
+"""Which part of a model a pipeline stage holds, and which ranks share a node. The trainer, the
+simulator (for arrays of layouts) and the flags for other engines all ask here.
+
+Virtual stage i is chunk i // pipeline ranks of rank i % pipeline ranks.
+"""
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+
 from configs.schema import Config
+
+Part = Literal["embedding", "decoder", "mtp", "loss"]  # megatron-core's names
 
 
 def ranks_per_node(config: Config) -> int:
@@ -22,12 +32,19 @@ def num_virtual_stages(config: Config) -> int:
     return p.pipeline_model_parallel_size * p.virtual_pipeline_model_parallel_size
 
 
-def layers_per_virtual_stage(config: Config) -> list[int]:
-    """Transformer layers of each virtual stage, in order of depth; virtual stage i is chunk
-    i // pipeline ranks of rank i % pipeline ranks.
+def first_layer(stage: Any, layers: int, each: Any, noop_layers: Any = 0, more: Any = 0) -> Any:
+    """The first layer of a virtual stage, where stages have `each` slots, the first `more` of them
+    one more; numbers, or arrays of them.
 
-    No-op layers fill the slots nearest to the ends: the last stage first, then the first, in turn,
-    since the head and the embedding sit there.
+    No-op layers fill the slots nearest to the ends, the greater half behind: the head and the
+    embedding sit there.
+    """
+    start = stage * each + np.minimum(stage, more) - noop_layers // 2
+    return np.clip(start, 0, layers)
+
+
+def layers_per_virtual_stage(config: Config) -> list[int]:
+    """Transformer layers of each virtual stage, in order of depth.
 
     Raises:
         ValueError: the layers, with the no-op layers, do not fill the stages evenly.
@@ -35,31 +52,35 @@ def layers_per_virtual_stage(config: Config) -> list[int]:
     p, layers = config.parallel, config.model.num_layers
     if p.pipeline_layout is not None:
         return list(p.pipeline_layout)
-    stages = num_virtual_stages(config)
-    slots = layers + p.num_noop_layers
+    stages, slots = num_virtual_stages(config), layers + p.num_noop_layers
     if slots % stages:
         raise ValueError(f"{slots} layers and no-op layers do not divide into {stages} stages")
-    counts = [slots // stages] * stages
-    front, back = 0, stages - 1
-    for i in range(p.num_noop_layers):
-        position = back if i % 2 == 0 else front
-        if counts[position] == 0:
-            raise ValueError(f"{p.num_noop_layers} no-op layers leave no layer to replace")
-        counts[position] -= 1
-        if i % 2 == 0:
-            back = back - 1 if counts[back] == 0 else back
-        else:
-            front = front + 1 if counts[front] == 0 else front
-    return counts
+    starts = first_layer(np.arange(stages + 1), layers, slots // stages, p.num_noop_layers)
+    return [int(end - start) for start, end in pairwise(starts)]
+
+
+def stage_of_mtp(stages: Any, pipeline_ranks: Any, layers_before_last: Any) -> Any:
+    """The virtual stage that holds the multi-token-prediction modules: the last one, where the
+    loss is, or the one before it where that has no layers of its own (and is not on the first
+    rank, which has the embedding already). Numbers, or arrays of them."""
+    return stages - 1 - (pipeline_ranks > 2) * (layers_before_last == 0)
 
 
 def mtp_stage(config: Config) -> int:
-    """The virtual stage that holds the multi-token-prediction modules: the last one, where the
-    loss is, or the one before it where that has no layers of its own (and is not on the first
-    rank, which has the embedding already)."""
+    """`stage_of_mtp` of one configuration."""
     counts = layers_per_virtual_stage(config)
-    last = len(counts) - 1
-    return last - 1 if config.parallel.pipeline_model_parallel_size > 2 and not counts[-2] else last
+    before = counts[-2] if len(counts) > 1 else 0
+    ranks = config.parallel.pipeline_model_parallel_size
+    return int(stage_of_mtp(len(counts), ranks, before))
+
+
+def stage_parts(config: Config) -> list[list[Part]]:
+    """What each virtual stage holds, in order of depth."""
+    stages: list[list[Part]] = [["decoder"] * n for n in layers_per_virtual_stage(config)]
+    stages[0].insert(0, "embedding")
+    stages[mtp_stage(config)] += ["mtp"] * config.model.mtp_num_layers
+    stages[-1].append("loss")
+    return stages
 
 
 def is_even(config: Config) -> bool:

@@ -19,13 +19,13 @@ from configs.schema import Config
 from simulator import operators
 from simulator.array import Array
 from simulator.counts.records import Counts
-from simulator.evaluate import Parts, prepare
 from simulator.hardware import Attention, Hardware, Launch, Link, Matmul, Overlap, load_hardware
 from simulator.host import issue_seconds
 from simulator.inference import decode_step
 from simulator.layout import from_config
 from simulator.page import fill as fill_page
 from simulator.parameters import count_parameters, model_flops_per_token
+from simulator.parts import Parts, prepare
 from simulator.predict import Forecast, predict
 from simulator.ranks import Rank, pipeline_ranks
 from simulator.serving import serving

@@ -7,7 +7,7 @@ and of `mindspeed/features_manager`. What an engine cannot do stands beside them
 from __future__ import annotations
 
 from configs.dispatch import dispatcher
-from configs.layout import layers_per_virtual_stage, mtp_stage
+from configs.layout import Part, layers_per_virtual_stage, stage_parts
 from configs.schema import Config
 
 # What Megatron-LM's fine-grained offloading calls the tensors of a swapped module: it names the
@@ -25,6 +25,10 @@ SWAPPED = {
     "core_attn": ("self_attention",),
     "mla_up_proj": ("self_attention",),
 }
+
+
+# Of a pipeline's layout, | between virtual stages.
+LETTERS: dict[Part, str] = {"embedding": "E", "decoder": "t", "mtp": "m", "loss": "L"}
 
 
 def launch_flags(config: Config) -> str:
@@ -64,19 +68,11 @@ def _stages(config: Config) -> list[str]:
     """Stages that hold unlike numbers of layers are spelt out; no-op layers do not exist."""
     counts = layers_per_virtual_stage(config)
     if config.parallel.pipeline_layout is not None or len(set(counts)) > 1:
-        return [f"--pipeline-model-parallel-layout {_layout(config, counts)}"]
+        stages = ("".join(LETTERS[part] for part in stage) for stage in stage_parts(config))
+        return [f"--pipeline-model-parallel-layout {'|'.join(stages)}"]
     if config.parallel.virtual_pipeline_model_parallel_size > 1:
         return [f"--num-layers-per-virtual-pipeline-stage {counts[0]}"]
     return []
-
-
-def _layout(config: Config, counts: list[int]) -> str:
-    """Megatron-LM's letters: E embedding, t layer, m MTP, L loss, | between virtual stages."""
-    parts = ["t" * layers for layers in counts]
-    parts[0] = "E" + parts[0]
-    parts[mtp_stage(config)] += "m" * config.model.mtp_num_layers
-    parts[-1] += "L"
-    return "|".join(parts)
 
 
 def _experts(config: Config) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from configs.layout import first_layer, stage_of_mtp
 from configs.schema import Config, ModelConfig, RecomputeModule
 from simulator.array import Array, Mask
 
@@ -179,13 +180,13 @@ class StageContent:
 
 @dataclass(frozen=True)
 class Dealt:
-    """How many layers each virtual stage holds: stage s starts at s · `each` + min(s, `more`) -
-    `front`, unless `stages` names them. `mtp` is the stage of the MTP modules (-1: none)."""
+    """How many layers each virtual stage holds: `configs.layout.first_layer` of these figures,
+    unless `stages` names them. `mtp` is the stage of the MTP modules (-1: none)."""
 
     depth: int
     each: Array
     more: Array
-    front: Array
+    noop_layers: Array
     stages: tuple[int, ...] | None = None
     mtp: Array = -1
 
@@ -197,8 +198,8 @@ class Dealt:
         return self._first(stage), self._first(stage + 1)
 
     def _first(self, stage: Array) -> Array:
-        start = stage * self.each + np.minimum(stage, self.more) - self.front
-        return np.minimum(np.maximum(start, 0), self.depth)
+        found: Array = first_layer(stage, self.depth, self.each, self.noop_layers, self.more)
+        return found
 
 
 def deal_layers(model: ModelConfig, layout: Layout) -> Dealt:
@@ -212,14 +213,13 @@ def deal_layers(model: ModelConfig, layout: Layout) -> Dealt:
         depth,
         each=np.where(apart, least, slots),
         more=np.where(apart, depth - least * others, 0),
-        front=np.where(layout.deal == DEALS.index("even"), np.floor(layout.noop_layers / 2), 0),
+        noop_layers=np.where(layout.deal == DEALS.index("even"), layout.noop_layers, 0),
         stages=layout.stage_layers,
     )
     if not model.mtp_num_layers:
         return dealt
-    last = layout.virtual_stages - 1  # `configs.layout.mtp_stage`
-    start, end = dealt.bounds(np.maximum(last - 1, 0))
-    return replace(dealt, mtp=np.where((layout.pp > 2) & (end == start), last - 1, last))
+    start, end = dealt.bounds(np.maximum(layout.virtual_stages - 2, 0))
+    return replace(dealt, mtp=stage_of_mtp(layout.virtual_stages, layout.pp, end - start))
 
 
 def alone(model: ModelConfig) -> int:

@@ -10,17 +10,6 @@ from typing import Any
 
 from configs.schema import Config
 from configs.violation import ConfigError, Violation
-from simulator.evaluate import (
-    DataParallel,
-    Parts,
-    data_parallel,
-    layer_waits,
-    peak_dtype,
-    prepare,
-    rank_seconds,
-    send_seconds,
-    tokens_per_step,
-)
 from simulator.layout import StageContent, from_config
 from simulator.memory import (
     Memory,
@@ -31,8 +20,11 @@ from simulator.memory import (
     stage_parameters,
 )
 from simulator.parameters import LayerKind, model_flops_per_token
+from simulator.parts import Parts, peak_dtype, prepare, tokens_per_step
+from simulator.passes import layer_waits, rank_seconds, send_seconds
 from simulator.pipeline import RankSeconds, hidden_seconds
 from simulator.seconds import BlockSeconds, Line
+from simulator.step_end import DataParallel, data_parallel
 from simulator.timeline import Timeline, UnitSeconds, build
 
 ACCURACY = Path(__file__).parent / "accuracy.json"  # written by `validate`

@@ -8,7 +8,6 @@ from configs.layout import layers_per_virtual_stage
 from configs.schema import Config
 from simulator.counts.layer import blocks
 from simulator.counts.records import shapes
-from simulator.evaluate import expected_load
 from simulator.layout import from_config
 from simulator.memory import (
     Memory,
@@ -18,6 +17,7 @@ from simulator.memory import (
     stage_contents,
     stage_parameters,
 )
+from simulator.parts import expected_load
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from configs.layout import is_even, layers_per_virtual_stage, mtp_stage
+from configs.layout import Part, is_even, stage_parts
 from configs.schema import Config, ModelConfig
 from pangu import backends
 from pangu.moe.config import MoETransformerConfig
@@ -133,15 +133,11 @@ def _parallel(config: Config) -> dict[str, Any]:
     }
 
 
-def _pipeline_layout(config: Config) -> list[list[str]] | None:
+def _pipeline_layout(config: Config) -> list[list[Part]] | None:
     """megatron-core's layout of uneven stages: the names of each virtual stage's parts."""
     if config.parallel.pipeline_model_parallel_size == 1 or is_even(config):
         return None
-    stages = [["decoder"] * count for count in layers_per_virtual_stage(config)]
-    stages[0].insert(0, "embedding")
-    stages[mtp_stage(config)] += ["mtp"] * config.model.mtp_num_layers
-    stages[-1].append("loss")
-    return stages
+    return stage_parts(config)
 
 
 def _recompute(config: Config) -> dict[str, Any]:

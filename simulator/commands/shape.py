@@ -56,7 +56,8 @@ def shape(
     """Search the shape of a model; the ranges left out are those that Pangu Pro MoE came from."""
     from configs.compose import load
     from simulator.commands.search import load_search_plan, progress_bar
-    from simulator.shape import Ranges, search_shapes
+    from simulator.shape import search_shapes
+    from simulator.shape_space import Ranges
 
     config = load_search_plan(overrides) if goal is Goal.training else load(overrides)
     ranges = Ranges(

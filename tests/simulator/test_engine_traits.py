@@ -10,9 +10,11 @@ import pytest
 from configs.compose import load
 from simulator.counts.layer import layer
 from simulator.counts.records import Counts, Message, shapes
-from simulator.evaluate import evaluate, prepare, rank_seconds
+from simulator.evaluate import evaluate
 from simulator.layout import SCHEDULES, Layout, from_config, stage_counts
 from simulator.memory import stage_contents
+from simulator.parts import prepare
+from simulator.passes import rank_seconds
 from simulator.predict import predict
 from simulator.timeline import UnitSeconds, build
 from simulator.validation.engine import case

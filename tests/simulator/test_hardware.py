@@ -8,7 +8,6 @@ import pytest
 from configs.compose import load
 from configs.violation import ConfigError
 from simulator.collectives import collective_seconds
-from simulator.evaluate import outlasting
 from simulator.hardware import Hardware, Kind, load_hardware, presets, read_hardware
 from simulator.operators import (
     attention_seconds,
@@ -17,6 +16,7 @@ from simulator.operators import (
     memory_seconds,
     vector_seconds,
 )
+from simulator.passes import outlasting
 
 NAMES = ["a100", "a100_pcie", "a800", "ascend_910b_280t", "ascend_910b_313t", "ascend_910b_376t"]
 NAMES += ["ascend_910c_die", "ascend_a5", "atlas_300i_duo", "b200", "b300", "cloudmatrix384"]

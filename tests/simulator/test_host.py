@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from configs.compose import load
-from simulator.evaluate import prepare, waiting
 from simulator.hardware import load_hardware
 from simulator.layout import from_config
+from simulator.parts import prepare
+from simulator.passes import waiting
 from simulator.predict import predict
 from simulator.validation.measure import outcome
 from simulator.validation.table import read_table

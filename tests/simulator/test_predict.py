@@ -13,11 +13,13 @@ from configs.check import load_checked
 from configs.compose import load
 from configs.violation import ConfigError
 from simulator.collectives import collective_seconds
-from simulator.evaluate import data_parallel, evaluate, prepare
+from simulator.evaluate import evaluate
 from simulator.layout import Layout, from_config
 from simulator.memory import StageParameters
+from simulator.parts import prepare
 from simulator.pipeline import RankSeconds
 from simulator.predict import predict
+from simulator.step_end import data_parallel
 from simulator.trace import chrome_trace
 
 PLAN = ["model=pangu_pro_moe", "hardware=ascend_910b_376t", "train.seq_length=4096"]

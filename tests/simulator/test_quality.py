@@ -8,7 +8,8 @@ import pytest
 from configs.compose import load
 from simulator.parameters import count_parameters
 from simulator.quality import expected_loss, model_loss
-from simulator.shape import Ranges, enumerate_shapes, front
+from simulator.shape import front
+from simulator.shape_space import Ranges, enumerate_shapes
 
 # Table 4 of arXiv 2502.05172: the law reduced to m·N^µ + n·D^ν + c for a number of experts.
 REDUCED = {

@@ -14,8 +14,9 @@ from configs.compose import load
 from configs.violation import ConfigError
 from simulator.commands.shape import limits, values
 from simulator.parameters import count_parameters
-from simulator.shape import Ranges, enumerate_shapes, search_shapes, shaped, spread
+from simulator.shape import search_shapes, spread
 from simulator.shape_plot import pareto_plot
+from simulator.shape_space import Ranges, enumerate_shapes, shaped
 
 SERVED = [
     "model=pangu_pro_moe",
