@@ -30,6 +30,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
 
+from pangu.backends.whereabouts import here
+
 NAME = "shared_memory"
 SLOT = 1 << 20  # bytes from one rank to another at a time; each pair has two slots each way
 WHOLE = 1 << 16  # bytes up to which every rank reduces all of a message
@@ -124,6 +126,7 @@ class SharedMemoryGroup(_ProcessGroup):
         super().__init__(rank, len(ranks))
         self._store, self._ranks, self._own = store, list(ranks), rank
         self._timeout = timeout.total_seconds()
+        self._calls = 0
         gloo = dist.ProcessGroupGloo(store, rank, len(ranks), timeout)
         self._gloo = dist.ProcessGroup(store, rank, len(ranks))
         for group in (self, self._gloo):
@@ -270,17 +273,41 @@ class SharedMemoryGroup(_ProcessGroup):
         _combine(parts, target, reduction)
 
 
+def _told(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call`, with its place among the group's calls known to others while it goes on."""
+
+    def told(self: SharedMemoryGroup, *args: Any, **kwargs: Any) -> Any:
+        if here.inside:  # one of these calls another
+            return call(self, *args, **kwargs)
+        self._calls += 1
+        with here.at(self.group_desc or "a group", self._ranks, name, self._calls):
+            work = call(self, *args, **kwargs)
+            # Whoever called waits for it right away.
+            if work is not DONE and getattr(args[-1] if args else None, "asyncOp", True) is False:
+                work.wait()
+        return work
+
+    return told
+
+
 def _through_gloo(name: str) -> Callable[..., Any]:
     return lambda self, *args, **kwargs: getattr(self._gloo, name)(*args, **kwargs)
 
 
 # Where a Python subclass overrides nothing, torch calls the base class without letting go of the
 # interpreter's lock: a deadlock with gloo's threads, which need it to free a tensor.
-for _name in (
+_OTHERS = (
     *("allgather", "allgather_coalesced", "alltoall", "barrier", "broadcast", "gather"),
     *("monitored_barrier", "recv", "recv_anysource", "reduce", "reduce_scatter", "scatter", "send"),
-):
-    setattr(SharedMemoryGroup, _name, _through_gloo(_name))
+)
+_OWN = (
+    *("all_to_all_single", "all_gather_single", "reduce_scatter_single", "allreduce"),
+    *("all_gather_single_coalesced", "reduce_scatter_single_coalesced", "allreduce_coalesced"),
+)
+for _name in _OTHERS:
+    setattr(SharedMemoryGroup, _name, _told(_name, _through_gloo(_name)))
+for _name in _OWN:
+    setattr(SharedMemoryGroup, _name, _told(_name, getattr(SharedMemoryGroup, _name)))
 
 
 def _combine(

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from configs.schema import Config
 from configs.violation import ConfigError, Violation
 from pangu import backends
+from pangu.backends.whereabouts import here
 from pangu.checkpoint import restore
 from pangu.checkpoint.run_state import RunState
 from pangu.checkpoint.saver import Saved, Saver
@@ -264,6 +265,7 @@ class Trainer:
     def one_step(self, train_batches: Iterator[Batch]) -> dict[str, Any]:
         """Take one step and describe it."""
         started = time.perf_counter()
+        here.step = self.state.step + 1
         lr = schedule.learning_rate(self.config, self.state.step)
         self.engine.set_learning_rate(lr)
         shape = self.shape()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-import time
+import traceback
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
+from launch.environment import report_refusal
 from pangu import backends
+from pangu.backends import whereabouts
 
 
 class Diverged(Exception):
@@ -69,25 +73,51 @@ def is_failed_collective(error: RuntimeError) -> bool:
 
 
 def missing_ranks(grace_seconds: float = 5.0) -> str:
-    """After a collective has failed or run into its timeout: who was not waiting in it.
+    """After a collective has failed or run into its timeout: which one, who has come to it, and
+    where the others are.
 
-    Every rank that fails says so in the rendezvous store; the first to do so looks who has not
-    after some seconds. Returns a sentence, empty on the other ranks.
+    Every rank that fails says so in the rendezvous store; the first to do so asks them all, and the
+    others stay until it has heard: one of them may be the store's host.
+    Returns sentences, none on the other ranks.
     """
-    rank, size = dist.get_rank(), dist.get_world_size()
     store = dist.distributed_c10d._get_default_store()
     store.set_timeout(timedelta(seconds=grace_seconds))
     try:
-        store.set(f"failed/{rank}", "")
         if store.add("failed", 1) > 1:
+            store.wait(["heard"], timedelta(seconds=2 * grace_seconds))
             return ""
-        time.sleep(grace_seconds)
-        silent = [str(other) for other in range(size) if not store.check([f"failed/{other}"])]
+        ranks = dist.get_world_size()
+        found = whereabouts.ask(store, ranks, grace_seconds)
+        store.set("heard", "")
     except RuntimeError:
         return "The rendezvous store does not answer: rank 0 hangs or is gone."
-    if not silent:
-        return "All ranks report a failed collective: none hangs elsewhere."
-    return (
-        f"A collective failed; of {size} ranks these did not come to it or are gone: "
-        f"{', '.join(silent)}."
-    )
+    return whereabouts.describe(whereabouts.here, ranks, found)
+
+
+FAILURE = "rank_*.failure"  # in the folder of logs: a traceback that ended its rank
+
+
+def leave_traceback(run_dir: Path, rank: int) -> None:
+    """In the handler of an exception that ends this rank: leave it for the other ranks, on other
+    nodes too, and for torchrun to end its account with."""
+    text = traceback.format_exc()
+    report_refusal(os.environ, text)
+    with contextlib.suppress(OSError):
+        path = run_dir / "logs" / FAILURE.replace("*", str(rank))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def forget_traceback(run_dir: Path, rank: int) -> None:
+    """That of an earlier run in this folder."""
+    with contextlib.suppress(OSError):
+        (run_dir / "logs" / FAILURE.replace("*", str(rank))).unlink()
+
+
+def tracebacks(run_dir: Path) -> str:
+    """Those with which other ranks of this run have ended."""
+    found = []
+    for path in sorted((run_dir / "logs").glob(FAILURE)):
+        with contextlib.suppress(OSError):
+            found.append(f"{path.stem.replace('_', ' ')} has failed:\n{path.read_text()}")
+    return "\n".join(found)

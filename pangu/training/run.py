@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import traceback
 import warnings
@@ -15,12 +16,20 @@ from configs.compose import to_yaml
 from configs.schema import Config
 from configs.violation import ConfigError, Violation
 from launch import port
-from launch.environment import ProcessEnvironment
+from launch.environment import ProcessEnvironment, report_refusal
 from pangu.engines.megatron.fitting import select_backend
 from pangu.engines.ranks import say
 from pangu.processes import PEER_LOST, last_step
 from pangu.report.run_files import replace_text
-from pangu.training.resilience import Diverged, StopSignal, is_failed_collective, missing_ranks
+from pangu.training.resilience import (
+    Diverged,
+    StopSignal,
+    forget_traceback,
+    is_failed_collective,
+    leave_traceback,
+    missing_ranks,
+    tracebacks,
+)
 
 if TYPE_CHECKING:
     from pangu.checkpoint.restore import Found
@@ -40,6 +49,17 @@ def run(config: Config, process: ProcessEnvironment) -> int:
         ConfigError: this machine does not have the backend, or the run cannot start from the
             checkpoint.
     """
+    forget_traceback(Path(config.run_dir), process.rank)
+    try:
+        return _run(config, process)
+    except ConfigError:
+        raise
+    except Exception:
+        leave_traceback(Path(config.run_dir), process.rank)
+        raise
+
+
+def _run(config: Config, process: ProcessEnvironment) -> int:
     stop = StopSignal(speaks=process.rank == 0)
     # The engine and torch announce their own deprecations on every rank.
     warnings.filterwarnings("ignore", module="megatron|torch")
@@ -111,9 +131,13 @@ def _say_lost(config: Config, process: ProcessEnvironment, error: RuntimeError) 
         where = ""
     said = str(error).strip().splitlines() or [type(error).__name__]
     missing = missing_ranks() if dist.is_initialized() else ""
+    died = tracebacks(Path(config.run_dir))
     line = f"error: rank {process.rank} waited in vain for another after step "
     line += f"{last_step(Path(config.run_dir))}: {said[0]}{where}"
-    print("\n".join(filter(None, (line, missing))), file=sys.stderr, flush=True)
+    # Alone, the end of the failed rank's log comes last anyway.
+    shown = died if missing and process.launcher != "local" else ""
+    print("\n".join(filter(None, (line, missing, shown))), file=sys.stderr, flush=True)
+    report_refusal(os.environ, "\n".join(filter(None, (line, missing, died))))
 
 
 def _unusable(config: Config, error: OSError) -> Exception:

@@ -13,6 +13,7 @@ from configs.layout import mtp_stage, ranks_per_node
 from configs.schema import Config
 from configs.violation import ConfigError, Violation
 from pangu import backends
+from pangu.backends import whereabouts
 from pangu.moe.dispatch import nodes
 
 
@@ -26,6 +27,8 @@ def initialize(config: Config) -> None:
     backend = backends.current()
     if not dist.is_initialized():
         dist.init_process_group(backend.collective_library, timeout=timeout)
+        if dist.get_world_size() > 1:
+            whereabouts.answer_when_asked(_store(), dist.get_rank())
     p = config.parallel
     virtual = p.virtual_pipeline_model_parallel_size
     parallel_state.initialize_model_parallel(
@@ -35,7 +38,7 @@ def initialize(config: Config) -> None:
         context_parallel_size=p.context_parallel_size,
         expert_model_parallel_size=p.expert_model_parallel_size,
         expert_tensor_parallel_size=p.expert_tensor_parallel_size,
-        distributed_timeout_minutes=max(1, round(config.launch.timeout_minutes)),
+        distributed_timeout_minutes=config.launch.timeout_minutes,
         create_gloo_process_groups=False,
         get_embedding_ranks=lambda ranks: _embedding_ranks(config, ranks),
     )
@@ -47,6 +50,10 @@ def initialize(config: Config) -> None:
         nodes.initialize(per_node, timeout)
     torch.manual_seed(config.seed)
     tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
+
+
+def _store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()
 
 
 def _embedding_ranks(config: Config, pipeline: list[int]) -> list[int]:
@@ -74,6 +81,8 @@ def shutdown() -> None:
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
+        if dist.get_rank() == 0:
+            whereabouts.nobody_will_ask(_store())
         dist.destroy_process_group()
 
 
