@@ -5,6 +5,10 @@
 #   more nodes:  the same command on each, with
 #                NNODES=4 NODE_RANK=0 (… 3) MASTER_ADDR=<address of node 0> MASTER_PORT=29500
 #   PROCESSES    processes per node, one per device (default: 8)
+#   MAX_RESTARTS  how often a run that has failed is started again, from its newest checkpoint
+#                (default: 0). A rank that dies or hangs, a node that comes back and starts this
+#                script again, and a link that was cut are waited for. A configuration that is
+#                refused is started again too: check it with python -m pangu.doctor before.
 set -euo pipefail
 
 PROCESSES=${PROCESSES:-8}
@@ -26,5 +30,35 @@ export PYTORCH_NPU_ALLOC_CONF=${PYTORCH_NPU_ALLOC_CONF:-expandable_segments:True
 # Node 0 listens; in use, the port is a sentence here and pages of traceback later.
 [ "$NODE_RANK" != 0 ] || python -m launch.port "$MASTER_PORT"
 
-exec torchrun --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$PROCESSES" \
-	--master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" -m pangu.train "$@"
+torchrun=(torchrun --nnodes "$NNODES" --nproc-per-node "$PROCESSES")
+if [ "${MAX_RESTARTS:-0}" = 0 ]; then
+	exec "${torchrun[@]}" --node-rank "$NODE_RANK" \
+		--master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" -m pangu.train "$@"
+fi
+
+# Nodes leave and come back: this rendezvous notices, on every node; the static one does not.
+torchrun+=(--max-restarts "$MAX_RESTARTS" --rdzv-backend c10d --rdzv-id "${RUN_ID:-pangu}")
+torchrun+=(--rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT")
+torchrun+=(--rdzv-conf "is_host=$((NODE_RANK == 0)),read_timeout=30")
+# The store that torchrun shares with its ranks outlives a start, and a node that comes back does
+# not learn where it is. Without it rank 0 opens one for every start.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
+# Torchrun itself ends where the node of the rendezvous (0) is gone, or cannot be reached.
+stopped=
+trap 'stopped=yes; kill -TERM "$child" 2>/dev/null || true' INT TERM HUP
+for ((start = 0; start <= MAX_RESTARTS; start++)); do
+	"${torchrun[@]}" -m pangu.train "$@" &
+	child=$!
+	code=0
+	wait "$child" || code=$?
+	# A signal ends the wait, not the child.
+	while kill -0 "$child" 2>/dev/null; do
+		code=0
+		wait "$child" || code=$?
+	done
+	[ "$code" != 0 ] && [ -z "$stopped" ] || exit "$code"
+	echo "torchrun ended with $code on node $NODE_RANK: once more" >&2
+	sleep 2
+done
+exit "$code"

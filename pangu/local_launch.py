@@ -193,6 +193,8 @@ def prepare_environment(config: Config, process: ProcessEnvironment) -> ProcessE
     share = max(1, (cores or 1) // process.local_world_size)
     if config.backend.threads or "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(config.backend.threads or share)
+    # A store whose host has gone is reported by our own words, not by pages of C++ frames.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # megatron-core overlaps communication by the order in which kernels are queued.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # With torch-npu but no CANN, `import torch` would fail; backend=npu imports it explicitly.

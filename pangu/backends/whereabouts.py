@@ -2,7 +2,7 @@
 
 Every call of a process group enters here what it is (group, operation, the how-manieth of that
 group) and leaves when it is over. When one fails, the ranks are asked where they are, through the
-rendezvous store: a thread of each waits for the question, so that ranks also answer which compute,
+rendezvous store: a thread of each looks for the question, so that ranks also answer which compute,
 or wait in another collective. A process that is stopped, dead or cut off does not answer.
 """
 
@@ -14,12 +14,11 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 
 import torch.distributed as dist
 
-_ASKED, _OVER, _HERE = "whereabouts/asked", "over", "whereabouts/rank"
-_FOREVER = timedelta(days=365)
+_ASKED, _HERE = "whereabouts/asked", "whereabouts/rank"
+_LOOK = 1.0  # seconds
 
 
 @dataclass
@@ -73,24 +72,29 @@ class Whereabouts:
 here = Whereabouts()
 
 
-def answer_when_asked(store: dist.Store, rank: int) -> None:
-    """Wait in a thread for the question, and answer it."""
-    own = store.clone()  # type: ignore[attr-defined]  # a client waits for one answer at a time
+class Answers:
+    """Of a rank to who asks where it is, from a thread of its own, until `stop`."""
 
-    def wait() -> None:
+    def __init__(self, store: dist.Store, rank: int) -> None:
+        self._store = store.clone()  # type: ignore[attr-defined]  # a client does one thing at a time
+        self._rank, self._over = rank, threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="whereabouts")
+        self._thread.start()
+
+    def _run(self) -> None:
         # The store ends with the process that has it.
         with contextlib.suppress(RuntimeError):
-            own.wait([_ASKED], _FOREVER)
-            if own.get(_ASKED).decode() != _OVER:
-                own.set(f"{_HERE}/{rank}", here.told())
+            # Not a wait inside the store, from which a thread that the interpreter leaves behind
+            # returns into nothing: the process would end by SIGABRT.
+            while not self._over.wait(_LOOK):
+                if self._store.check([_ASKED]):
+                    self._store.set(f"{_HERE}/{self._rank}", here.told())
+                    return
 
-    threading.Thread(target=wait, daemon=True, name="whereabouts").start()
-
-
-def nobody_will_ask(store: dist.Store) -> None:
-    """The run is over: the threads end, while the store is still there."""
-    with contextlib.suppress(RuntimeError):
-        store.set(_ASKED, _OVER)
+    def stop(self) -> None:
+        """Before the interpreter ends."""
+        self._over.set()
+        self._thread.join(1.0)  # longer only where the store's host is stopped
 
 
 def ask(store: dist.Store, ranks: int, seconds: float) -> dict[int, Whereabouts]:
@@ -99,7 +103,7 @@ def ask(store: dist.Store, ranks: int, seconds: float) -> dict[int, Whereabouts]
     Raises:
         RuntimeError: the store does not answer.
     """
-    store.set(_ASKED, "now")
+    store.set(_ASKED, "")
     deadline = time.monotonic() + seconds
     keys = {rank: f"{_HERE}/{rank}" for rank in range(ranks)}
     found: dict[int, Whereabouts] = {}

@@ -21,10 +21,11 @@ from pangu.engines.contract import Batch, Engine, StepShape
 from pangu.engines.ranks import from_rank_0, say
 from pangu.moe.load import read_expert_bias, read_load
 from pangu.report.run_files import read_metrics
-from pangu.training import schedule
+from pangu.training import pace, schedule
 from pangu.training.expert_load import LoadWindow
 from pangu.training.forecast import announce, compare, forecast
 from pangu.training.metrics import MetricsFile, describe_run, step_row
+from pangu.training.pace import Pace
 from pangu.training.progress import Progress
 from pangu.training.resilience import Diverged, SkippedSteps, StopSignal
 from simulator.api import Forecast
@@ -52,6 +53,7 @@ class Trainer:
         self.rolled_back_to: int | None = None
         self.leaving, self.save_error = False, ""
         self.last_validated = -1
+        self.pace = Pace(self.engine.replicas())
 
     def train(self) -> int:
         """Run from the current state to the last step, or until told to stop; the exit code.
@@ -87,6 +89,8 @@ class Trainer:
                     self.roll_back()
                     train_batches = self.train_batches()
                     continue
+                if self.due(pace.INTERVAL) and (slow := self.pace.compare()):
+                    progress.warn(slow)
                 if self.due(LOAD_INTERVAL):
                     dead = self.load.end_interval(read_expert_bias(self.engine.chunks))
                     if dead:
@@ -264,7 +268,7 @@ class Trainer:
 
     def one_step(self, train_batches: Iterator[Batch]) -> dict[str, Any]:
         """Take one step and describe it."""
-        started = time.perf_counter()
+        started, waited = time.perf_counter(), here.waited
         here.step = self.state.step + 1
         lr = schedule.learning_rate(self.config, self.state.step)
         self.engine.set_learning_rate(lr)
@@ -274,6 +278,7 @@ class Trainer:
         load = read_load(self.engine.chunks)
         backends.current().synchronize()
         seconds = time.perf_counter() - started
+        self.pace.add(seconds - (here.waited - waited))
         self.state.step += 1
         self.state.consumed_sequences += sequences
         self.state.skipped_steps += result.skipped

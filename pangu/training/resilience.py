@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -80,17 +81,33 @@ def missing_ranks(grace_seconds: float = 5.0) -> str:
     others stay until it has heard: one of them may be the store's host.
     Returns sentences, none on the other ranks.
     """
+    said = [f"{_where()}The rendezvous store does not answer: rank 0 hangs or is gone."]
+
+    def ask() -> None:
+        with contextlib.suppress(RuntimeError):
+            said[:] = [_heard(grace_seconds)]
+
+    # A store whose host is stopped keeps whoever calls it for ever.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(3 * grace_seconds)
+    return said[0]
+
+
+def _where() -> str:
+    here = whereabouts.here
+    return f"It failed in step {here.step}, in {here.collective}. " if here.number else ""
+
+
+def _heard(grace_seconds: float) -> str:
     store = dist.distributed_c10d._get_default_store()
     store.set_timeout(timedelta(seconds=grace_seconds))
-    try:
-        if store.add("failed", 1) > 1:
-            store.wait(["heard"], timedelta(seconds=2 * grace_seconds))
-            return ""
-        ranks = dist.get_world_size()
-        found = whereabouts.ask(store, ranks, grace_seconds)
-        store.set("heard", "")
-    except RuntimeError:
-        return "The rendezvous store does not answer: rank 0 hangs or is gone."
+    if store.add("failed", 1) > 1:
+        store.wait(["heard"], timedelta(seconds=2 * grace_seconds))
+        return ""
+    ranks = dist.get_world_size()
+    found = whereabouts.ask(store, ranks, grace_seconds)
+    store.set("heard", "")
     return whereabouts.describe(whereabouts.here, ranks, found)
 
 

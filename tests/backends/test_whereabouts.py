@@ -36,7 +36,7 @@ def meet(rank, port, results):
         store=dist.TCPStore("127.0.0.1", port, 5, is_master=rank == 0),
         timeout=timedelta(seconds=15),
     )
-    whereabouts.answer_when_asked(dist.distributed_c10d._get_default_store(), rank)
+    answers = whereabouts.Answers(dist.distributed_c10d._get_default_store(), rank)
     group = dist.new_group(range(5), timedelta(seconds=10), group_desc="EXPERTS")
     x = torch.ones(5)
     dist.all_reduce(x, group=group)
@@ -52,6 +52,7 @@ def meet(rank, port, results):
         dist.all_to_all_single(torch.empty(5), x, group=group)
     except dist.DistError:
         results.put(missing_ranks())
+    answers.stop()
 
 
 def test_who_came_to_a_collective_and_where_the_others_are():

@@ -16,6 +16,8 @@ from pangu import backends
 from pangu.backends import whereabouts
 from pangu.moe.dispatch import nodes
 
+_answers: list[whereabouts.Answers] = []  # while there is a run
+
 
 def initialize(config: Config) -> None:
     """Join the run. RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT must be in the environment.
@@ -28,7 +30,8 @@ def initialize(config: Config) -> None:
     if not dist.is_initialized():
         dist.init_process_group(backend.collective_library, timeout=timeout)
         if dist.get_world_size() > 1:
-            whereabouts.answer_when_asked(_store(), dist.get_rank())
+            store = dist.distributed_c10d._get_default_store()
+            _answers.append(whereabouts.Answers(store, dist.get_rank()))
     p = config.parallel
     virtual = p.virtual_pipeline_model_parallel_size
     parallel_state.initialize_model_parallel(
@@ -50,10 +53,6 @@ def initialize(config: Config) -> None:
         nodes.initialize(per_node, timeout)
     torch.manual_seed(config.seed)
     tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
-
-
-def _store() -> dist.Store:
-    return dist.distributed_c10d._get_default_store()
 
 
 def _embedding_ranks(config: Config, pipeline: list[int]) -> list[int]:
@@ -78,11 +77,11 @@ def join_alone(config: Config) -> None:
 
 def shutdown() -> None:
     """Leave the run."""
+    while _answers:
+        _answers.pop().stop()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
-        if dist.get_rank() == 0:
-            whereabouts.nobody_will_ask(_store())
         dist.destroy_process_group()
 
 
