@@ -33,9 +33,9 @@ class Pace:
         self._seconds.clear()
         device = backends.current().device
         row = torch.tensor(own, dtype=torch.float32, device=device)
-        rows = torch.empty(dist.get_world_size(), 2, device=device)
+        rows = torch.empty(2 * dist.get_world_size(), device=device)  # flat, as gloo wants it
         dist.all_gather_into_tensor(rows, row)
-        seconds, replicas = rows.T.tolist()
+        seconds, replicas = rows.view(-1, 2).T.tolist()
         return slow_ranks(seconds, replicas)
 
 
