@@ -381,8 +381,10 @@ def _traits(row: Row) -> SimulationConfig:
 
 
 def _launch(row: Row) -> Literal["eager", "captured"]:
-    """Megatron-Bridge's recipes capture graphs on Blackwell, not on Hopper."""
-    bridge = recipe(row) is not None and re.search(r"B[23]00", row["device"]) is not None
+    """Megatron-Bridge's recipes capture graphs on Blackwell, with exceptions, not on Hopper."""
+    published = recipe(row)
+    blackwell = re.search(r"B[23]00", row["device"]) is not None
+    bridge = published is not None and blackwell and not published.eager
     return "captured" if bridge or row.mentions("CUDA graph") else "eager"
 
 

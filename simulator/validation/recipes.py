@@ -27,6 +27,7 @@ class Recipe:
     flat: bool = False  # plain all-to-all instead of DeepEP or HybridEP
     fused: bool = False  # fused_experts: `cutedsl_fused_grouped_mlp`
     fp8_attention: bool = False
+    eager: bool = False  # on Blackwell: no `cuda_graph_impl`
 
 
 UP = "selective: mla_up_proj"
@@ -41,26 +42,27 @@ RECIPES = (
     # The container of 26.02 has no DeepEP (known issues of the release).
     Recipe("DeepSeek", "H100", until=26.04, recompute=f"{UP} mlp", flat=True),
     Recipe("DeepSeek", "H100", recompute=f"{UP} mlp"),
-    Recipe("DeepSeek", "-B200", until=26.02, recompute=UP, flat=True),
+    Recipe("DeepSeek", "-B200", until=26.02, recompute=UP, flat=True, eager=True),
+    Recipe("DeepSeek", "-B200", recompute=UP, eager=True),
     Recipe("DeepSeek", recompute=UP),
     Recipe("Kimi", "GB", recompute=UP),
     Recipe("Kimi", "H100", recompute=f"{UP} mlp", flat=True),
     Recipe("Kimi", recompute=UP, flat=True),
     # Float8 attention is on, but TransformerEngine has it for neither sinks nor windows.
     Recipe("GPT.OSS", "GB", "MXFP8", 26.06, overlap=True, fused=True),
-    Recipe("GPT.OSS", "GB200", since=26.04, recompute=ACT, overlap=True),
-    Recipe("GPT.OSS", "GB200|B200", until=26.04, recompute=ACT, flat=True),
+    Recipe("GPT.OSS", "GB200", since=26.04, recompute=ACT, overlap=True, eager=True),
+    Recipe("GPT.OSS", "GB200|B200", until=26.04, recompute=ACT, flat=True, eager=True),
     Recipe("GPT.OSS", "H100", recompute=ACT, flat=True),
-    Recipe("GPT.OSS", "B200", recompute=ACT),
+    Recipe("GPT.OSS", "B200", recompute=ACT, eager=True),
     Recipe("GPT.OSS", "B300", until=26.04, flat=True),
     Recipe("GPT.OSS"),
     Recipe("Qwen3", "B[23]00", "MXFP8", 26.06, overlap=True, fused=True, fp8_attention=True),
     Recipe("Qwen3.235B", "GB"),
     Recipe("Qwen3.235B", "B300", since=26.06),
-    Recipe("Qwen3.235B", "B300", until=26.04, overlap=True, flat=True),
+    Recipe("Qwen3.235B", "B300", until=26.04, overlap=True, flat=True, eager=True),
     Recipe("Qwen3.235B", "H100", overlap=True, flat=True),
-    Recipe("Qwen3.235B", "-B200", until=26.02, overlap=True, flat=True),
-    Recipe("Qwen3.235B", flat=True),
+    Recipe("Qwen3.235B", "-B200", until=26.02, overlap=True, flat=True, eager=True),
+    Recipe("Qwen3.235B", flat=True, eager=True),
     Recipe("Qwen3.30B", "-B200", until=26.02, flat=True),
     Recipe("Qwen3.30B", "H100", until=26.04, overlap=True, flat=True),
     Recipe("Qwen3"),

@@ -151,6 +151,18 @@ def test_what_published_recipes_say_and_tables_leave_out() -> None:
     assert not early.fp8_attention
 
 
+def test_recipes_without_captured_graphs() -> None:
+    """No `cuda_graph_impl`: DeepSeek and GPT-OSS on B200, Qwen3-235B with the plain all-to-all."""
+    for row, launch in (
+        ("26.04_119", "eager"),
+        ("26.04_121", "eager"),
+        ("26.02_214", "eager"),
+        ("26.04_120", "captured"),
+        ("26.04_117", "captured"),
+    ):
+        assert case(ROWS[f"mbridge_{row}"]).config.simulation.launch == launch, row
+
+
 def test_adapters_between_nodes_are_those_of_the_system() -> None:
     for row, gigabytes in (("25.11_237", 50), ("26.06_34", 50), ("26.06_25", 100)):
         machine = case(ROWS[f"mbridge_{row}"]).config.hardware
