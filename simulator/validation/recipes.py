@@ -27,7 +27,7 @@ class Recipe:
     flat: bool = False  # plain all-to-all instead of DeepEP or HybridEP
     fused: bool = False  # fused_experts: `cutedsl_fused_grouped_mlp`
     fp8_attention: bool = False
-    eager: bool = False  # on Blackwell: no `cuda_graph_impl`
+    eager: bool = False  # on Blackwell: no `cuda_graph_impl` (tags v0.2.0 to v0.5.0)
 
 
 UP = "selective: mla_up_proj"
@@ -44,6 +44,7 @@ RECIPES = (
     Recipe("DeepSeek", "H100", recompute=f"{UP} mlp"),
     Recipe("DeepSeek", "-B200", until=26.02, recompute=UP, flat=True, eager=True),
     Recipe("DeepSeek", "-B200", recompute=UP, eager=True),
+    Recipe("DeepSeek", "-B300", until=26.06, recompute=UP, eager=True),
     Recipe("DeepSeek", recompute=UP),
     Recipe("Kimi", "GB", recompute=UP),
     Recipe("Kimi", "H100", recompute=f"{UP} mlp", flat=True),
@@ -63,7 +64,7 @@ RECIPES = (
     Recipe("Qwen3.235B", "H100", overlap=True, flat=True),
     Recipe("Qwen3.235B", "-B200", until=26.02, overlap=True, flat=True, eager=True),
     Recipe("Qwen3.235B", flat=True, eager=True),
-    Recipe("Qwen3.30B", "-B200", until=26.02, flat=True),
+    Recipe("Qwen3.30B", "-B200", until=26.02, flat=True, eager=True),
     Recipe("Qwen3.30B", "H100", until=26.04, overlap=True, flat=True),
     Recipe("Qwen3"),
     # Fully sharded, the recipes send activations to the host rather than recompute them.
