@@ -49,7 +49,7 @@ def main() -> None:
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     before = usage.ru_utime + usage.ru_stime
     start = time.perf_counter()
-    step, *_ = search._evaluate_all(config, structures.take(chosen), policies, None)
+    step, *_ = search._evaluate_all(config, structures.take(chosen), policies, 2, None)
     seconds = time.perf_counter() - start
     print(f"{len(step):,} evaluations: {seconds:.1f} s, {len(step) / seconds:,.0f}/s")
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -48,7 +48,7 @@ def report_data(
             [figure, GRADES.get(grade[:1], ""), grade.partition(":")[2].strip()]
             for figure, grade in config.hardware["evidence"].items()
         ],
-        "search": _search(search, p) if search else None,
+        "search": search_data(search, p.memory_gib) if search else None,
     }
 
 
@@ -126,10 +126,11 @@ def _bill(p: Forecast) -> list[list[Any]]:
     return sorted(lines, key=lambda line: float(line[-1]), reverse=True)[:MOST_LINES]
 
 
-def _search(result: SearchResult, p: Forecast) -> dict[str, Any]:
+def search_data(result: SearchResult, memory_gib: float) -> dict[str, Any]:
+    """What a page shows of a search on devices of `memory_gib`."""
     count = len(result.throughput)
     chosen = np.random.default_rng(0).permutation(count)[:MOST_POINTS]
-    cloud = np.stack([p.memory_gib - result.peak_gib[chosen], result.throughput[chosen]], axis=1)
+    cloud = np.stack([memory_gib - result.peak_gib[chosen], result.throughput[chosen]], axis=1)
     return {
         "candidates": result.candidates,
         "evaluated": result.evaluated,
@@ -137,12 +138,13 @@ def _search(result: SearchResult, p: Forecast) -> dict[str, Any]:
         "seconds": result.seconds,
         "rejected": sorted(result.rejected.items(), key=lambda item: -item[1]),
         "cloud": np.round(cloud, 3).tolist(),
-        "front": [_choice(choice) for choice in result.pareto],
-        "ranking": [_choice(choice) for choice in result.choices],
+        "front": [choice_data(choice) for choice in result.pareto],
+        "ranking": [choice_data(choice) for choice in result.choices],
     }
 
 
-def _choice(choice: Choice) -> dict[str, Any]:
+def choice_data(choice: Choice) -> dict[str, Any]:
+    """A layout in a table or as a dot."""
     p = choice.prediction
     return {
         "layout": layout_words(choice.config, recompute=False),

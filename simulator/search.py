@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -89,9 +89,9 @@ def _refuse_layout(config: Config, pinned: frozenset[str]) -> None:
         raise ConfigError([Violation(KEYS["deal"], layout, reason, "leave it out")])
 
 
-def _refuse_too_many(count: int) -> None:
-    if count > MOST:
-        reason = f"more than {MOST:,} evaluations"
+def _refuse_too_many(count: int, most: int) -> None:
+    if count > most:
+        reason = f"more than {most:,} evaluations"
         hint = "pin some sizes, e.g. parallel.tensor_model_parallel_size=8"
         raise ConfigError([Violation("search", f"{count:,}", reason, hint)])
 
@@ -102,6 +102,8 @@ def search(
     pinned: frozenset[str] = frozenset(),
     everything: bool = False,
     top: int = 10,
+    most: int = MOST,
+    processes: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> SearchResult:
     """Rank the layouts of `config.devices` devices for its model and global batch.
@@ -112,8 +114,8 @@ def search(
         pinned: configuration keys that keep their value.
         everything: also what only the simulator plans (every schedule, ZeRO stage and way of
             context parallelism, swapping) and experts cut over part of the tensor-parallel ranks.
-        top: how many layouts to return; of those that differ only in what they recompute, the
-            fastest.
+        top: how many layouts to return; of those that only recompute differently, the fastest.
+        most, processes: evaluations allowed, and who share them (1: a caller with threads).
         progress: called with evaluations done and in all.
 
     Raises:
@@ -126,9 +128,9 @@ def search(
     for reason in rejected:
         rejected[reason] *= len(policies)
     count = np.size(structures.tp) * len(policies)
-    _refuse_too_many(count)
+    _refuse_too_many(count, most)
     considered = count + sum(rejected.values())
-    step, peak, outside = _evaluate_all(config, structures, policies, progress)
+    step, peak, outside = _evaluate_all(config, structures, policies, processes, progress)
     hardware = load_hardware(config.hardware)
     fitting = np.asarray(fits(hardware, peak, outside, MARGIN))
     too_large = f"needs more memory than the device has, {MARGIN:.0%} kept as margin"
@@ -136,7 +138,7 @@ def search(
     order = np.flatnonzero(fitting)
     order = order[np.argsort(step[order], kind="stable")]
     fastest = itertools.islice(_first_of_each(order, len(policies)), 2 * top)
-    choice = partial(_choice, config, structures, policies)
+    choice = cache(partial(_choice, config, structures, policies))  # the front shares the fastest
     choices = sorted(map(choice, fastest), key=lambda c: c.prediction.step_seconds)[:top]
     return SearchResult(
         choices,
@@ -181,6 +183,7 @@ def _evaluate_all(
     config: Config,
     structures: Layout,
     policies: list[dict[str, Any]],
+    processes: int,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Step seconds, peak and buffer bytes of every candidate."""
@@ -189,8 +192,8 @@ def _evaluate_all(
     ends = [min(first + CHUNK, count) for first in starts]
     work = partial(_evaluate_chunk, config, structures, policies)
     results = []
-    if count > PARALLEL_ABOVE:
-        with ProcessPoolExecutor(max_workers=2) as pool:
+    if count > PARALLEL_ABOVE and processes > 1:
+        with ProcessPoolExecutor(max_workers=processes) as pool:
             for done, result in zip(ends, pool.map(work, starts, ends), strict=True):
                 results.append(result)
                 if progress:

@@ -17,10 +17,13 @@ needs_browser = pytest.mark.skipif(
 )
 
 
-def drawn(page: Path, profile: Path) -> str:
-    """The document of `page`, serialised; `profile` is an own, new folder for the browser."""
+def drawn(page: Path | str, profile: Path, *more: str) -> str:
+    """The document of `page`, a file or an address, serialised; `profile` is an own, new folder for
+    the browser, `more` are flags."""
     flags = ["--headless", "--no-sandbox", "--no-first-run", f"--user-data-dir={profile}"]
     flags += [f"--disable-{name}" for name in _QUIET]
-    command = [str(_CHROMIUM), *flags, "--virtual-time-budget=4000", "--dump-dom", page.as_uri()]
+    address = page.as_uri() if isinstance(page, Path) else page
+    flags += ["--virtual-time-budget=4000", *more]
+    command = [str(_CHROMIUM), *flags, "--dump-dom", address]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     return done.stdout

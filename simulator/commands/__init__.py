@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # In the order in which the help shows them.
 COMMANDS = (
     *("predict", "search", "shape", "infer", "speculate", "compare", "goodput", "validate"),
-    "report",
+    *("report", "serve"),
 )
 
 
