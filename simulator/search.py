@@ -102,7 +102,7 @@ def search(
     pinned: frozenset[str] = frozenset(),
     everything: bool = False,
     top: int = 10,
-    most: int = MOST,
+    most: int | None = None,
     processes: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> SearchResult:
@@ -128,7 +128,7 @@ def search(
     for reason in rejected:
         rejected[reason] *= len(policies)
     count = np.size(structures.tp) * len(policies)
-    _refuse_too_many(count, most)
+    _refuse_too_many(count, most or MOST)
     considered = count + sum(rejected.values())
     step, peak, outside = _evaluate_all(config, structures, policies, processes, progress)
     hardware = load_hardware(config.hardware)
