@@ -125,8 +125,7 @@ class Planner:
 def layout_overrides(overrides: list[str], base: Config, chosen: Config) -> list[str]:
     """The user's overrides, and what a search has decided beyond them: together the layout."""
     more = []
-    sections = ("parallel", "memory", "simulation")
-    for section in sections:
+    for section in ("parallel", "memory"):
         before, after = vars(getattr(base, section)), vars(getattr(chosen, section))
         more += [
             f"{section}.{name}={_written(value)}"
