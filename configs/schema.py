@@ -281,7 +281,7 @@ class InferenceConfig:
     per new token.
 
     `python -m simulator infer` plans with all of it. `pangu.generate`, and the sample at the end of
-    a run, know `max_new_tokens`: they have one sequence, and the precision of the weights.
+    a run, know `max_new_tokens` alone: weights and cache stay in the checkpoint's precision.
     """
 
     batch_size: Amount = 0
