@@ -1,6 +1,7 @@
 """What compressing a real model costs: SmolLM2-135M, real text.
 
-    python benchmarks/compression_ladder.py layers [--tokens 2048] [--window 256]
+    python benchmarks/compression_ladder.py layers [--taught 16384 --learning-rate 1e-3]
+    python benchmarks/compression_ladder.py weights
 
 Perplexity of `random.py`; calibrated, and taught, on other modules of Python's library. A table in
 docs/compression.md is its output.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import shutil
 import sys
 import sysconfig
 import tempfile
@@ -74,9 +76,43 @@ def layers(folder: Path, work: Path, texts: Texts, taught: int, learning_rate: f
         print(table(rows, texts), flush=True)
 
 
+LADDER = (
+    ("W8A16", "rtn"),
+    ("W4A16", "rtn"),
+    ("W4A16", "gptq"),
+    ("W4A16", "awq"),
+    ("W3A16", "rtn"),
+    ("W3A16", "gptq"),
+    ("W8A8", "rtn"),
+    ("W8A8", "smoothquant"),
+)
+
+
+def weights(folder: Path, work: Path, texts: Texts, tokens: int) -> None:
+    """Perplexity by scheme and method; calibrated on twice as many tokens as are judged."""
+    rows = []
+    judged = replace(texts, tokens=tokens)
+    with loaded(folder) as (model, tokenizer, config):
+        rows.append(judge("float", model, tokenizer, config, judged, iter))
+    for scheme, method in LADDER:
+        from pangu.compression.quantization import Rounding, rounded, write
+
+        began = time.monotonic()
+        target = work / f"{scheme}-{method}"
+        rounding = Rounding(scheme, method)
+        with loaded(folder) as (model, tokenizer, config):
+            quantizer = rounded(model, tokenizer, config, folder, rounding, texts, iter)
+            write(folder, target, model, quantizer)
+        took = time.monotonic() - began
+        with loaded(target) as (model, tokenizer, config):
+            rows.append(judge(f"{scheme} {method}", model, tokenizer, config, judged, iter))
+        shutil.rmtree(target)
+        print(f"{table(rows, judged)}\n{scheme} {method}: {took:.0f} s", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="?", choices=["layers"], default="layers")
+    parser.add_argument("what", nargs="?", choices=["layers", "weights"], default="layers")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--taught", type=int, default=0, help="tokens to distil on")
@@ -87,7 +123,11 @@ def main() -> None:
         cache = Path(__file__).parent.parent / ".cache"
         folder = model_folder(cache)
         texts = texts_of(Path(work), options.tokens, options.window)
-        layers(folder, Path(work), replace(texts), options.taught, options.learning_rate)
+        if options.what == "layers":
+            layers(folder, Path(work), texts, options.taught, options.learning_rate)
+        else:
+            twice = replace(texts, tokens=2 * options.tokens)
+            weights(folder, Path(work), twice, options.tokens)
     print(f"{time.monotonic() - began:.0f} s")
 
 

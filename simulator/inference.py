@@ -237,6 +237,10 @@ def _pass(
         parts["experts"] = counts["moe"] * _experts(serving, tokens)
         if width := model.shared_expert_ffn_hidden_size:
             parts["shared_experts"] = counts["moe"] * _mlp(serving, width, tokens)
+    if model.patched_layers:
+        width = model.hidden_size
+        once = matmul_seconds(hw, tokens / n, width, width, dtype=_plain(hw))
+        parts["patches"] = len(model.patched_layers) * once
     head = matmul_seconds(hw, heads_on, model.vocab_size / n, model.hidden_size, dtype=_plain(hw))
     gather = collective_seconds(hw, "all_gather", heads_on * model.vocab_size * 2.0, n)
     parts["head"] = head + gather

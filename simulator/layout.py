@@ -172,6 +172,7 @@ class StageContent:
     embedding: Array
     mtp: Array  # the multi-token-prediction modules
     head: Array  # final norm, output projection and loss, of MTP's predictions too
+    patch: Array = 0  # layers with a patch before them
 
     @property
     def layers(self) -> Array:
@@ -251,4 +252,8 @@ def stage_content(
         embedding=np.where(exists & (index == 0), 1, 0),
         mtp=np.where(exists & (index == dealt.mtp), 1, 0) if model.mtp_num_layers else 0,
         head=np.where(exists & (index == layout.virtual_stages - 1), 1, 0),
+        patch=sum(
+            (np.where(exists & (start <= i) & (i < end), 1, 0) for i in model.patched_layers),
+            start=0,
+        ),
     )

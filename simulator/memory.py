@@ -25,6 +25,7 @@ from simulator.parameters import (
     mtp_extra,
     mtp_kind,
     norm_parameters,
+    patch_linear,
 )
 
 # What the driver, the framework and fragmentation take beside the allocator's peak.
@@ -118,6 +119,9 @@ def stage_parameters(s: Shapes, contents: list[StageContent]) -> StageParameters
     copies = embedding + mtp + head * bool(model.tie_embeddings)
     copied = np.where(several, np.minimum(copies, 1), 0) * table
     shared = ends + dense * kinds["dense"].dense
+    if model.patched_layers:
+        patches = total(content.patch for content in contents)
+        shared = shared + patches * patch_linear(model).parameters()
     experts: Array = 0.0
     if model.num_experts:
         shared = shared + moe * kinds["moe"].dense
@@ -169,6 +173,7 @@ class Activations:
     checkpoint: Array  # input of a layer
     layer_peak: Array
     head_peak: Array
+    patch: Array = 0.0
 
 
 def block_activations(s: Shapes, blocks: Blocks) -> Activations:
@@ -194,6 +199,7 @@ def block_activations(s: Shapes, blocks: Blocks) -> Activations:
         s.shard * s.model.hidden_size * s.element,
         layer_peak,
         blocks.head.backward_peak,
+        kept_activations(s, blocks.patch) if blocks.patch else 0.0,
     )
 
 
@@ -207,7 +213,7 @@ def chunk_activations(layout: Layout, kept: Activations, content: StageContent) 
     block = (first_dense + first_moe) * kept.checkpoint + rest
     uniform = np.ceil(content.layers / count) * kept.checkpoint
     full = np.where(layout.block_recompute, block, uniform)
-    layers = np.where(layout.full_recompute, full, everything)
+    layers = np.where(layout.full_recompute, full, everything + content.patch * kept.patch)
     ends = content.head * kept.head + content.mtp * kept.mtp
     return layers + ends + content.embedding * kept.embedding
 

@@ -195,6 +195,11 @@ def mtp_extra(model: ModelConfig, tp: Array = 1) -> Array:
     return mtp_projection(model).parameters(tp) + 3 * norm_parameters(model, model.hidden_size)
 
 
+def patch_linear(model: ModelConfig) -> Linear:
+    """What leads the residual stream over pruned layers (`model.patched_layers`)."""
+    return Linear("layer_patch", model.hidden_size, model.hidden_size, "replicated")
+
+
 @dataclass(frozen=True)
 class ParameterCount:
     """Parameters by part, of the whole model (`total`) or touched by one token (`active`).
@@ -231,6 +236,8 @@ def count_parameters(config: Config) -> ParameterCount:
     if not model.tie_embeddings:
         parts["head"] = table
     parts["final_norm"] = norm_parameters(model, model.hidden_size)
+    if model.patched_layers:
+        parts["patches"] = len(model.patched_layers) * int(patch_linear(model).parameters())
     active = dict(parts)
     for kind, layers in layer_counts(model).items():
         if not layers:
@@ -277,7 +284,7 @@ def model_flops_per_token(
     scores = length * model.num_attention_heads * (qk_size(model) + v_size(model))
     attention = (3 if causal else 6) * scores
     head = model.vocab_size * model.hidden_size
-    total = 6.0 * head
+    total = 6.0 * (head + len(model.patched_layers) * float(patch_linear(model).matrix()))
     for kind, layers in layer_counts(model).items():
         if layers:
             matrices = float(matmul_parameters_per_token(model, moe, kind))

@@ -29,9 +29,10 @@ def rank_seconds(parts: Parts, contents: list[StageContent]) -> RankSeconds:
     counts = rank_blocks(parts, contents)
     repeated = repeated_layers(layout, contents)
     (dense, dense_layers), (moe, moe_layers) = counts[:2]
+    patch, patches = counts[-1]
     again = np.where(
         layout.full_recompute,
-        repeated[0] * dense.again + repeated[1] * moe.again,
+        repeated[0] * dense.again + repeated[1] * moe.again + patches * patch.forward,
         dense_layers * dense.recompute(layout) + moe_layers * moe.recompute(layout),
     )
     dense_wait = layer_waits(parts, "dense")
@@ -82,8 +83,9 @@ def waiting(host: Array, device: Array, norm: float = HOST_NORM) -> Array:
 
 
 def rank_blocks(parts: Parts, contents: list[StageContent]) -> list[tuple[BlockSeconds, Array]]:
-    """The building blocks of a rank and how many of each; dense and MoE layers come first."""
-    names = ("dense", "moe", "embedding", "mtp", "head")
+    """The building blocks of a rank and how many of each; dense and MoE layers come first, patches
+    last."""
+    names = ("dense", "moe", "embedding", "mtp", "head", "patch")
     return [
         (getattr(parts.seconds, name), total(getattr(content, name) for content in contents))
         for name in names

@@ -59,7 +59,8 @@ def distinct_ranks(model: ModelConfig, layout: Layout) -> list[Ranks]:
     fewer = np.where(layout.deal == 0, np.ceil(layout.noop_layers / 2), layout.noop_layers)
     near = int(np.max(np.ceil((dense + fewer) / slots))) + 1
     near = max(near, dense + 1, 2) if np.any(layout.deal == DEALS.index("apart")) else near
-    if layout.stage_layers is not None or 2 * near + 1 >= most:
+    alike = layout.stage_layers is None and not model.patched_layers
+    if not alike or 2 * near + 1 >= most:
         return [Ranks(rank, np.where(rank < layout.pp, 1, 0)) for rank in range(most)]
     front = [Ranks(rank, np.where(rank < layout.pp, 1, 0)) for rank in range(near)]
     middle = Ranks(near, np.maximum(layout.pp - 2 * near, 0))

@@ -245,7 +245,7 @@ def _blocks(parts: Parts, contents: list[StageContent]) -> list[tuple[str, float
             sum(float(getattr(content, name)) for content in contents),
             getattr(parts.seconds, name),
         )
-        for name in ("embedding", "dense", "moe", "mtp", "head")
+        for name in ("embedding", "patch", "dense", "moe", "mtp", "head")
     ]
 
 

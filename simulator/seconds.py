@@ -225,6 +225,7 @@ class StageBlocks:
     embedding: BlockSeconds
     mtp: BlockSeconds
     head: BlockSeconds
+    patch: BlockSeconds
 
 
 def price_blocks(hw: Hardware, s: Shapes, blocks: Blocks) -> StageBlocks:
@@ -235,4 +236,5 @@ def price_blocks(hw: Hardware, s: Shapes, blocks: Blocks) -> StageBlocks:
         block_seconds(hw, s, blocks.embedding),
         block_seconds(hw, s, blocks.mtp) if blocks.mtp else nothing,
         block_seconds(hw, s, blocks.head),
+        block_seconds(hw, s, blocks.patch) if blocks.patch else nothing,
     )

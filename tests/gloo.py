@@ -63,6 +63,15 @@ def drop_groups() -> None:
             dist.destroy_process_group(group)
 
 
+def leave() -> None:
+    """Undo `single`, for what makes groups of its own in this process."""
+    from megatron.core import parallel_state
+
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
 def run(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`function(*arguments)` on `world_size` ranks; the results in order of rank."""
     with tempfile.TemporaryDirectory() as folder:

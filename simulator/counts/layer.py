@@ -8,9 +8,9 @@ from simulator.array import Array
 from simulator.counts.attention import attention
 from simulator.counts.mlp import dense_mlp
 from simulator.counts.moe import moe
-from simulator.counts.records import Counts, Shapes
+from simulator.counts.records import Counts, Saved, Shapes, matmul
 from simulator.counts.vocabulary import embedding, head, mtp_entrance
-from simulator.parameters import LayerKind, mtp_kind
+from simulator.parameters import LayerKind, mtp_kind, patch_linear
 
 
 def layer(s: Shapes, kind: LayerKind, load: Array = 1.0) -> Counts:
@@ -45,6 +45,18 @@ class Blocks:
     embedding: Counts
     mtp: Counts | None
     head: Counts
+    patch: Counts | None = None
+
+
+def layer_patch(s: Shapes) -> Counts:
+    """The linear before a layer that stands behind pruned ones; every tensor-parallel rank has all
+    of it, and multiplies its part of the sequence."""
+    linear = patch_linear(s.model)
+    return Counts(
+        operators=matmul(s, linear, s.shard, 1),
+        saved=[Saved("layer_patch input", s.shard * s.model.hidden_size * s.linear_element)],
+        matrices={linear.name: linear.matrix()},
+    )
 
 
 def blocks(s: Shapes, load: Array = 1.0) -> Blocks:
@@ -62,4 +74,5 @@ def blocks(s: Shapes, load: Array = 1.0) -> Blocks:
         module = mtp_entrance(s) + inside
         mtp = module if mtp is None else mtp + module
         end = end + head(s)
-    return Blocks(dense, moe_layer, embedding(s), mtp, end)
+    patch = layer_patch(s) if model.patched_layers else None
+    return Blocks(dense, moe_layer, embedding(s), mtp, end, patch)

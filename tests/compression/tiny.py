@@ -3,8 +3,7 @@
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
+from gloo import leave
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
@@ -59,7 +58,5 @@ def saved(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
 
 def compress(words: list[object]) -> int:
     """`python -m pangu.compress` in this process; its exit code."""
-    if dist.is_initialized():
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+    leave()
     return main([str(word) for word in words])

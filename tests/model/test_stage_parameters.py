@@ -18,6 +18,7 @@ MTP += ["model.num_query_groups=2", "model.ffn_hidden_size=48", "moe.num_expert_
 LAYOUTS = {
     "tensor": ["parallel.tensor_model_parallel_size=2"],
     "pipeline": ["parallel.pipeline_model_parallel_size=2"],
+    "patched": ["model.patched_layers=[0,3]", "parallel.pipeline_model_parallel_size=2"],
     "tied": ["parallel.pipeline_model_parallel_size=2", "model.tie_embeddings=true"],
 }
 
