@@ -7,7 +7,8 @@
     DIR/corpus.json                      documents, tokens and text bytes of each part, and the
                                          files that are no text
 
-Everything is written into `.DIR.partial` beside it and renamed at the end.
+Everything is written into `.DIR.partial` beside it and renamed at the end. A preparation that was
+killed goes on there.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import shutil
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -31,15 +33,16 @@ from filelock import FileLock
 from pydantic import TypeAdapter
 from tqdm import tqdm
 
-from pangu.data import DataError
+from pangu.data import DataError, sources
 from pangu.data.checksums import write_checksums
 from pangu.data.sources import NoText, Piece, SourceFile, cut, find_files, is_held_out
 from pangu.data.tokenizer import Tokenizer, load_tokenizer, train_byte_level_bpe
+from pangu.data.unfinished import DIGEST_BYTES, PARTS, Unfinished, digest_of
 
 INFO_FILE = "corpus.json"
-PARTS = ("train", "validation")
 # Text that a tokenizer is trained on, taken evenly from a larger input.
 TOKENIZER_TRAINING_BYTES = 1 << 28
+COMMIT_PIECES = 8  # of the input, after which what is written is brought to the disk
 _NAMED = 3  # files that are no text, of each kind
 
 
@@ -94,8 +97,13 @@ def read_info(folder: Path) -> CorpusInfo:
     return TypeAdapter(CorpusInfo).validate_json((folder / INFO_FILE).read_bytes())
 
 
+class KilledWorker(DataError):
+    """A process that tokenises was killed: what is written stays, for the next attempt."""
+
+
 def prepare(job: Preparation) -> CorpusInfo:
-    """Tokenise the inputs into a new corpus folder.
+    """Tokenise the inputs into a new corpus folder, from where a killed preparation of the same
+    inputs with the same options has come.
 
     Raises:
         DataError: for input that cannot be used, or when the output exists already.
@@ -106,10 +114,11 @@ def prepare(job: Preparation) -> CorpusInfo:
         if job.output.exists():
             raise DataError(f"{job.output} exists already: name another --output or remove it")
         partial = job.output.parent / f".{job.output.name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)  # left by a preparation that was killed
-        partial.mkdir()
+        progress = job.output.parent / f".{job.output.name}.progress"
+        unfinished = Unfinished(partial, progress, digest_of(_options(job), files))
+        keep = False
         try:
-            info = _write_corpus(job, files, partial)
+            info = _write_corpus(job, files, unfinished)
             (partial / INFO_FILE).write_text(json.dumps(asdict(info), indent=2))
             write_checksums(partial)
             _flush_to_disk(partial)
@@ -119,51 +128,102 @@ def prepare(job: Preparation) -> CorpusInfo:
                 raise
             # what a full disk says does not name it
             raise DataError(f"{job.output} cannot be written: {error.strerror}") from None
+        except (KeyboardInterrupt, KilledWorker):
+            keep = True
+            raise
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            if not keep:
+                unfinished.remove()
     return info
 
 
-def _write_corpus(job: Preparation, files: list[SourceFile], folder: Path) -> CorpusInfo:
+def _options(job: Preparation) -> list[object]:
+    """All beside the inputs that decides what is written."""
+    tokenizer = _ages(job.tokenizer) if job.tokenizer else job.train_tokenizer
+    selected = [job.eod, job.column, job.held_out, job.deduplicate]
+    return [tokenizer, *selected, sources.PIECE_BYTES]
+
+
+def _ages(tokenizer: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and ages of a tokenizer's files."""
+    files = sorted(tokenizer.glob("tokenizer*")) if tokenizer.is_dir() else [tokenizer]
+    there = [(str(file.resolve()), file.stat()) for file in files if file.exists()]
+    return [(name, found.st_size, found.st_mtime_ns) for name, found in there]
+
+
+def _write_corpus(job: Preparation, files: list[SourceFile], unfinished: Unfinished) -> CorpusInfo:
     total = sum(file.size for file in files)
-    if job.train_tokenizer is not None:
-        stride = max(1, -(-total // TOKENIZER_TRAINING_BYTES))
-        texts = _training_texts(job, cut(files, job.column), stride, total)
-        tokenizer: Tokenizer = train_byte_level_bpe(texts, job.train_tokenizer, folder, job.eod)
+    tokenizer = _tokenizer_of(job, files, unfinished)
+    progress, info = unfinished.progress, CorpusInfo(tokenizer.vocab_size)
+    unfinished.open(tokenizer.vocab_size)
+    if unfinished.goes_on:
+        info = TypeAdapter(CorpusInfo).validate_python(progress.counted)
     else:
-        assert job.tokenizer is not None
-        tokenizer = load_tokenizer(job.tokenizer, job.eod)
-        tokenizer.save(folder)
-    info = CorpusInfo(tokenizer.vocab_size)
-    first_time = _first_time(job)
-    writers = {part: _PartWriter(folder / part, tokenizer.vocab_size) for part in PARTS}
-    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenising") as bar:
+        unfinished.commit(0, asdict(info))
+    first_time = _first_time(job, unfinished.digests())
+    pieces = cut(files, job.column)
+    written, done = progress.pieces, sum(piece.size for piece in islice(pieces, progress.pieces))
+    if written:
+        size = tqdm.format_sizeof(done, "B")
+        print(f"going on behind {size} that a killed preparation has written", file=sys.stderr)
+    options = {"total": total, "initial": done, "unit": "B", "unit_scale": True}
+    with tqdm(**options, desc="tokenising") as bar:
         for piece, encoded in _encode_in_order(
-            cut(files, job.column), folder, job.held_out, job.workers
+            pieces, unfinished.folder, job.held_out, job.workers
         ):
-            for part, every in encoded.parts.items():
-                some = every.keep([first_time(digest) for digest in every.digests])
-                writers[part].add(some.tokens, some.lengths)
-                info.documents[part] += len(some.lengths)
-                info.tokens[part] += len(some.tokens)
-                info.text_bytes[part] += int(some.text_bytes.sum())
-                info.duplicates += len(every.lengths) - len(some.lengths)
-            for name, reason in encoded.left_out:
-                info.left_out.setdefault(reason.value, LeftOut()).add(name)
+            _add(encoded, unfinished, info, first_time, keep_digests=job.deduplicate)
+            written += 1
+            if written % COMMIT_PIECES == 0:
+                unfinished.commit(written, asdict(info))
             bar.update(piece.size)
     if not info.documents["train"]:
         skipped = sum(some.files for some in info.left_out.values())
         aside = f" ({skipped:,} files are binary or not UTF-8)" if skipped else ""
         raise DataError(f"no document with UTF-8 text in {', '.join(map(str, job.inputs))}{aside}")
-    for part, writer in writers.items():
-        writer.finish(keep=info.documents[part] > 0)
+    unfinished.finish(written, asdict(info))
     return info
+
+
+def _add(
+    encoded: Encoded,
+    unfinished: Unfinished,
+    info: CorpusInfo,
+    first_time: Callable[[bytes], bool],
+    *,
+    keep_digests: bool,
+) -> None:
+    """Write a piece's documents, and count them."""
+    for part, every in encoded.parts.items():
+        some = every.keep([first_time(digest) for digest in every.digests])
+        unfinished.add(part, some.tokens, some.lengths, some.digests if keep_digests else ())
+        info.documents[part] += len(some.lengths)
+        info.tokens[part] += len(some.tokens)
+        info.text_bytes[part] += int(some.text_bytes.sum())
+        info.duplicates += len(every.lengths) - len(some.lengths)
+    for name, reason in encoded.left_out:
+        info.left_out.setdefault(reason.value, LeftOut()).add(name)
+
+
+def _tokenizer_of(job: Preparation, files: list[SourceFile], unfinished: Unfinished) -> Tokenizer:
+    """The tokenizer, whose files are in the folder from then on."""
+    folder = unfinished.folder
+    if unfinished.goes_on:
+        return load_tokenizer(folder)
+    if job.train_tokenizer is not None:
+        total = sum(file.size for file in files)
+        stride = max(1, -(-total // TOKENIZER_TRAINING_BYTES))
+        texts = _training_texts(job, cut(files, job.column), stride, total)
+        return train_byte_level_bpe(texts, job.train_tokenizer, folder, job.eod)
+    assert job.tokenizer is not None
+    tokenizer = load_tokenizer(job.tokenizer, job.eod)
+    tokenizer.save(folder)
+    return tokenizer
 
 
 def _training_texts(
     job: Preparation, pieces: Iterator[Piece], stride: int, total: int
 ) -> Iterator[str]:
-    first_time = _first_time(job)
+    first_time = _first_time(job, set())
     with tqdm(total=total, unit="B", unit_scale=True, desc="training the tokenizer") as bar:
         for number, piece in enumerate(pieces):
             if number % stride == 0:
@@ -176,9 +236,8 @@ def _training_texts(
             bar.update(piece.size)
 
 
-def _first_time(job: Preparation) -> Callable[[bytes], bool]:
-    """Whether a text's digest is new; with `deduplicate` off, each is."""
-    seen: set[bytes] = set()
+def _first_time(job: Preparation, seen: set[bytes]) -> Callable[[bytes], bool]:
+    """Whether a text's digest is new beside those `seen`; with `deduplicate` off, each is."""
 
     def first_time(digest: bytes) -> bool:
         new = digest not in seen
@@ -189,32 +248,7 @@ def _first_time(job: Preparation) -> Callable[[bytes], bool]:
 
 
 def _text_digest(text: str) -> bytes:
-    return blake2b(text.encode(), digest_size=16).digest()
-
-
-class _PartWriter:
-    """Writes one part with megatron-core's builder."""
-
-    def __init__(self, prefix: Path, vocab_size: int) -> None:
-        # Imported here: torch takes seconds, and mistakes in the input are found without it.
-        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-        self._prefix = prefix
-        self._builder = IndexedDatasetBuilder(
-            f"{prefix}.bin", dtype=DType.optimal_dtype(vocab_size)
-        )
-
-    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Append documents: `tokens` `[sum(lengths)]`, int32."""
-        if len(lengths):
-            for document in np.split(tokens, np.cumsum(lengths)[:-1]):
-                self._builder.add_document(document, [document.size])
-
-    def finish(self, keep: bool) -> None:
-        self._builder.finalize(f"{self._prefix}.idx")
-        if not keep:
-            Path(f"{self._prefix}.bin").unlink()
-            Path(f"{self._prefix}.idx").unlink()
+    return blake2b(text.encode(), digest_size=DIGEST_BYTES).digest()
 
 
 @dataclass(frozen=True)
@@ -271,9 +305,9 @@ def _encode_in_order(
         pool.shutdown()
     except BrokenProcessPool as error:
         near = f" at or after {waiting[0][0].where}" if waiting else ""
-        raise DataError(
-            f"a tokenising process was killed{near}, for lack of memory perhaps: try fewer "
-            "--workers"
+        raise KilledWorker(
+            f"a tokenising process was killed{near}, for lack of memory perhaps: the same command "
+            "goes on from there; try fewer --workers"
         ) from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
