@@ -49,6 +49,9 @@ ARCHITECTURES = {
 }
 
 
+PATCHED = "Patched"  # before the name of a class: with a linear before some layers
+
+
 def architecture_of(fields: Fields) -> Architecture:
     """The class that a config.json names.
 
@@ -57,8 +60,9 @@ def architecture_of(fields: Fields) -> Architecture:
     """
     named = fields.get("architectures") or []
     for name in named if isinstance(named, list) else []:
-        if name in ARCHITECTURES:
-            return ARCHITECTURES[name]
+        known = str(name).removeprefix(PATCHED)
+        if known in ARCHITECTURES:
+            return ARCHITECTURES[known]
     raise WeightsError(
         f"config.json names the architecture {named}, known are {', '.join(ARCHITECTURES)}"
     )
@@ -122,6 +126,7 @@ def _model(f: Fields, kind: str, name: str) -> ModelConfig:
         add_qkv_bias=kind == "Qwen2ForCausalLM" or bool(f.get("attention_bias")),
         add_attention_output_bias=kind != "Qwen2ForCausalLM" and bool(f.get("attention_bias")),
         add_mlp_bias=bool(f.get("mlp_bias")),
+        patched_layers=list(f.get("patched_layers") or []),
         qk_layernorm=kind in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
     )
     if kind == "MixtralForCausalLM":
@@ -250,7 +255,7 @@ def _normal(part: Any) -> Fields:
 def _fields(config: Config, kind: Architecture) -> Fields:
     model, moe = config.model, config.moe
     fields: Fields = {
-        "architectures": [kind.name],
+        "architectures": [PATCHED + kind.name if model.patched_layers else kind.name],
         "model_type": kind.model_type,
         "hidden_act": "silu",
         "hidden_size": model.hidden_size,
@@ -272,6 +277,8 @@ def _fields(config: Config, kind: Architecture) -> Fields:
         fields["head_dim"] = model.kv_channels or model.hidden_size // model.num_attention_heads
     if model.num_experts:
         fields |= _expert_fields(config, kind)
+    if model.patched_layers:
+        fields["patched_layers"] = list(model.patched_layers)
     if kind.name == "LlamaForCausalLM":
         fields["mlp_bias"] = model.add_mlp_bias
     if kind.name == "DeepseekV3ForCausalLM":

@@ -93,6 +93,7 @@ def description(scheme: Scheme, config: Config, kind: Architecture) -> dict[str,
         },
         "ignore": [
             "lm_head",
+            *(["re:.*layer_patch$"] if model.patched_layers else ()),
             *(dict.fromkeys(gates) if model.num_experts else ()),
             *(f"re:model\\.layers\\.{number}\\..*" for number in later),
         ],

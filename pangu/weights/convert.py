@@ -17,8 +17,14 @@ from configs.schema import Config
 from pangu.checkpoint.tensor_files import Safetensors, Source, WeightsError, read_json
 from pangu.data import DataError
 from pangu.data.tokenizer import load_tokenizer
-from pangu.weights import architectures, compressed_tensors, model_folder, tensor_names
-from pangu.weights.architectures import ARCHITECTURES, Architecture
+from pangu.weights import (
+    architectures,
+    compressed_tensors,
+    model_folder,
+    remote_code,
+    tensor_names,
+)
+from pangu.weights.architectures import Architecture
 from pangu.weights.gguf_file import Gguf
 from pangu.weights.links import Link
 from pangu.weights.quantized_file import Quantized
@@ -133,7 +139,7 @@ def export_model(
     if codes is not None:  # its activations' bits stand in the description of the layout
         config = replace(config, model=replace(config.model, activation_bits=0))
     fields = architectures.fields_of(config)
-    kind = ARCHITECTURES[fields["architectures"][0]]
+    kind = architectures.architecture_of(fields)
     if codes is not None:
         fields["quantization_config"] = compressed_tensors.description(codes.scheme, config, kind)
     wanted = tensor_names.links(config, kind)
@@ -155,6 +161,8 @@ def export_model(
                 folder.add(name, part.clone())
         folder.finish()
         _write_companions(path, folder.partial)
+        if config.model.patched_layers:
+            fields |= remote_code.write(folder.partial, kind)
         _write_config(folder.partial, fields, written)
     return kind
 

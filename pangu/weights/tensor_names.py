@@ -36,6 +36,8 @@ def links(config: Config, kind: Architecture, present: Collection[str] = ()) -> 
         layer = (f"decoder.layers.{number}.", f"model.layers.{number}.")
         moe = bool(model.num_experts) and number >= model.num_dense_layers
         found += _layer(config, kind, *layer, moe=moe, present=present)
+        if number in model.patched_layers:
+            found.append(same(*(f"{prefix}layer_patch.weight" for prefix in layer)))
     for depth in range(model.mtp_num_layers):
         ours, theirs = f"mtp.layers.{depth}.", f"model.layers.{model.num_layers + depth}."
         found += [

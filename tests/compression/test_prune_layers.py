@@ -11,6 +11,7 @@ from compression.tiny import TEXT, VOCABULARY, compress, llama
 from gloo import single
 from layouts import all_layouts
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from configs.check import load_checked
 from configs.compose import load, read_file
@@ -22,6 +23,7 @@ from pangu.inference.batching import Request
 from pangu.inference.engine import Engine
 from pangu.inference.sampling import Sampling
 from pangu.model.build import build_model
+from pangu.weights.convert import export_model, import_model
 from pangu.weights.hadamard import hadamard
 from pangu.weights.prune_layers import measure, patch_matrix, pruned_config, pruned_tensors
 
@@ -295,3 +297,33 @@ def test_divergence_over_the_largest_logits():
         p, q = p / p.sum(), q / q.sum()
         total += float((p * np.log(p / q)).sum())
     assert float(found) == pytest.approx(total / 5, rel=1e-5)
+
+
+@pytest.mark.parametrize("scheme", ["", "W4A16"])
+def test_a_patched_model_goes_out_with_its_class_and_comes_back(scheme, folder, theirs, tmp_path):
+    """Pruned, perhaps quantised, exported: the same logits in transformers, which asks for leave to
+    run the class; and what is not quantised comes back to the last bit."""
+    words = ["prune-layers", folder / "ours", "--layers", 2, "--calibration", folder / "text"]
+    words += ["--tokens", 256, "--window", 32, "--out", tmp_path / "small"]
+    assert compress(words) == 0
+    small = tmp_path / "small"
+    if scheme:
+        words = ["quantize", small, "--scheme", scheme, "--calibration", folder / "text"]
+        words += ["--tokens", 256, "--window", 32, "--group-size", 16]
+        assert compress([*words, "--out", tmp_path / "smaller"]) == 0
+        small = tmp_path / "smaller"
+    export_model(small, tmp_path / "out")
+    rows = torch.tensor(ids_of(folder)).view(-1, WINDOW)
+    expected = logits(load_ours(small), rows)
+    with pytest.raises(ValueError, match=r"trust_remote_code|patched_llama"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=False)
+    options = {"dtype": torch.float32, "trust_remote_code": True}
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **options).eval()
+    with torch.no_grad():
+        assert (read(rows).logits - expected).abs().max() <= 1e-4
+    if not scheme:
+        import_model(tmp_path / "out", tmp_path / "back")
+        one, other = Safetensors(small), Safetensors(tmp_path / "back")
+        assert set(one.names()) == set(other.names())
+        assert all(torch.equal(one.read(name), other.read(name)) for name in one.names())
+        assert read_file(tmp_path / "back" / "config.yaml", "model").model.patched_layers
