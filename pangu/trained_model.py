@@ -98,7 +98,7 @@ def load_for_inference(config: Config, folder: Path) -> tuple[GPTModel, Tokenize
     chunks, _ = build_model(config)
     path = restore.load_model(source, chunks)
     try:
-        return chunks[0], load_tokenizer(path / restore.TOKENIZER)
+        return chunks[0].eval(), load_tokenizer(path / restore.TOKENIZER)
     except DataError as error:
         raise ConfigError([Violation("checkpoint", path, str(error))]) from None
 

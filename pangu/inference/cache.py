@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from pangu import backends
-from pangu.ops.attention import attention
+from pangu.ops.attention import attention, attention_of_one
 
 _EVICTED_AT_ONCE = 16  # free pages that lie side by side are worth more than single ones
 
@@ -183,13 +183,18 @@ class CachedPass:
         out = query.new_zeros(*query.shape[:3], value.size(3))
         first = 0
         for segment, place in zip(self._segments, self._places, strict=True):
-            part = slice(first, first + segment.count)
-            out[part] = attention(
-                query[part],
-                keys[:, place].transpose(0, 1)[:, None],
-                values[:, place].transpose(0, 1)[:, None],
-                scale=scale,
-            )
+            held_keys, held_values = keys[:, place], values[:, place]
+            if segment.count == 1:
+                out[first, 0] = attention_of_one(
+                    query[first, 0], held_keys, held_values, scale=scale
+                )
+            else:
+                part = slice(first, first + segment.count)
+                seq_first = (
+                    held_keys.transpose(0, 1)[:, None],
+                    held_values.transpose(0, 1)[:, None],
+                )
+                out[part] = attention(query[part], *seq_first, scale=scale)
             first += segment.count
         return out
 

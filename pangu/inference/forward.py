@@ -41,6 +41,7 @@ class Forward:
 
     def __init__(self, model: GPTModel) -> None:
         self._model = model
+        self._rotary = [m for m in model.modules() if isinstance(m, RotaryEmbedding)]
         config = model.config
         # Sequence parallelism wants sequences that divide: what fills them up is not cached.
         self._multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
@@ -92,11 +93,7 @@ class Forward:
             longest = 2 ** math.ceil(math.log2(int(positions.max()) + 1))
             return module.forward(longest)[positions]
 
-        hooks = [
-            module.register_forward_hook(angles)
-            for module in self._model.modules()
-            if isinstance(module, RotaryEmbedding)
-        ]
+        hooks = [module.register_forward_hook(angles) for module in self._rotary]
         try:
             yield
         finally:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pangu.ops.attention import attention, attention_reference, visible
+from pangu.ops.attention import attention, attention_of_one, attention_reference, visible
 
 
 def tensors(s, t, heads, groups, size, value_size, seed=0):
@@ -36,6 +36,16 @@ def test_queries_behind_a_cache_see_all_earlier_keys(s):
     whole = attention_reference(query, key, value, scale=0.3)
     last = attention(query[-s:], key, value, scale=0.3)
     torch.testing.assert_close(last, whole[-s:], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("heads_groups", [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("value_size", [8, 6])
+def test_a_single_query_is_the_last_of_all(heads_groups, value_size):
+    query, key, value = (x.detach()[:, :1] for x in tensors(7, 7, *heads_groups, 8, value_size))
+    whole = attention_reference(query, key, value, scale=0.3)
+    heads_first = (key[:, 0].transpose(0, 1), value[:, 0].transpose(0, 1))
+    last = attention_of_one(query[-1, 0], *heads_first, scale=0.3)
+    torch.testing.assert_close(last, whole[-1, 0], rtol=1e-12, atol=1e-13)
 
 
 def test_visible_is_causal_and_stays_inside_documents():

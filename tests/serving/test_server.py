@@ -16,6 +16,7 @@ import gloo
 import openai
 import pytest
 import torch
+from drills.serving_load import drill
 from prometheus_client.parser import text_string_to_metric_families
 from tiny_server import client, server_of, serving, write_theirs
 
@@ -257,6 +258,14 @@ def test_thirty_two_clients_at_a_time_get_what_each_gets_alone(api):
     alone = [ask(number) for number in range(32)]
     with concurrent.futures.ThreadPoolExecutor(32) as pool:
         assert list(pool.map(ask, range(32))) == alone
+
+
+def test_mixed_and_cancelled_and_malformed_requests_lose_nothing(folder, loaded):
+    """A short form of `python -m tests.drills.serving_load`."""
+    server = server_of(folder, loaded, name="load", max_sequences=8, cache_tokens=1024)
+    with serving(server) as address:
+        figures = drill(server, address, 30, 30)
+    assert figures["cancelled"] > 0
 
 
 def test_a_key_is_asked_for_and_a_full_queue_says_so(folder, loaded):
