@@ -6,7 +6,7 @@ and of `mindspeed/features_manager`. What an engine cannot do stands beside them
 
 from __future__ import annotations
 
-from configs.dispatch import dispatcher
+from configs.dispatch import resolved
 from configs.layout import Part, layers_per_virtual_stage, stage_parts
 from configs.schema import Config
 
@@ -94,10 +94,8 @@ def _dispatches_once(config: Config) -> bool:
 def _dispatcher(config: Config) -> str:
     """The nearest to what was counted that both engines have; their overlapped schedules know
     all-to-all alone."""
-    p = config.parallel
-    ranks = p.expert_model_parallel_size
-    kind = dispatcher(config.moe, ranks, p.expert_tensor_parallel_size)
-    gather = kind in ("allgather", "moge") and ranks > 1 and not _overlapped(config)
+    ranks = config.parallel.expert_model_parallel_size
+    gather = resolved(config) in ("allgather", "moge") and ranks > 1 and not _overlapped(config)
     return f"--moe-token-dispatcher-type {'allgather' if gather else 'alltoall'}"
 
 

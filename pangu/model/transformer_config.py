@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from configs.dispatch import resolved
 from configs.layout import Part, is_even, stage_parts
 from configs.schema import Config, ModelConfig
 from pangu import backends
@@ -33,7 +34,7 @@ def transformer_config(config: Config) -> PanguTransformerConfig:
     heads = model.num_attention_heads
     return PanguTransformerConfig(
         model=model,
-        moe=config.moe,
+        moe=replace(config.moe, dispatcher=resolved(config)) if model.num_experts else config.moe,
         activation_bits=model.activation_bits,
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,

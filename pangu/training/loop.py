@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from configs.dispatch import explained
 from configs.schema import Config
 from configs.violation import ConfigError, Violation
 from pangu import backends
@@ -66,6 +67,8 @@ class Trainer:
         rank, devices = dist.get_rank(), dist.get_world_size()
         with Progress(self.config, self.state.step, active=rank == 0, devices=devices) as progress:
             progress.say(describe_run(self.config))
+            if self.config.model.num_experts:
+                progress.say(explained(self.config))
             expected = forecast(self.config, devices)
             if expected is not None:
                 progress.say(announce(expected))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.dispatch import dispatcher
+from configs.dispatch import dispatcher, distinct, ranks_reached, why_not
 from configs.schema import DispatcherType
 from simulator.array import Array, Mask
 from simulator.counts.records import Collective, Message, Phase, Shapes
@@ -25,7 +25,7 @@ def uses(s: Shapes, *kinds: DispatcherType) -> Mask:
         return False
     ep, of_ep = np.unique(s.layout.ep, return_inverse=True)
     etp, of_etp = np.unique(s.layout.etp, return_inverse=True)
-    found = [[dispatcher(s.moe, int(n), int(m)) in kinds for m in etp] for n in ep]
+    found = [[dispatcher(s.moe, int(n), int(m), s.links) in kinds for m in etp] for n in ep]
     chosen: Mask = np.array(found)[
         of_ep.reshape(np.shape(s.layout.ep)), of_etp.reshape(np.shape(s.layout.etp))
     ]
@@ -70,7 +70,8 @@ def _between_ranks(
     flat, once, gathered = (
         np.where(uses(s, way), 1, 0) for way in ("alltoall", "deduplicated", "hierarchical")
     )
-    each = sent * distinct(layout.ep, s.moe.top_k) / s.moe.top_k  # a token to each rank once
+    reached = np.vectorize(lambda ranks: ranks_reached(s.moe, int(ranks)))(layout.ep)
+    each = sent * reached / s.moe.top_k  # a token to each rank once
     messages = []
     if np.any(flat):
         messages.append(Message(name, phase, "all_to_all", "ep", sent, "", again, flat))
@@ -82,9 +83,12 @@ def _between_ranks(
     between, within = f"{name} between nodes", f"{name} inside node"
     far, near = (nodes, layout.etp * inside), (inside, layout.etp)  # ranks and stride
     if np.any(gathered):
+        # MoGE's way inside is a gather, where all its experts on a rank are one row.
+        whole = np.vectorize(lambda ranks: not why_not("moge", s.moe, int(ranks), 1))(layout.ep)
+        rows = np.where(whole, np.minimum(sent, token * layout.ep), sent)
         messages += [
             Message(between, phase, kind, "ep", token * nodes, "", again, gathered, *far),
-            Message(within, phase, "all_to_all", "ep", sent, "", again, gathered, *near),
+            Message(within, phase, "all_to_all", "ep", rows, "", again, gathered, *near),
         ]
     if np.any(once) and s.traits.node_forwarding:
         # Rows are handed on inside the node while others still cross.
@@ -94,11 +98,6 @@ def _between_ranks(
             Message(within, phase, "all_to_all", "ep", each, beside, again, once, *near),
         ]
     return messages
-
-
-def distinct(places: Array, top_k: int) -> Array:
-    """Expected number of distinct places among `top_k` even choices."""
-    return places * (1.0 - (1.0 - 1.0 / places) ** top_k)
 
 
 def distinct_nodes(s: Shapes, nodes: Array) -> Array:

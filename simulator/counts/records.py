@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from configs.dispatch import Links, links
 from configs.schema import Config, ModelConfig, MoEConfig, SimulationConfig
 from simulator.array import Array
 from simulator.hardware import ELEMENT_BYTES
@@ -112,6 +113,7 @@ class Shapes:
     domain: int  # devices that reach each other over the fast links: a node, or a rack
     communicator_bytes: float  # that the collective library keeps for every group
     backend: str = "cuda"  # of the machine
+    links: Links = Links()  # noqa: RUF009 - frozen
 
     @property
     def element(self) -> float:
@@ -144,7 +146,7 @@ class Shapes:
 
 def shapes(config: Config, layout: Layout) -> Shapes:
     machine = config.hardware or {}
-    links = machine.get("links")
+    levels = machine.get("links")
     precision = config.backend.precision
     if precision == "auto":  # the trainer's own choice on each kind of device
         precision = "fp32" if machine.get("backend") == "cpu" else "bf16"
@@ -155,9 +157,10 @@ def shapes(config: Config, layout: Layout) -> Shapes:
         layout,
         config.train.seq_length,
         precision,
-        max(machine.get("devices_per_node", 8), links[0]["devices"] if links else 0),
+        max(machine.get("devices_per_node", 8), levels[0]["devices"] if levels else 0),
         machine.get("communicator_buffer_mb", 200.0) * 1e6,
         machine.get("backend", "cuda"),
+        links(config),
     )
 
 

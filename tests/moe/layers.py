@@ -11,6 +11,7 @@ from megatron.core.transformer.spec_utils import build_module
 from configs.schema import (
     BackendConfig,
     Config,
+    LaunchConfig,
     MemoryConfig,
     ModelConfig,
     MoEConfig,
@@ -85,6 +86,7 @@ def build(
         moe=moe,
         parallel=parallel or ParallelConfig(),
         memory=memory or MemoryConfig(),
+        launch=LaunchConfig(processes=dist.get_world_size()),
         backend=BackendConfig(name="cpu", precision=precision),
     )
     settings = replace(transformer_config(config), **options) if options else None

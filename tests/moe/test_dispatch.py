@@ -27,7 +27,9 @@ EXPERT_CHOICE = replace(layers.TOP_K, router="expert_choice")
         (layers.TOP_K, (1, 1), "local"),
         (layers.TOP_K, (2, 1), "allgather"),  # 3 choices: an exchange moves as many rows or more
         (layers.TOP_K, (3, 2), "allgather"),
-        (layers.TOP_K, (4, 1), "alltoall"),
+        (layers.TOP_K, (4, 1), "allgather"),
+        (layers.TOP_K, (8, 1), "deduplicated"),
+        (replace(layers.TOP_K, top_k=1), (4, 1), "alltoall"),
         (replace(layers.MOGE, num_expert_groups=2), (4, 1), "allgather"),
         (EXPERT_CHOICE, (1, 1), "alltoall"),
         (EXPERT_CHOICE, (2, 1), "alltoall"),

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from configs.dispatch import dispatcher
+from configs.dispatch import resolved
 from configs.layout import mtp_stage, ranks_per_node
 from configs.schema import Config
 from configs.violation import ConfigError, Violation
@@ -45,8 +45,7 @@ def initialize(config: Config) -> None:
         create_gloo_process_groups=False,
         get_embedding_ranks=lambda ranks: _embedding_ranks(config, ranks),
     )
-    sizes = p.expert_model_parallel_size, p.expert_tensor_parallel_size
-    if config.model.num_experts and dispatcher(config.moe, *sizes) == "hierarchical":
+    if config.model.num_experts and resolved(config) == "hierarchical":
         if not (per_node := ranks_per_node(config)):
             reason = "nodes have different numbers of ranks"
             raise ConfigError([Violation("moe.dispatcher", "hierarchical", reason)])
