@@ -91,6 +91,7 @@ class ModelConfig:
 
 RouterType = Literal["moge", "top_k", "group_limited", "expert_choice", "forced_balance"]
 DispatcherType = Literal["local", "allgather", "alltoall", "deduplicated", "hierarchical", "moge"]
+DispatchDtype = Literal["model", "bf16", "int8"]
 AuxLossScope = Literal["micro_batch", "sequence", "ep_group", "dp_group", "global_batch"]
 
 
@@ -121,6 +122,10 @@ class MoEConfig:
     # rank; a row for each expert; a token once to each rank that holds some of its experts; tokens
     # gathered between nodes, rows exchanged inside (Pangu Ultra); or in MoGE's equal splits.
     dispatcher: Literal["auto", DispatcherType] = "auto"
+    # Tokens on their way to experts: as the model computes, or rounded, in int8 with a scale per
+    # token. Their gradients are not. On the way back rows travel and are summed in `combine_dtype`.
+    dispatch_dtype: DispatchDtype = "model"
+    combine_dtype: Literal["model", "bf16", "fp32"] = "model"
 
 
 @dataclass

@@ -42,6 +42,12 @@ class ExpertLayer(MoELayer):
             self.num_local_experts, config, groups, choices_per_token(config.moe)
         )
 
+    @property
+    def combine_dtype(self) -> torch.dtype:
+        """In which experts' outputs are summed and travel."""
+        kinds = {"bf16": torch.bfloat16, "fp32": torch.float32}
+        return kinds.get(self.config.moe.combine_dtype, self.config.params_dtype)
+
     def forward(self, hidden_states: torch.Tensor, **others: Any) -> tuple[torch.Tensor, None]:
         """Hidden states `[S, B, H]` to the same shape; the second is the engine's bias, of which
         there is none.
@@ -67,8 +73,9 @@ class ExpertLayer(MoELayer):
         received, weights = stages.token_dispatch(record, sent, weights)
         rows_NH, counts_X, weights_N = stages.dispatch_postprocess(record, received, weights)
         output_NH, _ = self.experts(rows_NH, counts_X, weights_N)
-        output = stages.combine_preprocess(record, output_NH)
+        output = stages.combine_preprocess(record, output_NH.to(self.combine_dtype))
         output = stages.combine_postprocess(record, stages.token_combine(record, output))
+        output = output.to(hidden_states.dtype)
         return output if shared is None else output + shared
 
 

@@ -220,7 +220,8 @@ def fields_of(config: Config) -> Fields:
 # What does not change the function of the model in evaluation.
 _TRAINING_ONLY = {
     "name", "init", "init_std", "aux_loss_scope", "aux_loss_coefficient", "z_loss_coefficient",
-    "expert_bias_update_rate", "dispatcher", "sandwich_attention_gain", "sandwich_mlp_gain",
+    "expert_bias_update_rate", "dispatcher", "dispatch_dtype", "combine_dtype",
+    "sandwich_attention_gain", "sandwich_mlp_gain",
     "mtp_loss_scaling_factor",
 }  # fmt: skip
 

@@ -54,18 +54,33 @@ def exchange(s: Shapes, sent: Array, load: Array) -> list[Message]:
             outwards = (name == "dispatch") == (phase == "forward")
             kind: Any = "all_gather" if outwards else "reduce_scatter"
             title = f"moe.{name}"
-            messages.append(Message(title, phase, kind, "expert", gathered, "", again, gathers))
+            part = width(s, name, phase)
+            all_rows = gathered * part
+            messages.append(Message(title, phase, kind, "expert", all_rows, "", again, gathers))
             messages.append(
                 Message(f"{title} within", phase, kind, "etp", within, "", again, sharded)
             )
-            messages += _between_ranks(s, title, phase, kind, sent * load, again)
+            messages += _between_ranks(s, title, phase, kind, sent * load * part, part, again)
     return messages
 
 
+def width(s: Shapes, name: str, phase: Phase) -> float:
+    """Bytes of a row that travels, relative to the model's."""
+    combined = {"model": s.element, "bf16": 2.0, "fp32": 4.0}[s.moe.combine_dtype]
+    if name == "combine":
+        return combined / s.element
+    if phase != "forward":  # a gradient
+        return 1.0
+    with_scale = 1.0 + 4.0 / s.model.hidden_size
+    sent = {"model": s.element, "bf16": 2.0, "int8": with_scale}[s.moe.dispatch_dtype]
+    return sent / s.element
+
+
 def _between_ranks(
-    s: Shapes, name: str, phase: Phase, kind: Collective, sent: Array, again: str
+    s: Shapes, name: str, phase: Phase, kind: Collective, sent: Array, part: float, again: str
 ) -> list[Message]:
-    """Rows to and from the ranks that hold their experts, where tokens are not gathered by all."""
+    """Rows to and from the ranks that hold their experts, where tokens are not gathered by all.
+    `part` of a row's bytes in the model's own precision travel."""
     layout = s.layout
     flat, once, gathered = (
         np.where(uses(s, way), 1, 0) for way in ("alltoall", "deduplicated", "hierarchical")
@@ -79,7 +94,7 @@ def _between_ranks(
         messages.append(Message(name, phase, "all_to_all", "ep", each, "", again, once))
     inside = np.clip(np.floor(s.domain / layout.etp), 1, layout.ep)
     nodes = np.maximum(np.floor(layout.ep / inside), 1)
-    token = s.shard * s.model.hidden_size * s.element
+    token = s.shard * s.model.hidden_size * s.element * part
     between, within = f"{name} between nodes", f"{name} inside node"
     far, near = (nodes, layout.etp * inside), (inside, layout.etp)  # ranks and stride
     if np.any(gathered):

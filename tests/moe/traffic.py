@@ -13,16 +13,18 @@ GATHERS = ("dist_all_gather_func", "dist_reduce_scatter_func")  # megatron-core'
 class Traffic:
     """`calls`: of each collective its kind, the ranks of its group, and how many elements went to
     each rank of the world (its own is 0), `[world]`. Sums that a reduce-scatter makes on its way
-    count as if they were made where they are wanted."""
+    count as if they were made where they are wanted. `dtypes` of everything that was sent."""
 
     def __init__(self):
         self.calls = []
+        self.dtypes = set()
 
     def add(self, kind, group, dtype, elements):
         ranks = dist.get_process_group_ranks(group)
         sent = torch.zeros(dist.get_world_size(), dtype=torch.long)
         sent[ranks] = torch.as_tensor(elements, dtype=torch.long)
         sent[dist.get_rank()] = 0
+        self.dtypes.add(dtype)
         if dtype.is_floating_point:  # others are the numbers of rows to come
             self.calls.append((kind, tuple(ranks), sent))
 

@@ -16,12 +16,12 @@ from __future__ import annotations
 import torch
 from megatron.core.tensor_parallel import (
     all_to_all,
-    gather_from_sequence_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
 
 from pangu.moe.dispatch.choices import pack, unpack
 from pangu.moe.dispatch.dispatcher import Dispatcher, DispatchRecord
+from pangu.moe.dispatch.rows import gather_rows
 from pangu.ops.permute import Permutation, permute, plan_map, unpermute
 
 
@@ -54,7 +54,8 @@ class AllGatherDispatcher(Dispatcher[DispatchRecord]):
         self, record: DispatchRecord, hidden_states: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """All tokens of all ranks `[R·T, H]`, and all choices of experts on this rank."""
-        tokens = gather_from_sequence_parallel_region(hidden_states, group=self.tp_ep_group)
+        dtype = self.config.moe.dispatch_dtype
+        tokens = gather_rows(hidden_states, self.tp_ep_group, dtype)
         return tokens, all_to_all(self.tp_ep_group, probs)
 
     def dispatch_postprocess(

@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel import all_to_all
 
 from pangu.moe.dispatch.choices import sort_by_expert
 from pangu.moe.dispatch.dispatcher import Dispatcher, DispatchRecord
+from pangu.moe.dispatch.rows import exchange_rows
 from pangu.moe.dispatch.uneven import gather_counts, gather_uneven, reduce_scatter_uneven
 from pangu.ops.permute import Permutation, permute, plan, unpermute
 
@@ -53,10 +54,9 @@ class AllToAllDispatcher(Dispatcher[Exchange]):
         """The rows for this rank's experts and their weights, by rank (expert tensor parallel
         first, then expert parallel), then by expert."""
         self._agree_on_splits(record)
-        rows, weights = (
-            all_to_all(self.ep_group, x, record.received, record.sent)
-            for x in (hidden_states, probs)
-        )
+        dtype, splits = self.config.moe.dispatch_dtype, (record.received, record.sent)
+        rows = exchange_rows(hidden_states, self.ep_group, dtype, *splits)
+        weights = all_to_all(self.ep_group, probs, *splits)
         if self.tp_size > 1:
             rows = gather_uneven(rows, record.gathered, self.tp_group)
             weights = gather_uneven(weights, record.gathered, self.tp_group)

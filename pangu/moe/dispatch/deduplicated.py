@@ -20,7 +20,9 @@ from dataclasses import dataclass, field
 import torch
 from megatron.core.tensor_parallel import all_to_all
 
+from configs.schema import DispatchDtype
 from pangu.moe.dispatch.dispatcher import Dispatcher, DispatchRecord
+from pangu.moe.dispatch.rows import exchange_rows
 from pangu.moe.dispatch.uneven import gather_counts, gather_uneven, reduce_scatter_uneven
 from pangu.ops.permute import Permutation, permute, plan_map, plan_rows, unpermute
 
@@ -75,7 +77,9 @@ class DeduplicatedDispatcher(Dispatcher[Deduplicated]):
         """The tokens that chose experts of this rank, and their choices, by rank (expert tensor
         parallel first, then expert parallel)."""
         record.rows, record.choices = self._agree_on_splits(record.counts)
-        return self._send(hidden_states, record.rows), self._send(probs, record.choices)
+        dtype = self.config.moe.dispatch_dtype
+        rows = self._send(hidden_states, record.rows, dtype)
+        return rows, self._send(probs, record.choices, "model")
 
     def _agree_on_splits(self, counts: torch.Tensor) -> tuple[Splits, Splits]:
         everyone = gather_counts(counts, self.tp_ep_group)[..., self.ep_group.rank()]
@@ -87,8 +91,8 @@ class DeduplicatedDispatcher(Dispatcher[Deduplicated]):
         )
         return rows, choices
 
-    def _send(self, x: torch.Tensor, splits: Splits) -> torch.Tensor:
-        received = all_to_all(self.ep_group, x, splits.received, splits.sent)
+    def _send(self, x: torch.Tensor, splits: Splits, dtype: DispatchDtype) -> torch.Tensor:
+        received = exchange_rows(x, self.ep_group, dtype, splits.received, splits.sent)
         if self.tp_size == 1:
             return received
         return gather_uneven(received, splits.gathered, self.tp_group)

@@ -34,6 +34,7 @@ from pangu.moe.dispatch.alltoall import AllToAllDispatcher
 from pangu.moe.dispatch.choices import pack, unpack
 from pangu.moe.dispatch.dispatcher import Dispatcher, DispatchRecord
 from pangu.moe.dispatch.moge import MogeDispatcher
+from pangu.moe.dispatch.rows import gather_rows
 
 
 @dataclass
@@ -79,7 +80,7 @@ class HierarchicalDispatcher(Dispatcher[Hierarchical]):
         self, record: Hierarchical, hidden_states: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """All nodes' tokens, then those of them whose experts are on this rank."""
-        tokens = gather_from_sequence_parallel_region(hidden_states, group=self.between)
+        tokens = gather_rows(hidden_states, self.between, self.config.moe.dispatch_dtype)
         packed = gather_from_sequence_parallel_region(probs, group=self.between)
         first = self.between.rank() * self.node_experts
         weights, chosen = unpack(packed, self.choices, first, self.node_experts)
