@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from simulator.commands import load_plan, wide_console
+from simulator.commands import wide_console
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,16 +70,23 @@ def search(
 def load_search_plan(overrides: list[str]) -> Config:
     """The configuration, checked for everything but the sizes that the search decides on, which
     it rejects itself, with a count."""
+    from dataclasses import replace
+
+    from configs.check import violations
     from configs.compose import load
+    from configs.schema import ParallelConfig
     from configs.violation import ConfigError, Violation
 
     config = load(overrides)
     if not config.hardware:
         reason, hint = "a search needs a machine", "hardware=NAME"
         raise ConfigError([Violation("hardware", None, reason, hint)])
-    fixed = [line for line in overrides if _key(line) not in _SIZES]
-    smallest = [*_AT_ONE, f"train.global_batch_size={config.world_size}"]
-    load_plan([*fixed, *smallest])
+    given = {_key(line) for line in overrides} - _SIZES
+    kept = {name for name in vars(config.parallel) if f"parallel.{name}" in given}
+    parallel = ParallelConfig(**{name: getattr(config.parallel, name) for name in kept})
+    train = replace(config.train, micro_batch_size=1, global_batch_size=config.world_size)
+    if wrong := violations(replace(config, parallel=parallel, train=train), purpose="plan"):
+        raise ConfigError(wrong)
     return config
 
 
@@ -98,7 +105,6 @@ _SIZES = {
     "parallel.expert_model_parallel_size",
     "parallel.expert_tensor_parallel_size",
 }
-_AT_ONE = ["parallel=single", "train.micro_batch_size=1"]
 
 
 def to_json(result: SearchResult) -> dict[str, Any]:
