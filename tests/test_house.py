@@ -1,6 +1,7 @@
 """Who may import whom: a folder imports only from what stands below it."""
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -99,3 +100,9 @@ def test_functions_fit_a_screen_and_long_lists_of_arguments_are_keywords():
                 many[name] = len(positional)
     assert long == {}
     assert many.keys() - TAKEN_AS_THEY_ARE == set()
+
+
+def test_test_files_have_names_of_their_own():
+    """pytest imports them by name alone: of two that are called alike it refuses one."""
+    names = Counter(file.name for file in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
