@@ -25,10 +25,10 @@ def round_tokens(
         largest = x.abs().amax(-1, keepdim=True)
         if group is not None and group.size() > 1:
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-        step = largest.float() / (2 ** (bits - 1) - 0.5)
+        # As vLLM's kernels have it; by 2^(bits - 1) - 0.5 the largest would lie on a tie.
+        step = largest.float() / (2 ** (bits - 1) - 1)
         step = torch.where(step > 0, step, torch.ones_like(step))
-        limit = 2 ** (bits - 1)
-        nearest = (x.float() / step).round().clamp(-limit, limit - 1) * step
+        nearest = (x.float() / step).round() * step
     return x + (nearest.to(x.dtype) - x).detach()
 
 

@@ -1,7 +1,8 @@
 """A model of ours in a folder: weights in safetensors under our names, and what goes with them.
 
     config.yaml     the configuration tree; `model` and `moe` describe the weights
-    model.yaml      those two groups alone: `experiment=DIR/model.yaml` anywhere
+    model.yaml      those two groups alone, and a quantised model's precisions:
+                    `experiment=DIR/model.yaml` anywhere
     tokenizer/      as beside a run's checkpoints
     huggingface/    config.json, generation settings, tokenizer and chat template as they came
     model-….safetensors, model.safetensors.index.json, manifest.json
@@ -20,7 +21,7 @@ import torch
 from omegaconf import OmegaConf
 
 from configs.compose import read_file, to_yaml
-from configs.schema import Config
+from configs.schema import Config, InferenceConfig
 from configs.violation import ConfigError
 from pangu.checkpoint import manifest, model_files
 from pangu.checkpoint.restore import CHECKPOINTS
@@ -106,6 +107,9 @@ def describe(folder: ModelFolder, config: Config) -> None:
     groups = {"model": asdict(config.model)}
     if config.model.num_experts:
         groups["moe"] = asdict(config.moe)
+    served = asdict(config.inference)
+    if other := {k: v for k, v in served.items() if v != getattr(InferenceConfig(), k)}:
+        groups["inference"] = other  # what a quantised model is priced by
     text = OmegaConf.to_yaml(OmegaConf.create(groups))
     (folder.partial / PRESET).write_text("# @package _global_\n" + text)
 

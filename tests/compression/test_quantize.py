@@ -3,6 +3,7 @@ what was exported."""
 
 import json
 
+import gloo
 import numpy as np
 import pytest
 import torch
@@ -12,9 +13,10 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams
 from compression.tiny import SETTINGS, compress, llama, saved
 from gloo import single
+from layouts import all_layouts
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, Qwen3MoeConfig
 
-from configs.compose import read_file
+from configs.compose import load, read_file
 from pangu.checkpoint import restore
 from pangu.checkpoint.tensor_files import Safetensors, WeightsError
 from pangu.model.build import build_model
@@ -228,14 +230,16 @@ def test_eight_bit_activations(folder, theirs, tmp_path):
     assert quantise(folder, tmp_path / "small", "W8A8", "smoothquant") == 0
     config = read_file(tmp_path / "small" / "config.yaml", "model")
     assert (config.model.activation_bits, config.inference.weight_dtype) == (8, "int8")
-    assert config.inference.compute_dtype == "int8"
+    planned = load([f"experiment={tmp_path / 'small' / 'model.yaml'}"])
+    assert (planned.inference.weight_dtype, planned.inference.compute_dtype) == ("int8", "int8")
     found = logits_of_ours(tmp_path / "small")
     export_model(tmp_path / "small", tmp_path / "out")
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     with torch.no_grad():
         expected = theirs(ROWS).logits
-        assert (read(ROWS).logits - found).abs().max() <= 2e-2 * expected.std()
-    assert 1e-3 < (found - expected).abs().max() < 0.5 * expected.std()
+        # compressed-tensors' own stand-in divides by 127.5 where vLLM, and we, divide by 127.
+        assert (read(ROWS).logits - found).abs().mean() <= 0.05 * expected.std()
+    assert 1e-3 < (found - expected).abs().mean() < 0.1 * expected.std()
 
 
 def test_what_has_no_layout_is_not_exported(folder, theirs, tmp_path):
@@ -256,3 +260,36 @@ def test_codes_are_read_again_from_bfloat16():
     grid = grid_of(weight, scheme, torch.bfloat16)
     values = rounded(weight, grid, scheme)
     assert torch.equal(codes_of(values.bfloat16(), grid, scheme), codes_of(values, grid, scheme))
+
+
+def test_eight_bit_experts_go_out_as_vllm_reads_them(tmp_path):
+    """transformers 5.23 does not convert them: every int8 weight times its scale is ours."""
+    settings = SETTINGS | {"hidden_size": 64, "num_hidden_layers": 1, "num_experts": 4}
+    settings |= {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    saved(Qwen3MoeConfig(**settings), tmp_path)
+    assert quantise(tmp_path, tmp_path / "small", "W8A8", "smoothquant") == 0
+    export_model(tmp_path / "small", tmp_path / "out")
+    ours, theirs = Safetensors(tmp_path / "small"), Safetensors(tmp_path / "out")
+    w1 = ours.read("decoder.layers.0.mlp.experts.w1")
+    for expert in range(4):
+        for part, name in enumerate(("gate_proj", "up_proj")):
+            base = f"model.layers.0.mlp.experts.{expert}.{name}"
+            codes, scale = theirs.read(f"{base}.weight"), theirs.read(f"{base}.weight_scale")
+            assert (codes.dtype, tuple(scale.shape)) == (torch.int8, (32, 1))
+            assert torch.allclose(codes * scale, w1[expert, :, part].T, atol=1e-6)
+    ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    gate = theirs.read("model.layers.0.mlp.gate.weight")
+    assert gate.dtype is torch.float32
+    assert any("gate" in name for name in ignored["ignore"])
+
+
+@pytest.mark.distributed
+def test_rounded_activations_are_the_same_in_a_tensor_parallel_layout():
+    """The largest value of a token is that of all ranks' channels."""
+    plain = ["model.num_layers=2", "model.num_experts=0", "model.ffn_hidden_size=64"]
+    few = [*plain, "model.activation_bits=4"]
+    one = gloo.run(1, all_layouts, {"few": few, "plain": plain}, 1, 2)[0]
+    layouts = {"tp": [*few, "parallel.tensor_model_parallel_size=2"]}
+    found = np.array(gloo.run(2, all_layouts, layouts, 2, 2)[0]["tp"])
+    few_bits, float_ = np.array(one["few"]), np.array(one["plain"])
+    assert np.abs(found - few_bits).max() < 0.1 * np.abs(few_bits - float_).max()
