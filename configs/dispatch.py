@@ -56,9 +56,10 @@ class Links:
 
 
 # Where no machine is named: an exchange keeps this part of what gathering reaches, and a link
-# between nodes is so much slower (Atlas 800 A2: 196 and 25 GB/s, H100: 450 and 50).
+# between nodes is so much slower (Atlas 800 A2: 196 and 25 GB/s, H100: 450 and 50, which keep less
+# of it).
 ASSUMED = (1.0, 0.6)
-SLOWER = 8.0
+SLOWER = 10.0
 
 
 def links(config: Config) -> Links:

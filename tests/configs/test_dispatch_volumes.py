@@ -84,6 +84,7 @@ def test_the_simulator_counts_the_same_volumes(kind, groups):
         (["moe=moge", "moe.top_k=4", "moe.num_expert_groups=4", "launch.nodes=2"], "hierarchical"),
         (["moe=top_k", "moe.top_k=4", "launch.nodes=1"], "allgather"),
         (["moe=top_k", "moe.top_k=4", "launch.nodes=2"], "hierarchical"),
+        (["moe=top_k", "moe.top_k=8", "launch.nodes=2"], "hierarchical"),
         (["moe=top_k", "moe.top_k=1", "launch.nodes=2"], "alltoall"),
         (["moe=top_k", "moe.top_k=2", "launch.nodes=4"], "deduplicated"),
     ],

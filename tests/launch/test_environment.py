@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from configs.compose import load
+from configs.layout import ranks_per_node
 from configs.violation import ConfigError
 from launch.environment import LauncherError, ProcessEnvironment, first_node, read, tasks_per_node
 from pangu.local_launch import prepare_environment
@@ -243,6 +244,17 @@ def test_another_number_of_processes_in_the_words_of_the_launcher(
         f"{variable}=6: expert x expert-tensor x pipeline parallel = 4 x 1 x 1 = 4 does not "
         f"divide 6 ranks ({option}=4 or 8)",
     ]
+
+
+def test_nodes_are_those_that_a_launcher_started() -> None:
+    four = {**TORCHRUN, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}
+    run = ["data=synthetic", "parallel.expert_model_parallel_size=4", "moe.dispatcher=hierarchical"]
+    config = resolve(read({**four, "LOCAL_WORLD_SIZE": "2"}), run)
+    assert (config.launch.processes, config.launch.nodes) == (2, 2)
+    assert ranks_per_node(config) == 2
+    run[1] = "parallel.expert_model_parallel_size=2"
+    with pytest.raises(ConfigError, match="lie inside one node of 4"):
+        resolve(read({**four, "LOCAL_WORLD_SIZE": "4"}), run)
 
 
 def test_threads_are_shared_among_the_processes_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
