@@ -133,6 +133,10 @@ class Job:
                 return pid
         return 0
 
+    def _there(self, node: int) -> int:
+        wait_until(lambda: bool(self.rank(node)), PATIENCE, f"a rank on node {node}")
+        return self.rank(node)
+
     def starts(self) -> list[int]:
         """The steps of the checkpoints from which rank 0 has gone on, one a start."""
         return [int(step) for step in re.findall(r"resuming from \S*step_(\d+)", self.log(0))]
@@ -165,11 +169,11 @@ class Job:
             node.mend()
         else:
             stop = signal.SIGSTOP if event.kind == "freeze rank" else signal.SIGKILL
-            os.kill(self.rank(node.rank), stop)
+            os.kill(self._there(node.rank), stop)
 
     def stop(self) -> list[int]:
         """Have it save and leave; the nodes' exit codes."""
-        os.kill(self.rank(0), signal.SIGTERM)  # all ranks follow after the same step
+        os.kill(self._there(0), signal.SIGTERM)  # all ranks follow after the same step
         return self.wait()
 
     def wait(self) -> list[int]:
