@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from configs.schema import InferenceConfig
+from configs.planning import InferenceConfig
 
 if TYPE_CHECKING:
     from pangu.data.tokenizer import Tokenizer

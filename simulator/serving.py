@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from configs.compose import load
-from configs.schema import Config, InferenceConfig, ModelConfig, MoEConfig
+from configs.planning import InferenceConfig
+from configs.schema import Config, ModelConfig, MoEConfig
 from configs.violation import ConfigError, Violation
 from simulator.hardware import Hardware
 

@@ -25,6 +25,7 @@ HOUSE = (
     {"pangu/compression"},
     {"entry points"},
 )
+LONGEST_FILE = 400
 SCREEN, MOST_POSITIONAL = 60, 7
 # The engine's, or torch's, own signatures.
 TAKEN_AS_THEY_ARE = {"attention.__init__", "attention.forward"}
@@ -100,6 +101,11 @@ def test_functions_fit_a_screen_and_long_lists_of_arguments_are_keywords():
                 many[name] = len(positional)
     assert long == {}
     assert many.keys() - TAKEN_AS_THEY_ARE == set()
+
+
+def test_files_hold_one_concept():
+    files = (file for top in ("configs", "simulator", "pangu", "launch") for file in rglob(top))
+    assert [f.name for f in files if len(f.read_text().splitlines()) > LONGEST_FILE] == []
 
 
 def test_test_files_have_names_of_their_own():

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from configs.schema import Config, InferenceConfig
+from configs.planning import InferenceConfig
+from configs.schema import Config
 from pangu.compression.texts import (
     Progress,
     Texts,

@@ -21,7 +21,8 @@ import torch
 from omegaconf import OmegaConf
 
 from configs.compose import read_file, to_yaml
-from configs.schema import Config, InferenceConfig
+from configs.planning import InferenceConfig
+from configs.schema import Config
 from configs.violation import ConfigError
 from pangu.checkpoint import manifest, model_files
 from pangu.checkpoint.restore import CHECKPOINTS

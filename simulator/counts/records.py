@@ -9,7 +9,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from configs.dispatch import Links, links
-from configs.schema import Config, ModelConfig, MoEConfig, SimulationConfig
+from configs.planning import SimulationConfig
+from configs.schema import Config, ModelConfig, MoEConfig
 from simulator.array import Array
 from simulator.hardware import ELEMENT_BYTES
 from simulator.layout import Layout

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from configs.schema import (
     BackendConfig,
@@ -19,7 +18,6 @@ from configs.schema import (
     ModelConfig,
     MoEConfig,
     ParallelConfig,
-    SimulationConfig,
     TrainConfig,
 )
 from configs.violation import ConfigError
@@ -32,7 +30,14 @@ from simulator.validation.machines import NotPredictable, machine, precision
 from simulator.validation.recipes import recipe
 from simulator.validation.recomputation import memory_policy, recompute_words
 from simulator.validation.table import Row
-from simulator.validation.version import attends_with_flash_2
+from simulator.validation.traits import (
+    DEEPSPEED,
+    DROPPED,
+    before_overlap,
+    forwards,
+    gpt_oss,
+    traits,
+)
 
 
 @dataclass
@@ -46,21 +51,9 @@ class Case:
 
 # Of public model configurations.
 HEAD_SIZES = {"Gemma2-9B": 256, "Gemma2-27B": 128, "Gemma-2B": 256, "Gemma-7B": 256}
-WINDOWS = {"Mistral-7B": 4096}  # keys that a token attends to
-# Their scripts run scores, mask, softmax and sum one by one.
-WITHOUT_FLASH = ("Bloom", "Baichuan-13B")
 # Groups of experts, and how many of them a token may use.
 GROUPS = {"DeepSeek-V3": (8, 4), "DeepSeekV3": (8, 4), "DeepSeek-V2": (8, 3)}
 VOCABULARIES = {"Mixtral": 32768, "Llama": 128256, "Qwen": 151936, "GPT": 51200}
-
-# Microsoft's fork of Megatron in 2022: unfused attention, no sequence parallelism, float16
-# gradients reduced whole, pipeline sends cut over tensor-parallel ranks.
-DEEPSPEED = "Megatron-DeepSpeed"
-# Float8 with a scale for every row or column: each operand is cast along both from 16 bits, by
-# compiled kernels (calibrated, see simulator.validation.split); products are as fast as with one
-# scale per tensor (pull request 2185 of pytorch/ao, TP 8 shapes of Llama 70B).
-ROWWISE_CASTS = 4.3
-DROPPED = ("CF=1", "token drop", "token-drop", "tokendrop")
 
 
 def case(row: Row) -> Case:
@@ -86,7 +79,7 @@ def case(row: Row) -> Case:
         memory=replace(memory_policy(row), swap_optimizer=row.mentions("swap-optimizer")),
         backend=BackendConfig(precision=precision(row)),  # type: ignore[arg-type]
         train=_train(row, assumed),
-        simulation=_traits(row),
+        simulation=traits(row),
         hardware=machine(row),
         devices=devices,
     )
@@ -114,7 +107,7 @@ def _model(row: Row, assumed: list[str]) -> ModelConfig:
     dims = re.match(r"(\d+)\+(\d+)rope/v(\d+)", row["head_dim"])
     width = row.number("moe_ffn") or row.number("ffn")
     megatron_gpt = gelu and not mpt
-    biases = megatron_gpt or _gpt_oss(row)
+    biases = megatron_gpt or gpt_oss(row)
     model = ModelConfig(
         name=row["model"],
         num_layers=row.number("layers"),
@@ -155,22 +148,6 @@ def _model(row: Row, assumed: list[str]) -> ModelConfig:
     )
 
 
-def _gpt_oss(row: Row) -> bool:
-    """Biases everywhere, clamped experts, and in every second layer a window of 128 tokens."""
-    return re.match(r"gpt.oss", row["model"], re.IGNORECASE) is not None
-
-
-def _attention_span(row: Row) -> float:
-    if _gpt_oss(row):
-        return (1.0 + min(2.0 * 128 / row.number("seq"), 1.0)) / 2
-    stated = re.search(r"sliding window (\d+)", row["notes"])
-    window = int(stated.group(1)) if stated else WINDOWS.get(row["model"], 0)
-    if 0 < window < row.number("seq"):
-        part = window / row.number("seq")
-        return part * (2.0 - part)
-    return 0.3 if row.mentions("pack mode") else 1.0
-
-
 def _shared_width(row: Row, width: int) -> int:
     text = row["shared_experts"]
     if not row.number("n_experts") or not text:
@@ -200,7 +177,7 @@ def _moe(row: Row) -> MoEConfig:
 
 
 def _dispatcher(row: Row) -> DispatcherType:
-    if _forwards(row):
+    if forwards(row):
         return "deduplicated"
     # As MindSpeed's scripts for this family have it; the others exchange rows.
     family = "DeepSeek-V2" in row["model"] and row.mentions("script examples/")
@@ -219,7 +196,7 @@ def _parallel(row: Row, assumed: list[str]) -> ParallelConfig:
         sizes["etp"] = sizes["tp"]
     sharded = row.mentions("FSDP", "ZeRO-3")
     modern = row.mentions("Megatron-Bridge", "NeMo", "ModelZoo", "Megatron Core", "MegaScale")
-    modern = modern and not _before_overlap(row)
+    modern = modern and not before_overlap(row)
     return ParallelConfig(
         tensor_model_parallel_size=sizes["tp"],
         sequence_parallel=not row.mentions("no sequence parallel", "SC21 arXiv", DEEPSPEED),
@@ -238,12 +215,6 @@ def _parallel(row: Row, assumed: list[str]) -> ParallelConfig:
     )
 
 
-def _before_overlap(row: Row) -> bool:
-    """MegaScale's baseline: Megatron of early 2023 (commit 285068c8), to which the paper adds the
-    overlap of pipeline sends, gradients and parameters as its own (arXiv 2402.15627, table 3)."""
-    return row.mentions("MegaScale NSDI") and row["notes"].startswith("Megatron-LM")
-
-
 OVERLAP = r"(a2a|all-to-all) overlap"
 
 
@@ -257,19 +228,6 @@ def _overlaps(row: Row) -> bool:
     notes = row["notes"].lower()
     denied = rf"(no|without|w/o) (ep[- ])?{OVERLAP}|{OVERLAP}:? (off|none|disabled)"
     return re.search(OVERLAP, notes) is not None and re.search(denied, notes) is None
-
-
-def _forwards(row: Row) -> bool:
-    published = recipe(row)
-    return not published.flat if published else row.mentions("DeepEP", "HybridEP", "DualPipe")
-
-
-def _pads(row: Row) -> bool:
-    """Megatron-Bridge's recipes leave `moe_router_padding_for_fp8` off. HybridEP pads as it
-    dispatches, and dropping tokens leaves every expert a whole capacity."""
-    published = recipe(row)
-    dropped = row.mentions("token drop")
-    return bool(published and published.flat and precision(row) in ("fp8", "fp4") and not dropped)
 
 
 def _virtual_stages(row: Row, layers: int) -> int:
@@ -323,69 +281,6 @@ def _micro_batch(row: Row) -> int:
     if row.mentions("torchtitan") and row.number("pp", 1) > 1 and local % stages == 0:
         return local // stages
     return 1
-
-
-def _traits(row: Row) -> SimulationConfig:
-    published = recipe(row)
-    early = row.mentions("SC21 arXiv", "Korthikanti", DEEPSPEED)
-    # MindSpeed's scripts from before megatron-core: no fused kernels, no flash attention.
-    legacy = row.mentions("script examples/") and not row.mentions("script examples/mcore")
-    eager = legacy or "Gemma2" in row["model"] or row.mentions("; eager")
-    transformer_engine = row.mentions(
-        "SimuMax", "Megatron-Bridge", "NeMo", "ModelZoo", "Megatron Core", "Folding", "Megatron-LM"
-    )
-    notes = row["notes"].lower()
-    fused = any(word in notes for word in ("mc2 (", "coc overlap", "async tp", "asynctp"))
-    fused = fused or "tp-comm-overlap" in notes or row["notes"].startswith("MegaScale")
-    return SimulationConfig(
-        transformer_engine=transformer_engine and not early,
-        # Gemma 2 caps its attention scores between the two products.
-        fused_attention=not (early or row["model"].startswith(WITHOUT_FLASH)),
-        flash_attention_2=attends_with_flash_2(row),
-        fused_kernels=not eager,
-        padded_values=row.mentions("MindSpeed-LLM tag v1.0"),
-        fused_cross_entropy=row.mentions(
-            "fused CE", "SimuMax", "llm-foundry", "Megatron-Bridge", "NeMo", "Megatron Core"
-        ),
-        # MindSpeed's scripts name the flag.
-        grouped_experts=not row.mentions("script examples/") or row.mentions("moe-grouped-gemm"),
-        fused_experts=published is not None and published.fused,
-        padded_experts=_pads(row),
-        clamped_experts=_gpt_oss(row),
-        # llm-foundry's tables in pure bfloat16 are of PyTorch 1.13, in mixed precision of 2.1.
-        recompute_stops_early=row.mentions("torchtitan", "mixed precision DEFAULT"),
-        fp32_gradients=not (early or row.mentions("mixed precision PURE", "Bridge", "FSDP on")),
-        launch=_launch(row),
-        host_reads_counts=row.number("n_experts") > 0 and not row.mentions(*DROPPED),
-        inplace_cross_entropy=False,
-        # `LanguageCrossEntropy` and `LanguagePerplexity` of every batch, each a cross-entropy
-        # of its own (llmfoundry/models/mpt/modeling_mpt.py, composer/metrics/nlp.py).
-        loss_metrics=2 if row.mentions("llm-foundry") else 0,
-        torch_kernels=False,
-        expert_streams=True,
-        gradient_accumulation_fusion=not row.mentions("SC21 arXiv", "llm-foundry", DEEPSPEED),
-        scatter_gather_sends=early,
-        parallel_block=row.mentions("parallel block"),
-        overlap_sends=not _before_overlap(row),
-        sharding="deepspeed_2021" if row.mentions("SC21 arXiv") else "fsdp",
-        attention_span=_attention_span(row),
-        fp8_attention=published is not None and published.fp8_attention,
-        balanced_context=not row.mentions("torchtitan"),
-        node_forwarding=_forwards(row),
-        tp_comm_overlap=fused or row.mentions("Megatron-Bridge", "NeMo"),
-        tp_gradient_overlap=not row.mentions("torchtitan", "Llama 3 Herd"),
-        # torchtitan's `apply_tp` gathers in float8 under tensor-wise scaling alone.
-        fp8_gathers=row.mentions("torchtitan") and "rowwise" not in row["precision"],
-        fp8_cast_passes=ROWWISE_CASTS if "rowwise" in row["precision"] else 1.0,
-    )
-
-
-def _launch(row: Row) -> Literal["eager", "captured"]:
-    """Megatron-Bridge's recipes capture graphs on Blackwell, with exceptions, not on Hopper."""
-    published = recipe(row)
-    blackwell = re.search(r"B[23]00", row["device"]) is not None
-    bridge = published is not None and blackwell and not published.eager
-    return "captured" if bridge or row.mentions("CUDA graph") else "eager"
 
 
 def _model_ranks(parallel: ParallelConfig) -> int:

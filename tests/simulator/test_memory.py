@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from configs.compose import load
+from configs.planning import SimulationConfig
 from configs.schema import (
     BackendConfig,
     Config,
     ModelConfig,
     MoEConfig,
     ParallelConfig,
-    SimulationConfig,
     TrainConfig,
 )
 from simulator.counts.layer import blocks
