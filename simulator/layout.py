@@ -65,7 +65,7 @@ class Layout:
     moe_act: Mask = False
     shared_experts: Mask = False
     swapped: tuple[str, ...] = ()  # modules that go to the host in every layout
-    swap_optimizer: bool = False
+    swap_optimizer: Mask = False
     stage_layers: tuple[int, ...] | None = None  # layers by virtual stage, where given
 
     @property

@@ -275,7 +275,7 @@ def rank_memory(
     matrices = _matrices(blocks)
     gradients = sharded(2) * (4.0 if s.traits.fp32_gradients or not half else element)
     state = 12.0 if half else 8.0  # float32 master weights and Adam's two moments
-    optimizer: Array = 0.0 if s.layout.swap_optimizer else sharded(1) * state
+    optimizer = np.where(s.layout.swap_optimizer, 0.0, sharded(1) * state)
     if s.traits.transformer_engine:
         gradients = gradients + element * total(matrices.values())
     whole = whole_layers(s, blocks, contents)

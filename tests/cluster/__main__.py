@@ -82,6 +82,10 @@ def _leave(number: int, frame: object) -> None:
 
 
 def _run(cluster: Cluster, command: Sequence[str]) -> int:
+    interrupts: list[int] = []
+    # A handler of our own, so that Ctrl-C is heard at any moment, also where a shell's background
+    # job was started deaf to it; the nodes' commands then start with the default again.
+    signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
     with cluster.counted() as links:
         processes = [
             node.start(
@@ -94,7 +98,7 @@ def _run(cluster: Cluster, command: Sequence[str]) -> int:
             for node in cluster.nodes
         ]
         with _shown(processes):
-            code = _wait(processes)
+            code = _wait(processes, interrupts)
     print(*_table(cluster, links), sep="\n", flush=True)
     return code
 
@@ -119,13 +123,13 @@ def _shown(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
         reader.join(timeout=5)  # what has left its own processes behind keeps the pipe open
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+def _wait(processes: Sequence[subprocess.Popen[bytes]], interrupts: list[int]) -> int:
     """The exit code of the first to fail. The others have some time to end; Ctrl-C reaches all."""
     first, deadline = 0, float("inf")
     while any(process.poll() is None for process in processes):
-        try:
-            time.sleep(0.05)
-        except KeyboardInterrupt:
+        time.sleep(0.05)
+        if interrupts:
+            interrupts.clear()
             for process in processes:
                 if process.poll() is None:
                     process.send_signal(signal.SIGINT)

@@ -26,6 +26,8 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
+import torch
+
 from pangu.checkpoint import manifest
 from pangu.engines.megatron.fitting import select_backend
 from pangu.train import main as train
@@ -38,6 +40,7 @@ PATIENCE = 120.0  # seconds
 SAVED, END = 6, 8
 COMMAND = (
     *(*MODEL, "launch.processes=1", "data.num_workers=0", "train.validate_every=0"),
+    "backend.threads=1",
     *("checkpoint.save_every=2", "checkpoint.keep_last=10"),
 )
 Contents = dict[str, bytes]
@@ -233,6 +236,7 @@ def _import_what_is_needed(run_dir: Path) -> None:
     """Train undisturbed and be refused, in forked processes, to learn what they import; what is
     imported here they need not import again, nor be allowed to read."""
     select_backend("cpu")
+    torch.set_num_threads(1)  # as `backend.threads` does before torch is imported
     listed = run_dir.with_suffix(".modules")
     for arguments in ([f"run_dir={run_dir}", f"train.steps={END}"], ["run_dir=/dev/null/x"]):
         pid = os.fork()

@@ -1,0 +1,16 @@
+"""What every test leaves as it found it."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="module")
+def environment() -> Iterator[None]:
+    """A run inside a test's own process sets MASTER_PORT and more, for itself; another file's runs
+    would all want that port."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
