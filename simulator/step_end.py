@@ -72,8 +72,8 @@ def data_parallel(parts: Parts, parameters: StageParameters, seconds: RankSecond
     update = optimizer_bytes(s) * held
     clear: Array = np.where(layout.zero >= 2, held, parameters.total)
     optimizer = vector_seconds(hw, update + clear * element)
-    # Swapped states stream in and out, both ways at once.
-    streaming = np.where(s.layout.swap_optimizer, 12.0 * held / host_bandwidth(hw), 0.0)
-    optimizer = np.maximum(optimizer, streaming)
+    if np.any(s.layout.swap_optimizer):  # states stream in and out, both ways at once
+        streaming = np.where(s.layout.swap_optimizer, 12.0 * held / host_bandwidth(hw), 0.0)
+        optimizer = np.maximum(optimizer, streaming)
     optimizer = optimizer + hw.launch_us.step * 1e-6
     return DataParallel(reduce, optimizer, gather)
