@@ -50,29 +50,29 @@ def layers(folder: Path, work: Path, texts: Texts, taught: int, learning_rate: f
     found, rows = {}, []
     teacher = work / "teacher"
     teacher.mkdir(exist_ok=True)
-    with loaded(folder) as (model, tokenizer, config):
+    with loaded(folder) as trained:
         from pangu.compression.layers import Choice, Distillation, measured, teach, write
 
-        rows.append(judge("dense", model, tokenizer, config, texts, iter))
+        rows.append(judge("dense", trained, texts, iter))
         print(table(rows, texts), flush=True)
         distillation = Distillation(taught, 100, learning_rate)
         for count in (3, 5, 7):
             for patch in ("none", "diagonal", "hadamard"):
                 choice = Choice(count, patch)
-                start, matrix = measured(model, tokenizer, config, choice, texts, iter)
+                start, matrix = measured(trained, choice, texts, iter)
                 target = work / f"{count}-{patch}"
                 write(folder, target, choice, (start, matrix))
                 found[f"{count} from {start}, {patch}"] = target
         if taught:
-            teach(model, tokenizer, config, texts, distillation, teacher, iter)
+            teach(trained, texts, distillation, teacher, iter)
     for name, target in found.items():
-        with loaded(target) as (model, tokenizer, config):
+        with loaded(target) as trained:
             from pangu.compression.layers import learn
 
-            rows.append(judge(name, model, tokenizer, config, texts, iter))
+            rows.append(judge(name, trained, texts, iter))
             if taught and name.endswith("hadamard"):
-                learn(model, tokenizer, config, texts, distillation, teacher, iter)
-                rows.append(judge("… distilled", model, tokenizer, config, texts, iter))
+                learn(trained, texts, distillation, teacher, iter)
+                rows.append(judge("… distilled", trained, texts, iter))
         print(table(rows, texts), flush=True)
 
 
@@ -92,20 +92,20 @@ def weights(folder: Path, work: Path, texts: Texts, tokens: int) -> None:
     """Perplexity by scheme and method; calibrated on twice as many tokens as are judged."""
     rows = []
     judged = replace(texts, tokens=tokens)
-    with loaded(folder) as (model, tokenizer, config):
-        rows.append(judge("float", model, tokenizer, config, judged, iter))
+    with loaded(folder) as trained:
+        rows.append(judge("float", trained, judged, iter))
     for scheme, method in LADDER:
-        from pangu.compression.quantization import Rounding, rounded, write
+        from pangu.compression.quantization import Rounding, rounded, scheme_for, write
 
         began = time.monotonic()
         target = work / f"{scheme}-{method}"
-        rounding = Rounding(scheme, method)
-        with loaded(folder) as (model, tokenizer, config):
-            quantizer = rounded(model, tokenizer, config, folder, rounding, texts, iter)
-            write(folder, target, model, quantizer)
+        with loaded(folder) as trained:
+            grid = scheme_for(trained.model, Rounding(scheme, method))
+            quantizer = rounded(trained, folder, grid, method, texts, iter)
+            write(folder, target, trained.model, quantizer)
         took = time.monotonic() - began
-        with loaded(target) as (model, tokenizer, config):
-            rows.append(judge(f"{scheme} {method}", model, tokenizer, config, judged, iter))
+        with loaded(target) as trained:
+            rows.append(judge(f"{scheme} {method}", trained, judged, iter))
         shutil.rmtree(target)
         print(f"{table(rows, judged)}\n{scheme} {method}: {took:.0f} s", flush=True)
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
 import typer
 
-from configs.violation import Violation
+from configs.violation import ConfigError, Violation
 
 T = TypeVar("T")
+Ranges = dict[str, tuple[bool, str]]  # by field: whether it fits, and if not why
 
 
 def option_keys(kind: type[Any]) -> dict[str, str]:
@@ -49,6 +50,38 @@ def read_options(kind: type[T], arguments: Sequence[str]) -> tuple[T, list[Viola
             violations.append(Violation(keys[name], item["input"], item["msg"].lower()))
             del options[name]
         return TypeAdapter(kind).validate_python(options), violations
+
+
+def refuse(options: Any, violations: list[Violation], ranges: Ranges) -> None:
+    """Raises:
+    ConfigError: there are `violations`, or fields of `options` do not fit.
+    """
+    keys = option_keys(type(options))
+    wrong = [
+        Violation(keys[name], getattr(options, name), reason)
+        for name, (fits, reason) in ranges.items()
+        if not fits
+    ]
+    if violations or wrong:
+        raise ConfigError([*violations, *wrong])
+
+
+def speculation_ranges(speculative: str, tokens: int, draft: str) -> Ranges:
+    """What generation and serving want of their `speculative…` options."""
+    return {
+        "speculative_tokens": (1 <= tokens <= 64, "1 to 64 guesses make sense"),
+        "draft": (
+            (speculative == "draft") == bool(draft),
+            "speculative=draft and draft=DIR belong together",
+        ),
+    }
+
+
+def progress_bar(steps: Iterable) -> Iterable:
+    """The same steps, with a bar on the terminal that is gone after the last."""
+    from tqdm import tqdm
+
+    return tqdm(steps, leave=False, file=sys.stderr)
 
 
 def run(app: typer.Typer, arguments: list[str], *mistakes: type[Exception]) -> int:

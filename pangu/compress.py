@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pangu.command_line import run
+from pangu.command_line import progress_bar, run
 
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
 
@@ -88,7 +87,7 @@ def prune_layers(
     texts = Texts(calibration, tokens, window, text)
     choice = pruning.Choice(layers, patch.value, start)
     taught = pruning.Distillation(distill_tokens, top, learning_rate) if distill else None
-    print(pruning.prune(model, out, choice, texts, taught, backend=backend, progress=_bar))
+    print(pruning.prune(model, out, choice, texts, taught, backend=backend, progress=progress_bar))
 
 
 @app.command()
@@ -119,13 +118,7 @@ def quantize(
 
     texts = Texts(calibration, tokens, window, text)
     rounding = quantization.Rounding(scheme, method.value, group_size)
-    print(quantization.quantize(model, out, rounding, texts, backend, _bar))
-
-
-def _bar(steps: Iterable) -> Iterable:
-    from tqdm import tqdm
-
-    return tqdm(steps, leave=False, file=sys.stderr)
+    print(quantization.quantize(model, out, rounding, texts, backend, progress_bar))
 
 
 def main(arguments: list[str]) -> int:

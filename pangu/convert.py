@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pangu.command_line import run
+from pangu.command_line import progress_bar, run
 
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
 
@@ -33,7 +32,7 @@ def import_(
     take: checkpoint.resume=DIR, checkpoint=DIR, experiment=DIR/model.yaml."""
     from pangu.weights.convert import import_model
 
-    config = import_model(path, out, _bar)
+    config = import_model(path, out, progress_bar)
     print(f"{config.model.name} is in {out}; plan or train it with experiment={out}/model.yaml")
 
 
@@ -50,14 +49,8 @@ def export(
 
     from pangu.weights.convert import export_model
 
-    kind = export_model(path, out, _bar, getattr(torch, dtype.value) if dtype else None)
+    kind = export_model(path, out, progress_bar, getattr(torch, dtype.value) if dtype else None)
     print(f"{kind.name} is in {out}")
-
-
-def _bar(links: Iterable) -> Iterable:
-    from tqdm import tqdm
-
-    return tqdm(links, unit="tensor", leave=False, file=sys.stderr)
 
 
 def main(arguments: list[str]) -> int:

@@ -9,13 +9,12 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pangu.command_line import run
+from pangu.command_line import progress_bar, run
 
 app = typer.Typer(add_completion=False, help=__doc__)
 
@@ -77,7 +76,7 @@ def task_report(
                 questions = read_task(path, limit)
             except TaskError as error:
                 raise ConfigError([Violation("--task", path, str(error))]) from None
-            nats = answer_nats(model, tokenizer, questions, progress=_bar)
+            nats = answer_nats(model, tokenizer, questions, progress=progress_bar)
             found: dict[str, float] = {"questions": len(questions)}
             for key, accuracy in accuracies(questions, nats).items():
                 found[key] = accuracy.value
@@ -117,7 +116,7 @@ def text_report(folder: Path, text: Path, tokens: int, window: int, backend: str
             raise ConfigError([Violation("--text", text, "has not even two tokens")])
         from pangu.inference.likelihood import text_likelihood, windows
 
-        found = text_likelihood(model, ids, window, _bar)
+        found = text_likelihood(model, ids, window, progress_bar)
         size = sum(len(tokenizer.decode(list(part)[1:]).encode()) for part in windows(ids, window))
     mean = found.nats / found.tokens
     spread = found.standard_error
@@ -131,12 +130,6 @@ def text_report(folder: Path, text: Path, tokens: int, window: int, backend: str
         "nats_per_token": mean,
         "standard_error": spread,
     }
-
-
-def _bar(windows: Iterable) -> Iterable:
-    from tqdm import tqdm
-
-    return tqdm(windows, unit="batch", leave=False, file=sys.stderr)
 
 
 def main(arguments: list[str]) -> int:

@@ -106,14 +106,12 @@ def parse(arguments: Sequence[str]) -> Options:
     Raises:
         ConfigError: naming every argument that is unknown, malformed or out of range.
     """
-    from configs.violation import ConfigError, Violation
-    from pangu.command_line import option_keys, read_options
+    from pangu.command_line import read_options, refuse, speculation_ranges
 
     own = [
         word.removeprefix("inference.") if word.startswith(SHARED) else word for word in arguments
     ]
     found, violations = read_options(Options, own)
-    keys = option_keys(Options)
     ranges = {
         "max_new_tokens": (found.max_new_tokens > 0, "a number of tokens is positive"),
         "temperature": (0 <= found.temperature < math.inf, "must be 0 or more"),
@@ -122,20 +120,10 @@ def parse(arguments: Sequence[str]) -> Options:
         "min_p": (0 <= found.min_p <= 1, "a part is 0 to 1"),
         "repetition_penalty": (0 < found.repetition_penalty < math.inf, "must be more than 0"),
         "prompts": (not (found.prompt and found.prompts), "give either prompt or prompts"),
-        "speculative_tokens": (1 <= found.speculative_tokens <= 64, "1 to 64 guesses make sense"),
-        "draft": (
-            (found.speculative == "draft") == bool(found.draft),
-            "speculative=draft and draft=DIR belong together",
-        ),
         "seed": (0 <= found.seed < 2**63, "must be 0 or more"),
     }
-    violations += [
-        Violation(keys[name], getattr(found, name), reason)
-        for name, (fits, reason) in ranges.items()
-        if not fits
-    ]
-    if violations:
-        raise ConfigError(violations)
+    guesses = speculation_ranges(found.speculative, found.speculative_tokens, found.draft)
+    refuse(found, violations, ranges | guesses)
     return found
 
 

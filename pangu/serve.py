@@ -82,29 +82,17 @@ def parse(arguments: Sequence[str]) -> Options:
     Raises:
         ConfigError: naming every argument that is unknown, malformed or out of range.
     """
-    from configs.violation import ConfigError, Violation
-    from pangu.command_line import option_keys, read_options
+    from pangu.command_line import read_options, refuse, speculation_ranges
 
     found, violations = read_options(Options, arguments)
-    keys = option_keys(Options)
     positive = ("max_sequences", "max_batch_tokens", "max_body", "cache_tokens", "drain")
-    fits = {name: (getattr(found, name) > 0, "must be more than 0") for name in positive} | {
+    ranges = {name: (getattr(found, name) > 0, "must be more than 0") for name in positive} | {
         "port": (0 <= found.port < 2**16, "a port is 0 to 65535"),
         "max_length": (found.max_length >= 0, "must be more than 0"),
         "max_queue": (found.max_queue >= 0, "must be 0 or more"),
-        "speculative_tokens": (1 <= found.speculative_tokens <= 64, "1 to 64 guesses make sense"),
-        "draft": (
-            (found.speculative == "draft") == bool(found.draft),
-            "speculative=draft and draft=DIR belong together",
-        ),
     }
-    violations += [
-        Violation(keys[name], getattr(found, name), reason)
-        for name, (fit, reason) in fits.items()
-        if not fit
-    ]
-    if violations:
-        raise ConfigError(violations)
+    guesses = speculation_ranges(found.speculative, found.speculative_tokens, found.draft)
+    refuse(found, violations, ranges | guesses)
     return found
 
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from configs.compose import read_file
 from configs.schema import BackendConfig, Config, LaunchConfig, MemoryConfig, ParallelConfig
@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 
     from pangu.data.tokenizer import Tokenizer
     from pangu.inference.engine import Engine
+
+
+class Trained(NamedTuple):
+    """A whole model on this process, the tokenizer it was trained with, and its configuration."""
+
+    model: GPTModel
+    tokenizer: Tokenizer
+    config: Config
 
 
 def read_run_config(folder: Path) -> Config:
@@ -47,7 +55,7 @@ def read_run_config(folder: Path) -> Config:
 
 
 @contextlib.contextmanager
-def loaded(folder: Path, backend: str = "auto") -> Iterator[tuple[GPTModel, Tokenizer, Config]]:
+def loaded(folder: Path, backend: str = "auto") -> Iterator[Trained]:
     """The model of a run, a checkpoint or an imported folder, with its tokenizer.
 
     Raises:
@@ -66,7 +74,7 @@ def loaded(folder: Path, backend: str = "auto") -> Iterator[tuple[GPTModel, Toke
 
     process_groups.initialize(config)
     try:
-        yield (*load_for_inference(config, folder), config)
+        yield Trained(*load_for_inference(config, folder), config)
     finally:
         process_groups.shutdown()
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from configs.schema import Config
 from pangu.compression.texts import (
     Progress,
     Texts,
@@ -18,13 +17,10 @@ from pangu.compression.texts import (
     table,
     workplace,
 )
-from pangu.trained_model import loaded
+from pangu.trained_model import Trained, loaded
 
 if TYPE_CHECKING:
     import torch
-    from megatron.core.models.gpt import GPTModel
-
-    from pangu.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -65,41 +61,37 @@ def prune(
     refuse_existing(out)
     with workplace(out) as work:
         pruned = work / "pruned"
-        with loaded(folder, backend) as (model, tokenizer, config):
+        with loaded(folder, backend) as trained:
             from pangu.weights.prune_layers import check_window
 
-            check_window(config, choice.layers, choice.start)
-            refuse_broken(model, folder)
-            rows = [judge("before", model, tokenizer, config, texts, progress)]
-            found = measured(model, tokenizer, config, choice, texts, progress)
+            check_window(trained.config, choice.layers, choice.start)
+            refuse_broken(trained.model, folder)
+            rows = [judge("before", trained, texts, progress)]
+            found = measured(trained, choice, texts, progress)
             write(folder, pruned, choice, found)
             if distillation:
-                teach(model, tokenizer, config, texts, distillation, work, progress)
-        with loaded(pruned, backend) as (model, tokenizer, config):
-            rows.append(judge(f"patch {choice.patch}", model, tokenizer, config, texts, progress))
+                teach(trained, texts, distillation, work, progress)
+        with loaded(pruned, backend) as trained:
+            rows.append(judge(f"patch {choice.patch}", trained, texts, progress))
             if distillation:
-                taught = learn(model, tokenizer, config, texts, distillation, work, progress)
+                taught = learn(trained, texts, distillation, work, progress)
                 _replace(pruned, taught)
-                rows.append(judge("distilled", model, tokenizer, config, texts, progress))
+                rows.append(judge("distilled", trained, texts, progress))
         move(pruned, out)
     return table(rows, texts)
 
 
-def _windows(
-    tokenizer: Tokenizer, config: Config, texts: Texts, distillation: Distillation
-) -> torch.Tensor:
+def _windows(trained: Trained, texts: Texts, distillation: Distillation) -> torch.Tensor:
     """Whole windows `[N, S]` of the text that is distilled on."""
     import torch
 
-    ids = replace(texts, tokens=distillation.tokens).calibration_ids(tokenizer)
-    size = min(texts.window_of(config), len(ids))
+    ids = replace(texts, tokens=distillation.tokens).calibration_ids(trained.tokenizer)
+    size = min(texts.window_of(trained.config), len(ids))
     return torch.tensor(ids[: len(ids) // size * size]).view(-1, size)
 
 
 def teach(
-    model: GPTModel,
-    tokenizer: Tokenizer,
-    config: Config,
+    trained: Trained,
     texts: Texts,
     distillation: Distillation,
     work: Path,
@@ -108,14 +100,13 @@ def teach(
     """Leave the whole model's largest logits in `work`."""
     from pangu.weights.distill_patch import store_logits
 
-    ids = _windows(tokenizer, config, texts, distillation)
-    store_logits(model, ids, min(distillation.top, config.model.vocab_size), work, progress)
+    ids = _windows(trained, texts, distillation)
+    top = min(distillation.top, trained.config.model.vocab_size)
+    store_logits(trained.model, ids, top, work, progress)
 
 
 def learn(
-    model: GPTModel,
-    tokenizer: Tokenizer,
-    config: Config,
+    trained: Trained,
     texts: Texts,
     distillation: Distillation,
     work: Path,
@@ -125,8 +116,8 @@ def learn(
     in float32, by name."""
     from pangu.weights.distill_patch import distill
 
-    ids = _windows(tokenizer, config, texts, distillation)
-    return distill(model, ids, work, distillation.learning_rate, progress)
+    ids = _windows(trained, texts, distillation)
+    return distill(trained.model, ids, work, distillation.learning_rate, progress)
 
 
 def _replace(pruned: Path, taught: dict[str, torch.Tensor]) -> None:
@@ -144,9 +135,7 @@ def _replace(pruned: Path, taught: dict[str, torch.Tensor]) -> None:
 
 
 def measured(
-    model: GPTModel,
-    tokenizer: Tokenizer,
-    config: Config,
+    trained: Trained,
     choice: Choice,
     texts: Texts,
     progress: Progress,
@@ -157,12 +146,12 @@ def measured(
     layers = choice.layers
     rotation = None
     if choice.patch == "hadamard":
-        rotation = prune_layers.rotation(config.model.hidden_size)
+        rotation = prune_layers.rotation(trained.config.model.hidden_size)
     statistics = prune_layers.measure(
-        model,
-        texts.calibration_ids(tokenizer),
+        trained.model,
+        texts.calibration_ids(trained.tokenizer),
         layers=layers,
-        window=texts.window_of(config),
+        window=texts.window_of(trained.config),
         rotation=rotation,
         progress=progress,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from configs.planning import InferenceConfig
 from configs.schema import Config
@@ -19,15 +19,14 @@ from pangu.compression.texts import (
     table,
     workplace,
 )
-from pangu.trained_model import loaded
+from pangu.trained_model import Trained, loaded
 
 if TYPE_CHECKING:
     import torch
     from megatron.core.models.gpt import GPTModel
 
-    from pangu.data.tokenizer import Tokenizer
     from pangu.weights.quantize import Scheme
-    from pangu.weights.quantize_layers import Quantizer
+    from pangu.weights.quantize_layers import Method, Quantizer
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Rounding:
     """The scheme by name, the method, and the columns of a row that share a scale."""
 
     scheme: str
-    method: Literal["rtn", "awq", "gptq", "smoothquant"]
+    method: Method
     group_size: int = 128
 
 
@@ -51,15 +50,15 @@ def quantize(
     """
     refuse_existing(out)
     with workplace(out) as work:
-        with loaded(folder, backend) as (model, tokenizer, config):
-            refuse_broken(model, folder)
-            scheme = scheme_for(model, rounding)
-            rows = [judge("before", model, tokenizer, config, texts, progress)]
-            quantizer = rounded(model, tokenizer, config, folder, rounding, texts, progress)
-            write(folder, work / "quantised", model, quantizer)
-        with loaded(work / "quantised", backend) as (model, tokenizer, config):
+        with loaded(folder, backend) as trained:
+            refuse_broken(trained.model, folder)
+            scheme = scheme_for(trained.model, rounding)
+            rows = [judge("before", trained, texts, progress)]
+            quantizer = rounded(trained, folder, scheme, rounding.method, texts, progress)
+            write(folder, work / "quantised", trained.model, quantizer)
+        with loaded(work / "quantised", backend) as trained:
             name = f"{scheme.name} {rounding.method}"
-            rows.append(judge(name, model, tokenizer, config, texts, progress))
+            rows.append(judge(name, trained, texts, progress))
         move(work / "quantised", out)
     groups = f"groups of {scheme.group_size}" if scheme.group_size else "a scale a row"
     bits = f"{scheme.bits_per_weight:.2f} bits a weight of the layers' linears, {groups}"
@@ -79,11 +78,10 @@ def scheme_for(model: GPTModel, rounding: Rounding) -> Scheme:
 
 
 def rounded(
-    model: GPTModel,
-    tokenizer: Tokenizer,
-    config: Config,
+    trained: Trained,
     folder: Path,
-    rounding: Rounding,
+    scheme: Scheme,
+    method: Method,
     texts: Texts,
     progress: Progress,
 ) -> Quantizer:
@@ -96,10 +94,10 @@ def rounded(
 
     _, _, source = model_folder.opened(folder)
     stored = source.read("embedding.word_embeddings.weight").dtype
-    quantizer = Quantizer(rounding.method, scheme_for(model, rounding), stored)
-    ids = texts.calibration_ids(tokenizer) if rounding.method != "rtn" else []
-    cut = [torch.tensor(part) for part in windows(ids, texts.window_of(config))]
-    quantizer.run(model, cut, progress)
+    quantizer = Quantizer(method, scheme, stored)
+    ids = texts.calibration_ids(trained.tokenizer) if method != "rtn" else []
+    cut = [torch.tensor(part) for part in windows(ids, texts.window_of(trained.config))]
+    quantizer.run(trained.model, cut, progress)
     return quantizer
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
     from pangu.data.tokenizer import Tokenizer
+    from pangu.trained_model import Trained
 
 Progress = Callable[[Iterable], Iterable]
 
@@ -76,20 +77,13 @@ class Row:
     nats_per_token: float
 
 
-def judge(
-    name: str,
-    model: GPTModel,
-    tokenizer: Tokenizer,
-    config: Config,
-    texts: Texts,
-    progress: Progress,
-) -> Row:
-    """How `model` finds the judging text."""
+def judge(name: str, trained: Trained, texts: Texts, progress: Progress) -> Row:
+    """How the model finds the judging text."""
     from pangu.inference.likelihood import text_likelihood
 
-    ids = texts.judging_ids(tokenizer)
-    found = text_likelihood(model, ids, texts.window_of(config), progress)
-    count = sum(parameter.numel() for parameter in model.parameters())
+    ids = texts.judging_ids(trained.tokenizer)
+    found = text_likelihood(trained.model, ids, texts.window_of(trained.config), progress)
+    count = sum(parameter.numel() for parameter in trained.model.parameters())
     return Row(name, count, found.nats / found.tokens)
 
 

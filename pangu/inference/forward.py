@@ -52,7 +52,7 @@ class Forward:
         filling = -len(tokens) % self._multiple
         ids = torch.tensor([*tokens, *[0] * filling], device=device)[None]
         positions = torch.nn.functional.pad(cached.positions, (0, filling))
-        with torch.no_grad(), _inference(self._model), self._positions(positions):
+        with torch.no_grad(), for_inference(self._model), self._positions(positions):
             return self._model(ids, positions[None], cached)
 
     @property
@@ -71,7 +71,7 @@ class Forward:
         `depth + 1` positions on."""
         model, positions = self._model, cached.positions
         ids = torch.tensor([tokens], device=positions.device)
-        with torch.no_grad(), _inference(model), self._positions(positions):
+        with torch.no_grad(), for_inference(model), self._positions(positions):
             angles = None
             if model.position_embedding_type == "rope" and not model.config.multi_latent_attention:
                 angles = model.rotary_pos_emb(len(tokens))
@@ -101,8 +101,16 @@ class Forward:
                 hook.remove()
 
 
+def whole_logits(model: GPTModel, ids: torch.Tensor) -> torch.Tensor:
+    """Without a cache: ids `[batch, seq]` → logits `[batch, seq, vocab]`, float32."""
+    ids = ids.to(backends.current().device)
+    positions = torch.arange(ids.size(1), device=ids.device).expand_as(ids)
+    with for_inference(model):
+        return model(ids, positions, None).float()
+
+
 @contextlib.contextmanager
-def _inference(model: GPTModel) -> Iterator[None]:
+def for_inference(model: GPTModel) -> Iterator[None]:
     """Evaluation mode, without the multi-token prediction heads, which only train."""
     training, mtp = model.training, model.mtp_process
     if training:

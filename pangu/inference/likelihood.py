@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from pangu import backends
+from pangu.inference.forward import whole_logits
 
 
 @dataclass(frozen=True)
@@ -31,18 +31,10 @@ class Likelihood:
 def token_nats(model: GPTModel, ids: torch.Tensor) -> torch.Tensor:
     """-log p of each token but the first of its row: ids `[batch, seq]` → `[batch, seq - 1]`,
     float32."""
-    device = backends.current().device
-    ids = ids.to(device)
-    positions = torch.arange(ids.size(1), device=device).expand_as(ids)
-    mtp = model.mtp_process
-    model.mtp_process = False  # its heads want labels
-    try:
-        with torch.no_grad():
-            logits = model.eval()(ids, positions, None).float()
-    finally:
-        model.mtp_process = mtp
-    rows = logits[:, :-1].flatten(0, 1)
-    nats = torch.nn.functional.cross_entropy(rows, ids[:, 1:].flatten(), reduction="none")
+    with torch.no_grad():
+        rows = whole_logits(model, ids)[:, :-1].flatten(0, 1)
+    right = ids[:, 1:].flatten().to(rows.device)
+    nats = torch.nn.functional.cross_entropy(rows, right, reduction="none")
     return nats.view(ids.size(0), -1)
 
 

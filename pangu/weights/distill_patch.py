@@ -15,6 +15,7 @@ from megatron.core.models.gpt import GPTModel
 
 from pangu import backends
 from pangu.checkpoint.tensor_files import WeightsError
+from pangu.inference.forward import whole_logits
 
 Progress = Callable[[Iterable], Iterable]
 _INDICES, _LOGITS = "indices.npy", "logits.npy"
@@ -29,7 +30,7 @@ def store_logits(
     logits = np.lib.format.open_memmap(folder / _LOGITS, "w+", np.float32, shape)
     for row in progress(range(len(ids_NS))):
         with torch.no_grad():
-            top = _logits(model, ids_NS[row]).topk(k, dim=-1)
+            top = whole_logits(model, ids_NS[row, None])[0].topk(k, dim=-1)
         indices[row], logits[row] = top.indices.cpu().numpy(), top.values.cpu().numpy()
     indices.flush()
     logits.flush()
@@ -66,7 +67,7 @@ def distill(
     for row in progress(range(len(ids_NS))):
         chosen = torch.from_numpy(indices[row].astype(np.int64)).to(device)
         teacher = torch.from_numpy(logits[row].copy()).to(device)
-        loss = top_k_divergence(_logits(model, ids_NS[row]), chosen, teacher)
+        loss = top_k_divergence(whole_logits(model, ids_NS[row, None])[0], chosen, teacher)
         for weight in patches.values():
             weight.grad = None
         loss.backward()
@@ -86,14 +87,3 @@ def top_k_divergence(
     log_p = teacher_SK.log_softmax(-1)
     log_q = student_SV.gather(-1, chosen_SK).log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-
-
-def _logits(model: GPTModel, ids_S: torch.Tensor) -> torch.Tensor:
-    ids = ids_S[None].to(backends.current().device)
-    positions = torch.arange(ids.size(1), device=ids.device)[None]
-    mtp = model.mtp_process
-    model.mtp_process = False  # its heads want labels
-    try:
-        return model.eval()(ids, positions, None)[0].float()
-    finally:
-        model.mtp_process = mtp

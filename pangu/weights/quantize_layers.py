@@ -6,6 +6,7 @@ Shapes: S sequence, B batch, H hidden, F width of an expert, E experts, R rows, 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,7 +15,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-from pangu import backends
+from pangu.inference.forward import whole_logits
 from pangu.moe.experts import GroupedExperts
 from pangu.ops.grouped_matmul import grouped_matmul
 from pangu.ops.swiglu import swiglu
@@ -24,7 +25,6 @@ from pangu.weights.smoothing import awq_scales, smooth_scales
 
 Tensor = torch.Tensor
 Method = Literal["rtn", "awq", "gptq", "smoothquant"]
-METHODS: tuple[Method, ...] = ("rtn", "awq", "gptq", "smoothquant")
 _FIRST = ("linear_qkv", "linear_q_proj", "linear_q_down_proj", "linear_kv_down_proj")
 
 
@@ -195,16 +195,11 @@ def _call(model: GPTModel, ids_S: Tensor) -> dict[str, Any]:
         raise _Reached
 
     handle = model.decoder.layers[0].register_forward_pre_hook(keep, with_kwargs=True)
-    ids = ids_S[None].to(backends.current().device)
-    mtp = model.mtp_process
-    model.mtp_process = False
     try:
-        model.eval()(ids, torch.arange(ids.size(1), device=ids.device)[None], None)
-    except _Reached:
-        pass
+        with contextlib.suppress(_Reached):
+            whole_logits(model, ids_S[None])
     finally:
         handle.remove()
-        model.mtp_process = mtp
     return found
 
 
