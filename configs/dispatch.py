@@ -125,7 +125,7 @@ def distinct(places: Any, top_k: int) -> Any:
 def ranks_reached(moe: MoEConfig, expert_parallel: int) -> float:
     """Expected number of ranks that hold experts of a token, of choices that are even where the
     router leaves them free: MoGE has as many in each group."""
-    groups = moe.num_expert_groups if moe.router == "moge" else 1
+    groups = moe.equal_groups
     if groups % expert_parallel == 0:
         return float(expert_parallel)
     if expert_parallel % groups or moe.top_k % groups:

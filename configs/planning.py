@@ -44,6 +44,11 @@ class InferenceConfig:
     acceptance_rate: Part = 0.8  # of each drafted token, those before it being accepted
     latency_limit_ms: Positive | None = None
 
+    @property
+    def mean_context(self) -> float:
+        """Positions in the cache on average: the prompt and half of the output."""
+        return self.prompt_length + self.max_new_tokens / 2
+
 
 @dataclass
 class SimulationConfig:

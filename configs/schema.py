@@ -126,6 +126,11 @@ class MoEConfig:
     dispatch_dtype: DispatchDtype = "model"
     combine_dtype: Literal["model", "bf16", "fp32"] = "model"
 
+    @property
+    def equal_groups(self) -> int:
+        """Groups of which a token chooses as many experts each: MoGE's, else one of all."""
+        return self.num_expert_groups if self.router == "moge" else 1
+
 
 @dataclass
 class ParallelConfig:

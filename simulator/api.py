@@ -78,7 +78,7 @@ def decoding_seconds(
     """
     layout = serving(config, load_hardware(config.hardware))
     if context is None:
-        context = config.inference.prompt_length + config.inference.max_new_tokens / 2
+        context = config.inference.mean_context
     return decode_step(layout, sequences, context, tokens).seconds
 
 

@@ -96,7 +96,7 @@ def routing_factor(
     tokens, ranks = np.asarray(tokens, dtype=float), np.asarray(ranks, dtype=float)
     if moe.router in ("forced_balance", "expert_choice") or not experts:
         return np.ones(np.broadcast_shapes(tokens.shape, ranks.shape))
-    groups = moe.num_expert_groups if moe.router == "moge" else 1
+    groups = moe.equal_groups
     if zipf_exponent is None:
         zipf_exponent = default_exponent(moe, experts)
     popularity = zipf(experts, zipf_exponent) if zipf_exponent and groups == 1 else None

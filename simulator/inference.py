@@ -12,7 +12,7 @@ from simulator.collectives import collective_seconds
 from simulator.counts.records import total
 from simulator.hardware import ELEMENT_BYTES, Hardware
 from simulator.imbalance import routing_factor, straggler_factor
-from simulator.moesd import active_experts
+from simulator.moesd import active_experts, sigma
 from simulator.operators import (
     attention_seconds,
     grouped_matmul_seconds,
@@ -113,14 +113,15 @@ def forecast(serving: Serving, batch: int) -> ServingForecast:
     """
     options = serving.options
     first = prefill(serving, batch, options.prompt_length)
-    context = options.prompt_length + options.max_new_tokens / 2
+    context = options.mean_context
     step = decode_step(serving, batch, context, 1 + options.draft_tokens)
     parts = dict(step.parts)
     if options.draft_tokens:
         parts["draft"] = options.draft_tokens * draft_seconds(serving, batch, context)
         parts["rejection"] = rejection_seconds(serving, batch, options.draft_tokens)
     step = Step(parts)
-    gained = sum(options.acceptance_rate**i for i in range(options.draft_tokens + 1))
+    most = 1 + options.draft_tokens
+    gained = most * float(sigma(options.acceptance_rate, options.draft_tokens))
     tpot = float(step.seconds) / gained
     memory = float(memory_bytes(serving, batch)) / 2**30
     return ServingForecast(
@@ -298,7 +299,7 @@ def _experts(serving: Serving, tokens: Array) -> Array:
 
 def _measured_factor(serving: Serving, chosen: np.ndarray, tokens: Array) -> Array:
     """The straggler factor of experts that are as popular as measured, the mean over layers."""
-    groups = serving.moe.num_expert_groups if serving.moe.router == "moge" else 1
+    groups = serving.moe.equal_groups
     if groups > 1:  # every rank's load follows from its groups, or nearly so
         return straggler_factor(
             tokens, serving.model.num_experts, serving.moe.top_k, serving.ep, groups=groups

@@ -161,7 +161,7 @@ def coarse_decoding(
     launch = hardware.launch_us.matmul * 1e-6
     fixed = weights / bandwidth + OPERATORS_PER_LAYER * columns["num_layers"] * launch
     flops = 2 * active / (devices * hardware.peak(options.compute_dtype))
-    each = cached * (options.prompt_length + options.max_new_tokens / 2) / bandwidth + flops
+    each = cached * options.mean_context / bandwidth + flops
     if options.latency_limit_ms:
         batch = np.minimum(batch, (options.latency_limit_ms / 1e3 - fixed) / each)
     batch = np.where(batch >= 1, batch, 0.0)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from configs.schema import Config
-from configs.violation import ConfigError, Violation
+from simulator.plot_file import plotted
 from simulator.shape import Goal, Shape, ShapeResult
-
-FORMATS = (".png", ".svg", ".pdf")
 
 
 def pareto_plot(path: Path, config: Config, goal: Goal, result: ShapeResult) -> None:
@@ -17,44 +15,35 @@ def pareto_plot(path: Path, config: Config, goal: Goal, result: ShapeResult) -> 
     Raises:
         ConfigError: another format.
     """
-    if path.suffix not in FORMATS:
-        raise ConfigError([Violation("--plot", path, f"ends with one of {', '.join(FORMATS)}")])
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    learnt = [_learnt(s) for s in result.shapes]
-    rates = [s.tokens_per_second_per_device for s in result.shapes]
-    colors = [s.parameters / 1e9 for s in result.shapes]
-    dots = axes.scatter(learnt, rates, c=colors, cmap="viridis", s=26, zorder=3)
-    figure.colorbar(dots, label="total parameters, billions")
-    front = [(_learnt(s), s.tokens_per_second_per_device) for s in result.pareto]
-    axes.plot(*zip(*front, strict=True), color="tab:orange", label="Pareto front")
-    if result.own:
-        own = result.own
-        axes.scatter(
-            [_learnt(own)],
-            [own.tokens_per_second_per_device],
-            marker="*",
-            s=220,
-            color="tab:red",
-            edgecolor="white",
-            zorder=4,
-            label=f"{config.model.name} itself",
-        )
-    limit = config.inference.latency_limit_ms
-    within = f" within {limit:g} ms per token" if goal == "inference" and limit else ""
-    assert config.hardware is not None
-    axes.set_title(f"{goal} on {config.world_size} × {config.hardware['name']}{within}")
-    known = result.shapes[0].loss is not None
-    axes.set_xlabel("expected loss, nats per token" if known else "active parameters, billions")
-    axes.set_ylabel("tokens/s per device")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with plotted(path, figsize=(8, 5)) as (figure, axes):
+        learnt = [_learnt(s) for s in result.shapes]
+        rates = [s.tokens_per_second_per_device for s in result.shapes]
+        colors = [s.parameters / 1e9 for s in result.shapes]
+        dots = axes.scatter(learnt, rates, c=colors, cmap="viridis", s=26, zorder=3)
+        figure.colorbar(dots, label="total parameters, billions")
+        front = [(_learnt(s), s.tokens_per_second_per_device) for s in result.pareto]
+        axes.plot(*zip(*front, strict=True), color="tab:orange", label="Pareto front")
+        if result.own:
+            own = result.own
+            axes.scatter(
+                [_learnt(own)],
+                [own.tokens_per_second_per_device],
+                marker="*",
+                s=220,
+                color="tab:red",
+                edgecolor="white",
+                zorder=4,
+                label=f"{config.model.name} itself",
+            )
+        limit = config.inference.latency_limit_ms
+        within = f" within {limit:g} ms per token" if goal == "inference" and limit else ""
+        assert config.hardware is not None
+        axes.set_title(f"{goal} on {config.world_size} × {config.hardware['name']}{within}")
+        known = result.shapes[0].loss is not None
+        axes.set_xlabel("expected loss, nats per token" if known else "active parameters, billions")
+        axes.set_ylabel("tokens/s per device")
+        axes.grid(alpha=0.3)
+        axes.legend()
 
 
 def _learnt(shape: Shape) -> float:

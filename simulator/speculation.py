@@ -61,7 +61,7 @@ def speculate(
     (the prompt and half of the output unless given). Arguments broadcast."""
     options = serving.options
     if context is None:
-        context = options.prompt_length + options.max_new_tokens / 2
+        context = options.mean_context
     gamma = np.asarray(draft_tokens, dtype=float)
     plain = decode_step(serving, batch, context).seconds
     shape = np.broadcast_shapes(np.shape(batch), gamma.shape, np.shape(context))
@@ -108,7 +108,7 @@ def with_popularity(serving: Serving, chosen: np.ndarray) -> Serving:
     """Experts as popular as in a run, `chosen` being its probabilities `[layers, experts]` under
     any number of experts per token."""
     moe = serving.moe
-    groups = moe.num_expert_groups if moe.router == "moge" else 1
+    groups = moe.equal_groups
     return replace(serving, chosen=popularity_at(chosen, moe.top_k, groups))
 
 

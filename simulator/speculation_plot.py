@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from configs.violation import ConfigError, Violation
+from simulator.plot_file import plotted
 from simulator.speculation import Curve
-
-FORMATS = (".png", ".svg", ".pdf")
 
 
 def speedup_plot(path: Path, curves: list[Curve], dense: list[Curve]) -> None:
@@ -17,40 +15,30 @@ def speedup_plot(path: Path, curves: list[Curve], dense: list[Curve]) -> None:
     Raises:
         ConfigError: another format.
     """
-    if path.suffix not in FORMATS:
-        raise ConfigError([Violation("--plot", path, f"ends with one of {', '.join(FORMATS)}")])
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     machines = list(dict.fromkeys(each.serving.hardware.name for each in curves))
     lengths = list(dict.fromkeys(each.draft_tokens for each in curves))
     size = (1.5 + 4.5 * len(machines), 0.8 + 3.6 * len(lengths))
-    figure, panels = plt.subplots(
-        len(lengths), len(machines), figsize=size, layout="constrained", squeeze=False, sharey="row"
-    )
-    for row, length in zip(panels, lengths, strict=True):
-        for axes, machine in zip(row, machines, strict=True):
-            here = [
-                each
-                for each in [*curves, *dense]
-                if (each.serving.hardware.name, each.draft_tokens) == (machine, length)
-            ]
-            for each in here:
-                _draw(axes, each)
-            axes.set_title(f"{here[0].serving.devices} × {machine}, γ = {length}")
-            axes.axhline(1.0, color="grey", linewidth=0.8)
-            axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_formatter("{x:.0f}")
-            axes.grid(alpha=0.3)
-            axes.set_xlabel("batch, sequences")
-    for row in panels:
-        row[0].set_ylabel("speed-up over plain decoding")
-    panels[0][-1].legend()
-    figure.suptitle(curves[0].serving.model.name)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    grid = {"nrows": len(lengths), "ncols": len(machines), "sharey": "row", "squeeze": False}
+    with plotted(path, figsize=size, **grid) as (figure, panels):
+        for row, length in zip(panels, lengths, strict=True):
+            for axes, machine in zip(row, machines, strict=True):
+                here = [
+                    each
+                    for each in [*curves, *dense]
+                    if (each.serving.hardware.name, each.draft_tokens) == (machine, length)
+                ]
+                for each in here:
+                    _draw(axes, each)
+                axes.set_title(f"{here[0].serving.devices} × {machine}, γ = {length}")
+                axes.axhline(1.0, color="grey", linewidth=0.8)
+                axes.set_xscale("log", base=2)
+                axes.xaxis.set_major_formatter("{x:.0f}")
+                axes.grid(alpha=0.3)
+                axes.set_xlabel("batch, sequences")
+        for row in panels:
+            row[0].set_ylabel("speed-up over plain decoding")
+        panels[0][-1].legend()
+        figure.suptitle(curves[0].serving.model.name)
 
 
 def _draw(axes, each: Curve) -> None:  # type: ignore[no-untyped-def]

@@ -22,7 +22,7 @@ class LoadWindow:
         self._path = run_dir / EXPERT_LOAD
         self._active = active
         self._moe = moe
-        self._groups = moe.num_expert_groups if moe.router == "moge" else 1
+        self._groups = moe.equal_groups
         self._before: dict[int, torch.Tensor] = {}
         self._current: dict[int, torch.Tensor] = {}
         self._first_step = self._current_first = self._last_step = 0

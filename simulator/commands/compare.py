@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from simulator.commands import load_plan, wide_console
+from simulator.commands import load_plan, take, wide_console
 
 if TYPE_CHECKING:
     from simulator.compare import Pair
@@ -49,17 +49,6 @@ def compare(
         print(json.dumps({"pairs": [pair.to_json() for pair in pairs]}))
     else:
         _show(pairs)
-
-
-def take(key: str, overrides: list[str]) -> tuple[list[str], list[str]]:
-    """The values of `key=a,b` and the other overrides."""
-    values = [
-        value.strip()
-        for line in overrides
-        if line.startswith(f"{key}=")
-        for value in line.partition("=")[2].split(",")
-    ]
-    return values, [line for line in overrides if not line.startswith(f"{key}=")]
 
 
 def _check_names(models: list[str], machines: list[str]) -> None:

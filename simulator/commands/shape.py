@@ -9,14 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from simulator.commands import wide_console
+from simulator.commands import values, wide_console
 
 if TYPE_CHECKING:
     from configs.schema import Config
     from simulator.shape import Shape, ShapeResult
-
-
-MOST_VALUES = 100_000  # of one range
 
 
 class Goal(Enum):
@@ -104,30 +101,6 @@ def _positive(option: str, value: float) -> float:
     if not (isfinite(value) and value > 0):
         raise ConfigError([Violation(option, value, "must be a positive, finite number")])
     return value
-
-
-def values(option: str, text: str) -> list[int]:
-    """`FROM:TO:STEP` with both ends, or `A,B,…`, as whole numbers.
-
-    Raises:
-        ConfigError: it is neither, holds nothing positive, or more than a search could try.
-    """
-    from configs.violation import ConfigError, Violation
-
-    try:
-        if ":" in text:
-            first, last, *step = (int(part) for part in text.split(":"))
-            spread = range(first, last + 1, step[0] if step else 1)
-            good = len(step) < 2 and len(spread) <= MOST_VALUES
-            found = list(spread) if good else []
-        else:
-            found, good = [int(part) for part in text.split(",")], True
-    except (ValueError, OverflowError):
-        found, good = [], False
-    if not good or not found or min(found) < 1:
-        wanted = "must be FROM:TO:STEP or A,B of positive whole numbers"
-        raise ConfigError([Violation(option, text, wanted)])
-    return sorted(set(found))
 
 
 def limits(option: str, text: str) -> tuple[float, float]:

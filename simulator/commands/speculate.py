@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from simulator.commands import wide_console
+from simulator.commands import take, values, wide_console
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,8 +60,6 @@ def speculate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Speed-up of speculative decoding over batch, draft length, sparsity and hardware."""
-    from simulator.commands.compare import take
-    from simulator.commands.shape import values
 
     machines, others = take("hardware", overrides)
     plans = [_plan([f"hardware={machine}", *others]) for machine in machines or ["null"]]

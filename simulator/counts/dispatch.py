@@ -9,27 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from configs.dispatch import dispatcher, distinct, ranks_reached, why_not
+from configs.dispatch import distinct, ranks_reached, why_not
 from configs.schema import DispatcherType
 from simulator.array import Array, Mask
 from simulator.counts.records import Collective, Message, Phase, Shapes
 
 
 def uses(s: Shapes, *kinds: DispatcherType) -> Mask:
-    """Where rows travel by one of these dispatchers; a dense model has none.
-
-    Raises:
-        ConfigError: the dispatcher named cannot serve one of the layouts.
-    """
-    if not s.model.num_experts:
-        return False
-    ep, of_ep = np.unique(s.layout.ep, return_inverse=True)
-    etp, of_etp = np.unique(s.layout.etp, return_inverse=True)
-    found = [[dispatcher(s.moe, int(n), int(m), s.links) in kinds for m in etp] for n in ep]
-    chosen: Mask = np.array(found)[
-        of_ep.reshape(np.shape(s.layout.ep)), of_etp.reshape(np.shape(s.layout.etp))
-    ]
-    return chosen
+    """Where rows travel by one of these dispatchers; a dense model has none."""
+    return np.isin(s.dispatchers, kinds) if s.model.num_experts else False
 
 
 def exchange(s: Shapes, sent: Array, load: Array) -> list[Message]:

@@ -81,7 +81,7 @@ def _router(s: Shapes) -> list[Operator]:
     if not s.torch_kernels:
         return [*logits, *vector("moe.choice", 6 * scores, 4 * scores, "moe")]
     wide = 6.0 * s.shard * s.model.hidden_size
-    scanned = s.shard * (s.moe.num_expert_groups if s.moe.router == "moge" else 1)
+    scanned = s.shard * s.moe.equal_groups
     return [
         *logits,
         *vector("moe.router cast", wide, 2 * wide, "moe"),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from configs.dispatch import Links, links
+from configs.dispatch import Links, dispatcher, links
 from configs.planning import SimulationConfig
 from configs.schema import Config, ModelConfig, MoEConfig
 from simulator.array import Array
@@ -115,6 +116,23 @@ class Shapes:
     communicator_bytes: float  # that the collective library keeps for every group
     backend: str = "cuda"  # of the machine
     links: Links = Links()  # noqa: RUF009 - frozen
+
+    @cached_property
+    def dispatchers(self) -> np.ndarray:
+        """The name of each layout's dispatcher; a dense model has none.
+
+        Raises:
+            ConfigError: the dispatcher named cannot serve one of the layouts.
+        """
+        ep, of_ep = np.unique(self.layout.ep, return_inverse=True)
+        etp, of_etp = np.unique(self.layout.etp, return_inverse=True)
+        each = [[dispatcher(self.moe, int(n), int(m), self.links) for m in etp] for n in ep]
+        places = (
+            np.reshape(of_ep, np.shape(self.layout.ep)),
+            np.reshape(of_etp, np.shape(self.layout.etp)),
+        )
+        names: np.ndarray = np.array(each)[places]
+        return names
 
     @property
     def element(self) -> float:

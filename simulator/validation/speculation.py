@@ -8,7 +8,7 @@ tokens on HumanEval and 5 to 356 on MT-bench.
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -59,8 +59,8 @@ def published_peaks(host_ms: float = HOST_MS) -> list[Peak]:
 def _peak(row: dict[str, str], host_ms: float) -> Peak:
     length, sigma = int(row["draft_tokens"]), float(row["sigma"])
     layout = _layout(row["hardware"], row["devices"], host_ms)
-    times = speculate(layout, BATCHES, length)
-    speedup = np.asarray(sigma * (length + 1) * times.plain / times.round)
+    times = replace(speculate(layout, BATCHES, length), sigma=sigma)
+    speedup = np.asarray(times.speedup)
     best = int(np.argmax(speedup))
     return Peak(
         row["hardware"],

@@ -12,7 +12,8 @@ import pytest
 
 from configs.compose import load
 from configs.violation import ConfigError
-from simulator.commands.shape import limits, values
+from simulator.commands import values
+from simulator.commands.shape import limits
 from simulator.parameters import count_parameters
 from simulator.shape import search_shapes, spread
 from simulator.shape_plot import pareto_plot
