@@ -32,6 +32,13 @@ class Method(StrEnum):
     SMOOTHQUANT = "smoothquant"
 
 
+class Score(StrEnum):
+    PEU = "peu"
+    TCESS = "tcess"
+    FREQUENCY = "frequency"
+    RANDOM = "random"
+
+
 Model = Annotated[Path, typer.Argument(help="a run folder, a checkpoint or an imported model")]
 Out = Annotated[Path, typer.Option("--out", help="a new folder")]
 Calibration = Annotated[Path, typer.Option("--calibration", help="a UTF-8 text file")]
@@ -119,6 +126,42 @@ def quantize(
     texts = Texts(calibration, tokens, window, text)
     rounding = quantization.Rounding(scheme, method.value, group_size)
     print(quantization.quantize(model, out, rounding, texts, backend, progress_bar))
+
+
+@app.command("prune-experts")
+def prune_experts(
+    model: Model,
+    task: Annotated[
+        list[Path], typer.Option("--task", help="a UTF-8 text file, questions with their answers")
+    ],
+    keep: Annotated[float, typer.Option(max=1.0, help="part of the experts that stays")] = 0.5,
+    score: Annotated[Score, typer.Option(help="by what experts are ranked")] = Score.PEU,
+    out: Annotated[Path | None, typer.Option("--out", help="a new folder for the model")] = None,
+    store: Annotated[
+        Path | None, typer.Option("--store", help="a folder to which each task's scores are added")
+    ] = None,
+    tokens: Tokens = 2**17,
+    window: Window = 2048,
+    text: Text = None,
+    seed: Annotated[int, typer.Option(min=0, help="of random scores")] = 0,
+    backend: Backend = "auto",
+) -> None:
+    """PreMoe: keep the experts that a task needs, in every layer the same number.
+
+    An expert's score is its mean over the tokens of the task's text: how often it is chosen
+    (frequency), or, where the router is sure of it, its logit s (tcess) or max(s, sigmoid(s))
+    (peu). Several tasks make a generalist: the mean of their scores. With --store each task's
+    scores are kept apart; pangu.generate and pangu.serve read them with patterns=DIR and load the
+    experts that suit a prompt.
+    """
+    if out is None and store is None:
+        raise typer.BadParameter("nothing to write: --out DIR, --store DIR or both")
+    from pangu.compression import experts
+    from pangu.compression.texts import Texts
+
+    tasks = [Texts(file, tokens, window, text, "--task") for file in task]
+    choice = experts.Choice(keep, score.value, seed)
+    print(experts.prune(model, out, store, choice, tasks, backend=backend, progress=progress_bar))
 
 
 def main(arguments: list[str]) -> int:

@@ -26,19 +26,20 @@ Progress = Callable[[Iterable], Iterable]
 @dataclass(frozen=True)
 class Texts:
     """`calibration`, of which the first `tokens` tokens serve, in windows of `window`; `judged_by`
-    is another text, or None: the calibration text again."""
+    is another text, or None: the calibration text again. `key` is the option that names it."""
 
     calibration: Path
     tokens: int
     window: int
     judged_by: Path | None = None
+    key: str = "--calibration"
 
     def window_of(self, config: Config) -> int:
         """Tokens that see each other: no more than the model was made for."""
         return min(self.window, config.model.max_position_embeddings)
 
     def calibration_ids(self, tokenizer: Tokenizer) -> list[int]:
-        return self._ids("--calibration", self.calibration, tokenizer)
+        return self._ids(self.key, self.calibration, tokenizer)
 
     def judging_ids(self, tokenizer: Tokenizer) -> list[int]:
         """As many tokens of the judging text."""

@@ -1,0 +1,129 @@
+"""Pruning experts from end to end: listen to the routers, choose, write, judge."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from configs.violation import ConfigError, Violation
+from pangu.compression.texts import (
+    Progress,
+    Texts,
+    judge,
+    move,
+    read,
+    refuse_broken,
+    refuse_existing,
+    table,
+    workplace,
+)
+from pangu.trained_model import Trained, loaded
+
+if TYPE_CHECKING:
+    from pangu.weights.expert_patterns import Pattern, Score
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The part of the experts that stays, and by what they are ranked; `seed` is of random
+    scores."""
+
+    keep: float
+    score: Score = "peu"
+    seed: int = 0
+
+
+def prune(
+    folder: Path,
+    out: Path | None,
+    store: Path | None,
+    choice: Choice,
+    tasks: list[Texts],
+    *,
+    backend: str,
+    progress: Progress,
+) -> str:
+    """Write the model of `folder` with fewer experts at `out`, and add the patterns of the tasks to
+    `store`; returns a table of both models.
+
+    Raises:
+        ConfigError: the model or a text cannot be used, or `out` exists.
+        WeightsError: too few experts would be left, a weight is not finite, or a folder cannot be
+            written; nothing is left at `out`.
+    """
+    _refuse(store, choice, tasks)
+    if out is not None:
+        refuse_existing(out)
+    with loaded(folder, backend) as trained:
+        from pangu.weights import expert_patterns, prune_experts
+
+        if out is not None or not trained.config.model.num_experts:
+            prune_experts.experts_left(trained.config, choice.keep)
+        refuse_broken(trained.model, folder)
+        patterns = {_name(texts): measured(trained, choice, texts, progress) for texts in tasks}
+        if store is not None:
+            for name, pattern in patterns.items():
+                expert_patterns.save(pattern, store, name)
+        if out is None:
+            return f"{', '.join(patterns)}: added to {store}"
+        before = [judge("before", trained, texts, progress) for texts in _judges(tasks)]
+        scores = expert_patterns.mean_pattern(list(patterns.values())).scores
+    with workplace(out) as work:
+        write(folder, work / "pruned", scores, choice.keep)
+        with loaded(work / "pruned", backend) as trained:
+            name = f"{choice.score}, {trained.config.model.num_experts} experts"
+            after = [judge(name, trained, texts, progress) for texts in _judges(tasks)]
+        move(work / "pruned", out)
+    rows = zip(before, after, _judges(tasks), strict=True)
+    return "\n".join(table([one, other], texts) for one, other, texts in rows)
+
+
+def _name(texts: Texts) -> str:
+    return texts.calibration.stem
+
+
+def _refuse(store: Path | None, choice: Choice, tasks: list[Texts]) -> None:
+    """Raises:
+    ConfigError: a task cannot be read, two have one name, or there is nothing to store.
+    """
+    for texts in tasks:
+        read(texts.key, texts.calibration)
+    name, count = Counter(map(_name, tasks)).most_common(1)[0]
+    if count > 1:
+        raise ConfigError([Violation("--task", name, "is the name of two files")])
+    if store is not None and choice.score == "random":
+        reason = "random scores tell no task from another"
+        raise ConfigError([Violation("--store", store, reason)])
+
+
+def _judges(tasks: list[Texts]) -> list[Texts]:
+    """Each task by its own text, or all by the one that was given."""
+    return tasks if tasks[0].judged_by is None else tasks[:1]
+
+
+def measured(trained: Trained, choice: Choice, texts: Texts, progress: Progress) -> Pattern:
+    """The pattern of a task."""
+    from pangu.weights import expert_patterns
+
+    layers = expert_patterns.routers(trained.model)
+    experts = trained.config.model.num_experts
+    router = expert_patterns.fingerprint(next(iter(layers.values())).weight.detach())
+    if choice.score == "random":
+        return expert_patterns.random_pattern(dict.fromkeys(layers, experts), choice.seed, router)
+    ids = texts.calibration_ids(trained.tokenizer)
+    with expert_patterns.listening(trained.model) as choices:
+        expert_patterns.run(trained.model, ids, texts.window_of(trained.config), progress)
+    scores = {name: found.scores(choice.score, experts) for name, found in choices.items()}
+    return expert_patterns.Pattern(scores, choice.score, len(ids), router)
+
+
+def write(folder: Path, out: Path, scores: dict, keep: float) -> None:
+    """Write the model of `folder` with the experts of the highest scores, by layer."""
+    from pangu.weights import model_folder, prune_experts
+
+    path, config, source = model_folder.opened(folder)
+    kept = prune_experts.kept_experts(config, scores, keep)
+    tensors = prune_experts.pruned_tensors(source, kept)
+    model_folder.write(out, prune_experts.pruned_config(config, keep), tensors, made_of=path)
