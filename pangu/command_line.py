@@ -77,6 +77,14 @@ def speculation_ranges(speculative: str, tokens: int, draft: str) -> Ranges:
     }
 
 
+def task_ranges(patterns: str, task: str, keep: float) -> Ranges:
+    """What generation and serving want of the options that choose experts."""
+    return {
+        "keep": (0 < keep <= 1, "a part is more than 0 and at most 1"),
+        "task": (bool(patterns) or task == "auto", "tasks are in patterns=DIR"),
+    }
+
+
 def progress_bar(steps: Iterable) -> Iterable:
     """The same steps, with a bar on the terminal that is gone after the last."""
     from tqdm import tqdm

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pangu.data.tokenizer import Tokenizer
     from pangu.inference.batching import Request
     from pangu.inference.engine import Engine, Update
+    from pangu.task_experts import TaskExperts
 
 _AT_A_TIME = 32  # sequences
 _PAGE = 16  # tokens
@@ -42,6 +43,11 @@ USAGE = """usage: python -m pangu.generate checkpoint=DIR [prompt=TEXT] [key=val
                       own layers of multi-token prediction; the text is the same
   speculative.tokens  4; guesses at a time
   draft               the smaller model's folder; it has the same tokenizer
+  patterns            a store of python -m pangu.compress prune-experts: only the experts that
+                      suit the prompt are read from the checkpoint
+  task                auto; a pattern of the store, or generalist: the mean of all; auto: the
+                      pattern that is nearest to the prompt
+  keep                0.5; the part of the experts that is read
   seed                0; with several prompts, that of the first, 1 more for each
   backend             auto | cpu | cuda | npu
 """
@@ -71,6 +77,9 @@ class Options:
     speculative: Literal["none", "ngram", "draft", "mtp"] = "none"
     speculative_tokens: int = 4
     draft: str = ""
+    patterns: str = ""
+    task: str = "auto"
+    keep: float = 0.5
     seed: int = 0
     backend: Literal["auto", "cpu", "cuda", "npu"] = "auto"
 
@@ -106,7 +115,7 @@ def parse(arguments: Sequence[str]) -> Options:
     Raises:
         ConfigError: naming every argument that is unknown, malformed or out of range.
     """
-    from pangu.command_line import read_options, refuse, speculation_ranges
+    from pangu.command_line import read_options, refuse, speculation_ranges, task_ranges
 
     own = [
         word.removeprefix("inference.") if word.startswith(SHARED) else word for word in arguments
@@ -123,7 +132,8 @@ def parse(arguments: Sequence[str]) -> Options:
         "seed": (0 <= found.seed < 2**63, "must be 0 or more"),
     }
     guesses = speculation_ranges(found.speculative, found.speculative_tokens, found.draft)
-    refuse(found, violations, ranges | guesses)
+    tasks = task_ranges(found.patterns, found.task, found.keep)
+    refuse(found, violations, ranges | guesses | tasks)
     return found
 
 
@@ -134,10 +144,13 @@ def stream(options: Options) -> Iterator[str]:
         ConfigError: the backend is missing, the checkpoint or the prompts cannot be used, or a
             text would be longer than the model was made for.
     """
-    from pangu.trained_model import add_drafter, loaded
+    from pangu.task_experts import choice_of, opened
+    from pangu.trained_model import add_drafter
 
     prompts = _prompts(options)
-    with loaded(Path(options.checkpoint), options.backend) as (model, tokenizer, config):
+    tasks = choice_of(options.patterns, options.task, options.keep)
+    with opened(Path(options.checkpoint), options.backend, tasks) as (trained, experts):
+        model, tokenizer, config = trained
         if config.model.num_experts and config.moe.router == "expert_choice":
             print(EXPERT_CHOICE, file=sys.stderr)
         from pangu.inference.engine import Engine
@@ -155,13 +168,12 @@ def stream(options: Options) -> Iterator[str]:
             max_sequences=_AT_A_TIME,
         )
         add_drafter(engine, options.speculative, options.speculative_tokens, options.draft)
-        for request in requests:
-            engine.add(request)
+        updates = _updates(engine, requests, experts, options)
         if options.prompts:
-            yield from _lines(engine, prompts, options)
+            yield from _lines(updates, prompts)
         else:
             yield options.prompt
-            yield from (update.text for update in _updates(engine, options))
+            yield from (update.text for _, update in updates)
 
 
 def _prompts(options: Options) -> list[str]:
@@ -207,25 +219,43 @@ def _request(
     )
 
 
-def _updates(engine: Engine, options: Options) -> Iterator[Update]:
+def _updates(
+    engine: Engine, requests: list[Request], experts: TaskExperts | None, options: Options
+) -> Iterator[tuple[int, Update]]:
+    """Updates, with the place of the request that each belongs to; one task's requests after the
+    other's."""
     from configs.violation import ConfigError, Violation
 
-    while engine.busy:
-        for update in engine.step():
-            if update.finish == "not finite":
-                reason = "the model's predictions are not finite numbers"
-                raise ConfigError([Violation("checkpoint", options.checkpoint, reason)])
-            yield update
+    places: dict[str, list[int]] = {}
+    for place, request in enumerate(requests):
+        places.setdefault(experts.task_of(request.prompt) if experts else "", []).append(place)
+    for task, group in places.items():
+        if experts:
+            _hold(experts, task, engine)
+        place_of = {engine.add(requests[place]): place for place in group}
+        while engine.busy:
+            for update in engine.step():
+                if update.finish == "not finite":
+                    reason = "the model's predictions are not finite numbers"
+                    raise ConfigError([Violation("checkpoint", options.checkpoint, reason)])
+                yield place_of[update.number], update
 
 
-def _lines(engine: Engine, prompts: Sequence[str], options: Options) -> Iterator[str]:
+def _hold(experts: TaskExperts, task: str, engine: Engine) -> None:
+    experts.hold(task)
+    engine.forget()
+    read = f"{experts.bytes_read:,} bytes of the checkpoint read so far"
+    print(f"experts of {task}: {read}", file=sys.stderr)
+
+
+def _lines(updates: Iterator[tuple[int, Update]], prompts: Sequence[str]) -> Iterator[str]:
     """A JSON line for each prompt, in order, each as soon as those before it are done."""
     texts = [""] * len(prompts)
     finished = [""] * len(prompts)
     next_ = 0
-    for update in _updates(engine, options):
-        texts[update.number] += update.text
-        finished[update.number] = update.finish
+    for place, update in updates:
+        texts[place] += update.text
+        finished[place] = update.finish
         while next_ < len(prompts) and finished[next_]:
             row = {"prompt": prompts[next_], "text": texts[next_], "finish": finished[next_]}
             yield json.dumps(row, ensure_ascii=False) + "\n"

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from configs.schema import Config
-    from pangu.data.tokenizer import Tokenizer
     from pangu.serving.server import Server
+    from pangu.task_experts import TaskExperts
+    from pangu.trained_model import Trained
 
 USAGE = """usage: python -m pangu.serve checkpoint=DIR [key=value] ...
 
@@ -34,6 +34,11 @@ USAGE = """usage: python -m pangu.serve checkpoint=DIR [key=value] ...
   speculative         none | ngram | draft | mtp, as python -m pangu.generate has it
   speculative.tokens  4
   draft               the smaller model's folder
+  patterns            a store of python -m pangu.compress prune-experts: the experts that suit a
+                      prompt are read from the checkpoint when it comes; requests of one task are
+                      decoded together, those of another after them
+  task                auto, as python -m pangu.generate has it
+  keep                0.5; the part of the experts that is held
   backend             auto | cpu | cuda | npu
 """
 
@@ -58,6 +63,9 @@ class Options:
     speculative: Literal["none", "ngram", "draft", "mtp"] = "none"
     speculative_tokens: int = 4
     draft: str = ""
+    patterns: str = ""
+    task: str = "auto"
+    keep: float = 0.5
     backend: Literal["auto", "cpu", "cuda", "npu"] = "auto"
 
 
@@ -82,7 +90,7 @@ def parse(arguments: Sequence[str]) -> Options:
     Raises:
         ConfigError: naming every argument that is unknown, malformed or out of range.
     """
-    from pangu.command_line import read_options, refuse, speculation_ranges
+    from pangu.command_line import read_options, refuse, speculation_ranges, task_ranges
 
     found, violations = read_options(Options, arguments)
     positive = ("max_sequences", "max_batch_tokens", "max_body", "cache_tokens", "drain")
@@ -92,7 +100,8 @@ def parse(arguments: Sequence[str]) -> Options:
         "max_queue": (found.max_queue >= 0, "must be 0 or more"),
     }
     guesses = speculation_ranges(found.speculative, found.speculative_tokens, found.draft)
-    refuse(found, violations, ranges | guesses)
+    tasks = task_ranges(found.patterns, found.task, found.keep)
+    refuse(found, violations, ranges | guesses | tasks)
     return found
 
 
@@ -104,7 +113,7 @@ def serve(options: Options) -> None:
         ConfigError: the backend or the packages are missing, or a file cannot be used.
     """
     from configs.violation import ConfigError, Violation
-    from pangu.trained_model import loaded
+    from pangu.task_experts import choice_of, opened
 
     try:
         import uvicorn
@@ -112,10 +121,11 @@ def serve(options: Options) -> None:
         reason = 'serving needs more packages: pip install "pangu-moe[train,serve]"'
         raise ConfigError([Violation("port", options.port, reason)]) from None
     key = _api_key(options)
-    with loaded(Path(options.checkpoint), options.backend) as (model, tokenizer, config):
+    tasks = choice_of(options.patterns, options.task, options.keep)
+    with opened(Path(options.checkpoint), options.backend, tasks) as (trained, experts):
         from pangu.serving.server import application
 
-        app = application(_server(options, key, model, tokenizer, config))
+        app = application(_server(options, key, trained, experts))
 
         class Listening(uvicorn.Server):
             async def startup(self, sockets: Any = None) -> None:
@@ -156,7 +166,7 @@ def _api_key(options: Options) -> str:
 
 
 def _server(
-    options: Options, api_key: str, model: Any, tokenizer: Tokenizer, config: Config
+    options: Options, api_key: str, trained: Trained, experts: TaskExperts | None
 ) -> Server:
     from configs.violation import ConfigError, Violation
     from pangu.inference.engine import Engine
@@ -165,6 +175,7 @@ def _server(
     from pangu.serving.worker import Worker
     from pangu.trained_model import add_drafter
 
+    model, tokenizer, config = trained
     longest = min(config.model.max_position_embeddings, options.cache_tokens)
     if options.max_length > longest:
         reason = f"the model and cache_tokens={options.cache_tokens} allow {longest}"
@@ -183,7 +194,7 @@ def _server(
     )
     add_drafter(engine, options.speculative, options.speculative_tokens, options.draft)
     return Server(
-        worker=Worker(engine, options.max_sequences + options.max_queue),
+        worker=Worker(engine, options.max_sequences + options.max_queue, experts),
         tokenizer=tokenizer,
         name=options.name or config.model.name,
         limits=Limits(options.max_length or longest, options.max_body),

@@ -62,6 +62,17 @@ def loaded(folder: Path, backend: str = "auto") -> Iterator[Trained]:
         ConfigError: the backend is missing, or the checkpoint cannot be used.
     """
     config = read_run_config(folder)
+    with one_process(config, backend):
+        yield Trained(*load_for_inference(config, folder), config)
+
+
+@contextlib.contextmanager
+def one_process(config: Config, backend: str) -> Iterator[None]:
+    """Everything that a model of `config` needs before it can be built in this process.
+
+    Raises:
+        ConfigError: the backend is missing.
+    """
     warnings.filterwarnings("ignore", module="megatron|torch")  # their own deprecations
     prepare_environment(config, environment.read({}))
     from pangu.engines.megatron.fitting import select_backend
@@ -74,7 +85,7 @@ def loaded(folder: Path, backend: str = "auto") -> Iterator[Trained]:
 
     process_groups.initialize(config)
     try:
-        yield Trained(*load_for_inference(config, folder), config)
+        yield
     finally:
         process_groups.shutdown()
 

@@ -22,6 +22,7 @@ HOUSE = (
     {"pangu/training", "pangu/serving", "pangu/calibration"},
     {"pangu/preflight"},
     {"pangu/sweep", "pangu/trained_model"},
+    {"pangu/task_experts"},
     {"pangu/compression"},
     {"entry points"},
 )

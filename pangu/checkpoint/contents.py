@@ -25,7 +25,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from pangu.checkpoint import model_files
 from pangu.checkpoint.manifest import DamagedCheckpoint
-from pangu.checkpoint.tensor_files import WeightsError
+from pangu.checkpoint.tensor_files import Safetensors, WeightsError
+from pangu.checkpoint.tensor_rows import TensorRows
 from pangu.engines.megatron import safe_reader
 from pangu.engines.ranks import from_rank_0
 from pangu.engines.state_parts import MAIN, MOMENTS, Part
@@ -107,6 +108,29 @@ def load(path: Path, chunks: Sequence[Any], everything: list[Part] | None) -> No
             by_parameter[target].put(moment, whole)  # type: ignore[index]
 
         _load_into(path, trained, f"{OPTIMIZER_PREFIX}{moment}.", put_moment)
+
+
+def load_rows(
+    rows: TensorRows, chunks: Sequence[Any], wanted: Callable[[str], bool] = lambda _: True
+) -> None:
+    """Fill the weights whose names are `wanted`, in one process; no byte of others is read.
+
+    Raises:
+        WeightsError: before anything is changed, where the model and its files have other names or
+            these weights other shapes; or a file is damaged.
+    """
+    entries = model_entries(chunks)
+    needed = _shapes(entries, "")
+    saved = {name: rows.shape(name) for name in rows.names()}
+    wrong = sorted(needed.keys() ^ saved.keys()) or [
+        name for name in needed if wanted(name) and needed[name] != saved[name]
+    ]
+    if wrong:
+        raise WeightsError(f"{rows.folder} does not fit this model: see {', '.join(wrong[:5])}")
+    chosen = {name: e for name, e in entries.items() if wanted(next(_tensors(e)).key)}
+    for name, whole in model_files.read(rows, chosen):
+        with torch.no_grad():
+            entries[name].data.copy_(whole)
 
 
 def load_random_states(path: Path) -> None:
@@ -237,7 +261,7 @@ def _load_into(
 
     wanted = {n: _with_data(e, empty(e.data), prefix) for n, e in entries.items()}
     if model_files.holds_model(path):
-        for name, whole in model_files.read(path, wanted):
+        for name, whole in model_files.read(Safetensors(path), wanted):
             put(entries[name].data, whole)
         return
     loaded = _read(path, wanted)

@@ -158,6 +158,20 @@ def damage(folder: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> l
     return found
 
 
+def cut_short(folder: Path, manifest: Manifest) -> list[str]:
+    """What is wrong with a checkpoint's files as far as it shows without reading them."""
+    found = []
+    for name, expected in sorted(manifest.files.items()):
+        try:
+            size = (folder / name).stat().st_size
+        except OSError as error:
+            found.append(f"{name} cannot be read ({error.strerror})")
+            continue
+        if size != expected.size:
+            found.append(f"{name} has {size} of {expected.size} bytes")
+    return found
+
+
 def complete(checkpoints: Path) -> list[Path]:
     """Folders with a final name, newest step first, but for those of `misnamed`.
 

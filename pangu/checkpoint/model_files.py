@@ -11,6 +11,7 @@ from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
 from pangu.checkpoint.tensor_files import INDEX, SINGLE, Safetensors
+from pangu.checkpoint.tensor_rows import TensorRows
 
 
 def holds_model(folder: Path) -> bool:
@@ -29,10 +30,9 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read(
-    folder: Path, entries: dict[str, ShardedTensor | ShardedTensorFactory]
+    source: Safetensors | TensorRows, entries: dict[str, ShardedTensor | ShardedTensorFactory]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """For each entry, this rank's part in the entry's dtype."""
-    source = Safetensors(folder)
 
     def part(tensor: ShardedTensor) -> torch.Tensor:
         ends = zip(tensor.global_offset, tensor.local_shape, strict=True)

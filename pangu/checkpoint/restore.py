@@ -18,10 +18,12 @@ from configs.change_rules import changes, refused
 from configs.compose import read_file
 from configs.schema import Config
 from configs.violation import ConfigError, Violation
-from pangu.checkpoint import contents, manifest
+from pangu.checkpoint import contents, manifest, model_files
 from pangu.checkpoint.contents import CheckpointMismatch
 from pangu.checkpoint.manifest import DamagedCheckpoint, Manifest
 from pangu.checkpoint.run_state import RunState
+from pangu.checkpoint.tensor_files import WeightsError
+from pangu.checkpoint.tensor_rows import TensorRows
 from pangu.data.tokenizer import INFO_FILE, Tokenizer
 from pangu.engines import state_parts
 from pangu.engines.contract import Engine
@@ -83,6 +85,24 @@ def load_model(source: str | Path | Found, chunks: list[Any]) -> Path:
     if isinstance(found, str):
         raise ConfigError([Violation("checkpoint", source, f"is no sound checkpoint: {found}")])
     return _load(found, lambda found: contents.load(found.path, chunks, None), "checkpoint").path
+
+
+def unread(folder: Path) -> tuple[Path, TensorRows]:
+    """An imported model of which nothing is read but what is asked for: files have the sizes that
+    they should have, their checksums are not compared.
+
+    Raises:
+        WeightsError: there is none, or a file is missing or cut short.
+    """
+    if not model_files.holds_model(folder):
+        raise WeightsError(f"{folder} is no imported model")
+    try:
+        wrong = manifest.cut_short(folder, manifest.read(folder))
+    except DamagedCheckpoint as error:
+        wrong = [str(error)]
+    if wrong:
+        raise WeightsError(f"{folder} is no sound checkpoint: {'; '.join(wrong)}")
+    return folder, TensorRows(folder)
 
 
 def _load(found: Found, fill: Callable[[Found], None], key: str) -> Found:

@@ -152,6 +152,11 @@ class Engine:
         """Drop a request; there is no further update of it."""
         self._end(number)
 
+    def forget(self) -> None:
+        """Keep nothing for requests to come: the model's weights have changed. None is under
+        way."""
+        self.scheduler.pool.forget()
+
     def step(self) -> list[Update]:
         """One pass of the model, and what it has added to which requests. Collective."""
         drafts = self._drafts()

@@ -6,7 +6,9 @@ import asyncio
 import queue
 import threading
 import traceback
-from collections.abc import AsyncGenerator, Callable
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Protocol
 
 from pangu.inference.batching import Request
 from pangu.inference.engine import Engine, Update
@@ -23,11 +25,24 @@ class WorkerDead(Exception):
 Updates = asyncio.Queue[tuple[int, Update | None]]
 
 
+class Experts(Protocol):
+    """What gives a model the experts of a task (`pangu.task_experts`)."""
+
+    task: str
+
+    def task_of(self, prompt: Sequence[int]) -> str:
+        """The task that a prompt's tokens belong to."""
+
+    def hold(self, task: str) -> None:
+        """Let the model have the experts of a task."""
+
+
 class Ticket:
     """A request that was handed over, and where to tell what becomes of it."""
 
     def __init__(self, request: Request, place: int, updates: Updates) -> None:
         self.request, self._place, self._updates = request, place, updates
+        self.task: str | None = None  # once it is known, where there are tasks
         self.number: int | None = None  # once the engine has it
 
     def tell(self, update: Update | None) -> None:
@@ -38,11 +53,14 @@ class Ticket:
 class Worker:
     """Runs an engine in a thread of its own. All methods are for the event loop's thread.
 
-    `most_open`: requests that may be under way, waiting ones included.
+    `most_open`: requests that may be under way, waiting ones included. With `experts` the requests
+    of one task are decoded together; one of another waits until they have ended, and those that
+    come after it wait behind it.
     """
 
-    def __init__(self, engine: Engine, most_open: int) -> None:
-        self.engine, self.most_open = engine, most_open
+    def __init__(self, engine: Engine, most_open: int, experts: Experts | None = None) -> None:
+        self.engine, self.most_open, self.experts = engine, most_open, experts
+        self._waiting: deque[Ticket] = deque()  # of the worker's thread, as they came
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._tickets: dict[int, Ticket] = {}  # by number, of the worker's thread
         self._open: set[Ticket] = set()
@@ -86,7 +104,7 @@ class Worker:
         tickets = [Ticket(request, place, merged) for place, request in enumerate(requests)]
         for ticket in tickets:
             self._open.add(ticket)
-            self._commands.put(lambda ticket=ticket: self._begin(ticket))  # type: ignore[misc]
+            self._commands.put(lambda ticket=ticket: self._waiting.append(ticket))  # type: ignore[misc]
         left = len(tickets)
         try:
             while left:
@@ -102,11 +120,29 @@ class Worker:
 
     # In the worker's thread.
 
-    def _begin(self, ticket: Ticket) -> None:
-        ticket.number = self.engine.add(ticket.request)
-        self._tickets[ticket.number] = ticket
+    def _begin(self) -> None:
+        """Hand the engine what it can decode with the experts that the model has, or may have
+        now."""
+        while self._waiting and self._has_experts_for(self._waiting[0]):
+            ticket = self._waiting.popleft()
+            ticket.number = self.engine.add(ticket.request)
+            self._tickets[ticket.number] = ticket
+
+    def _has_experts_for(self, ticket: Ticket) -> bool:
+        if self.experts is None:
+            return True
+        if ticket.task is None:
+            ticket.task = self.experts.task_of(ticket.request.prompt)
+        if ticket.task != self.experts.task:
+            if self.engine.busy:
+                return False
+            self.experts.hold(ticket.task)
+            self.engine.forget()
+        return True
 
     def _drop(self, ticket: Ticket) -> None:
+        if ticket in self._waiting:
+            self._waiting.remove(ticket)
         if ticket.number in self._tickets:
             del self._tickets[ticket.number]
             self.engine.cancel(ticket.number)
@@ -115,6 +151,7 @@ class Worker:
         try:
             while not self._stopping:
                 self._obey()
+                self._begin()
                 self._tell(self.engine.step())
         except Exception:
             traceback.print_exc()

@@ -46,7 +46,7 @@ def experts_left(config: Config, keep: float) -> int:
     if left < least:
         where = f" of each of {groups} groups" if groups > 1 else ""
         reason = f"leaves {left} of {size} experts{where}, and a token chooses {least}"
-        raise WeightsError(f"--keep {keep:g} {reason}: keep at least {least / size:.3g}")
+        raise WeightsError(f"keeping {keep:g} {reason}: keep at least {least / size:.3g}")
     return groups * left
 
 

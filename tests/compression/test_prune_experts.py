@@ -255,7 +255,7 @@ def test_what_cannot_be_pruned(routing, keep, message):
 def test_mistakes_are_one_sentence(pair, tmp_path, capsys):
     folder, _ = pair
     for words, message in (
-        (["--keep", "0.1"], "--keep 0.1 leaves 1 of"),
+        (["--keep", "0.1"], "keeping 0.1 leaves 1 of"),
         (["--task", "/nowhere"], "--task=/nowhere: cannot be read"),
         (["--task", folder / "text"], "is the name of two files"),
         (["--score", "random", "--store", tmp_path / "s"], "random scores tell no task"),

@@ -77,5 +77,5 @@ def client(address, key="none"):
 
 
 def server_of(folder, loaded, key="", **options):
-    """A server of a loaded (model, tokenizer, config)."""
-    return _server(Options(checkpoint=str(folder), **options), key, *loaded)
+    """A server of a `Trained` model."""
+    return _server(Options(checkpoint=str(folder), **options), key, loaded, None)
