@@ -2,6 +2,7 @@
 
     python benchmarks/compression_ladder.py layers [--taught 16384 --learning-rate 1e-3]
     python benchmarks/compression_ladder.py weights
+    python benchmarks/compression_ladder.py cache
 
 Perplexity of `random.py`; calibrated, and taught, on other modules of Python's library. A table in
 docs/compression.md is its output.
@@ -16,6 +17,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,6 +78,9 @@ def layers(folder: Path, work: Path, texts: Texts, taught: int, learning_rate: f
         print(table(rows, texts), flush=True)
 
 
+CACHE = tuple(
+    (f"W16A16KV{bits}", "rtn", keys) for bits in (8, 4, 3) for keys in ("token", "channel")
+)
 LADDER = (
     ("W8A16", "rtn"),
     ("W4A16", "rtn"),
@@ -88,31 +93,31 @@ LADDER = (
 )
 
 
-def weights(folder: Path, work: Path, texts: Texts, tokens: int) -> None:
-    """Perplexity by scheme and method; calibrated on twice as many tokens as are judged."""
+def weights(folder: Path, work: Path, texts: Texts, tokens: int, ladder: Sequence) -> None:
+    """Perplexity by scheme, method and keys; calibrated on twice as many tokens as are judged."""
     rows = []
     judged = replace(texts, tokens=tokens)
     with loaded(folder) as trained:
         rows.append(judge("float", trained, judged, iter))
-    for scheme, method in LADDER:
+    for scheme, method, *keys in ladder:
         from pangu.compression.quantization import Rounding, rounded, scheme_for, write
 
         began = time.monotonic()
         target = work / f"{scheme}-{method}"
         with loaded(folder) as trained:
-            grid = scheme_for(trained.model, Rounding(scheme, method))
+            grid = scheme_for(trained.model, Rounding(scheme, method, 128, *keys))
             quantizer = rounded(trained, folder, grid, method, texts, iter)
             write(folder, target, trained.model, quantizer)
         took = time.monotonic() - began
         with loaded(target) as trained:
-            rows.append(judge(f"{scheme} {method}", trained, judged, iter))
+            rows.append(judge(" ".join((scheme, method, *keys)), trained, judged, iter))
         shutil.rmtree(target)
         print(f"{table(rows, judged)}\n{scheme} {method}: {took:.0f} s", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="?", choices=["layers", "weights"], default="layers")
+    parser.add_argument("what", nargs="?", choices=["layers", "weights", "cache"], default="layers")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--taught", type=int, default=0, help="tokens to distil on")
@@ -127,7 +132,8 @@ def main() -> None:
             layers(folder, Path(work), texts, options.taught, options.learning_rate)
         else:
             twice = replace(texts, tokens=2 * options.tokens)
-            weights(folder, Path(work), twice, options.tokens)
+            ladder = CACHE if options.what == "cache" else LADDER
+            weights(folder, Path(work), twice, options.tokens, ladder)
     print(f"{time.monotonic() - began:.0f} s")
 
 

@@ -31,10 +31,11 @@ _KEYS: dict[Kind, str] = {
         model.activation model.add_mlp_bias model.normalization model.tie_embeddings
         model.num_experts model.moe_ffn_hidden_size model.shared_expert_ffn_hidden_size
         model.num_dense_layers model.mtp_num_layers model.sandwich_norm model.patched_layers
+        model.key_rounding
         moe.router_scale moe.expert_bias
     """,
     "function": """
-        model.rotary_base model.norm_epsilon model.activation_bits
+        model.rotary_base model.norm_epsilon model.activation_bits model.kv_bits
         moe.router moe.top_k moe.num_expert_groups moe.topk_group moe.score_function
         moe.softmax_after_top_k moe.renormalize moe.scaling_factor
     """,

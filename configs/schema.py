@@ -25,6 +25,8 @@ from configs.limits import (
 )
 from configs.planning import InferenceConfig, SimulationConfig
 
+KeyRounding = Literal["token", "channel"]
+
 
 @dataclass
 class ModelConfig:
@@ -77,6 +79,11 @@ class ModelConfig:
     # What comes into the layers' linears is rounded to so many bits, token by token, symmetrically;
     # 0: it is not.
     activation_bits: Annotated[int, Limits(0, 8)] = 0
+    # Keys and values are rounded to so many bits before they are kept; 0: they are not. Keys either
+    # by "token", after their rotation, in the Hadamard basis of a head (QuaRot), or by "channel",
+    # before it, between limits that are a part of the model (KVQuant; not with latent attention).
+    kv_bits: Annotated[int, Limits(0, 8)] = 0
+    key_rounding: KeyRounding = "token"
 
     # Depth-scaled sandwich norm (Pangu Ultra): a second norm after each sublayer, whose gain
     # starts at c/sqrt(num_layers).

@@ -26,6 +26,10 @@ def attention(config: Config) -> Iterator[Problem]:
                 reason = "latent attention needs this width"
                 hint = f"a positive {name}, or model.attention=gqa"
                 yield Problem(f"mla {name}", key, getattr(model, name), reason, hint=hint)
+        if model.kv_bits and model.key_rounding == "channel":
+            reason = "latent attention has no keys before their rotation"
+            ways = {"model.key_rounding": ["token"]}
+            yield Problem("keys", "model.key_rounding", "channel", reason, ways)
     if model.position_embedding == "rope":
         mla = model.attention == "mla"
         size = model.kv_channels or model.hidden_size // model.num_attention_heads

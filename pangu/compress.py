@@ -32,6 +32,11 @@ class Method(StrEnum):
     SMOOTHQUANT = "smoothquant"
 
 
+class Keys(StrEnum):
+    TOKEN = "token"
+    CHANNEL = "channel"
+
+
 class Score(StrEnum):
     PEU = "peu"
     TCESS = "tcess"
@@ -101,18 +106,21 @@ def prune_layers(
 def quantize(
     model: Model,
     scheme: Annotated[
-        str, typer.Option(help="W4A16, W3A16, W8A16, W8A8, W4A8, …; W4A16_ASYM has zero points")
+        str, typer.Option(help="W4A16, W8A8, W8A8KV8, W16A16KV4, …; W4A16_ASYM has zero points")
     ],
     calibration: Calibration,
     out: Out,
     method: Annotated[Method, typer.Option(help="how weights are rounded")] = Method.RTN,
     group_size: Annotated[int, typer.Option(min=8, help="columns of a row with one scale")] = 128,
+    keys: Annotated[
+        Keys, typer.Option(help="with KV8, KV4, …: after rotation by token, or before by channel")
+    ] = Keys.TOKEN,
     tokens: Tokens = 128 * 2048,
     window: Window = 2048,
     text: Text = None,
     backend: Backend = "auto",
 ) -> None:
-    """Round weights, and activations, to a few bits.
+    """Round weights, and activations, keys and values, to a few bits.
 
     rtn rounds to the nearest. awq scales channels up before, by how large the activations are that
     meet them (arXiv 2306.00978). gptq rounds column by column, and the rest makes up for the error
@@ -124,7 +132,7 @@ def quantize(
     from pangu.compression.texts import Texts
 
     texts = Texts(calibration, tokens, window, text)
-    rounding = quantization.Rounding(scheme, method.value, group_size)
+    rounding = quantization.Rounding(scheme, method.value, group_size, keys.value)
     print(quantization.quantize(model, out, rounding, texts, backend, progress_bar))
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from configs.planning import InferenceConfig
-from configs.schema import Config
+from configs.planning import Dtype, InferenceConfig
+from configs.schema import Config, KeyRounding
 from pangu.compression.texts import (
     Progress,
     Texts,
@@ -31,11 +31,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rounding:
-    """The scheme by name, the method, and the columns of a row that share a scale."""
+    """The scheme by name, the method, the columns of a row that share a scale, and how keys are
+    rounded where the scheme has KV."""
 
     scheme: str
     method: Method
     group_size: int = 128
+    keys: KeyRounding = "token"
 
 
 def quantize(
@@ -69,12 +71,16 @@ def scheme_for(model: GPTModel, rounding: Rounding) -> Scheme:
     """The scheme, with groups that fit all widths of the model.
 
     Raises:
-        WeightsError: there is no such scheme.
+        WeightsError: there is no such scheme, or not for this model.
     """
+    from pangu.checkpoint.tensor_files import WeightsError
     from pangu.weights.quantize import scheme_of
     from pangu.weights.quantize_layers import widths
 
-    return scheme_of(rounding.scheme, rounding.group_size, widths(model))
+    scheme = scheme_of(rounding.scheme, rounding.group_size, widths(model), rounding.keys)
+    if scheme.by_channel and model.config.multi_latent_attention:
+        raise WeightsError("--keys channel: latent attention has no keys before their rotation")
+    return scheme
 
 
 def rounded(
@@ -95,7 +101,8 @@ def rounded(
     _, _, source = model_folder.opened(folder)
     stored = source.read("embedding.word_embeddings.weight").dtype
     quantizer = Quantizer(method, scheme, stored)
-    ids = texts.calibration_ids(trained.tokenizer) if method != "rtn" else []
+    observes = method != "rtn" or scheme.by_channel
+    ids = texts.calibration_ids(trained.tokenizer) if observes else []
     cut = [torch.tensor(part) for part in windows(ids, texts.window_of(trained.config))]
     quantizer.run(trained.model, cut, progress)
     return quantizer
@@ -109,16 +116,24 @@ def write(folder: Path, out: Path, model: GPTModel, quantizer: Quantizer) -> Non
     scheme = quantizer.scheme
     after = replace(
         config,
-        model=replace(config.model, activation_bits=scheme.activation_bits),
+        model=replace(
+            config.model,
+            activation_bits=scheme.activation_bits,
+            kv_bits=scheme.kv_bits,
+            key_rounding=scheme.key_rounding,
+        ),
         inference=_served(config, scheme),
     )
     now = dict(model.named_parameters())
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for name in source.names():
+            if name.endswith(("key_low", "key_step")):  # of an earlier rounding
+                continue
             before = source.read(name)
             inside = name in now and name.startswith("decoder.layers.")
             yield name, now[name].detach().to(before.dtype).cpu() if inside else before
+        yield from quantizer.key_limits.items()
 
     def grids(target: Path) -> None:
         quantized_file.save(target, scheme, quantizer.grids, quantizer.stored)
@@ -128,7 +143,16 @@ def write(folder: Path, out: Path, model: GPTModel, quantizer: Quantizer) -> Non
 
 def _served(config: Config, scheme: Scheme) -> InferenceConfig:
     """What `simulator infer` prices: the nearest precisions that it knows."""
-    computes = "int8" if scheme.activation_bits else config.inference.compute_dtype
-    if scheme.weight_bits <= 4:
-        return replace(config.inference, weight_dtype="int4", compute_dtype=computes)
-    return replace(config.inference, weight_dtype="int8", compute_dtype=computes)
+    served = config.inference
+    return replace(
+        served,
+        weight_dtype=_priced(scheme.weight_bits, served.weight_dtype),
+        compute_dtype="int8" if scheme.activation_bits else served.compute_dtype,
+        kv_dtype=_priced(scheme.kv_bits or 16, served.kv_dtype),
+    )
+
+
+def _priced(bits: int, before: Dtype) -> Dtype:
+    if bits > 8:
+        return before
+    return "int4" if bits <= 4 else "int8"

@@ -12,10 +12,14 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import all_to_all
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from configs.schema import ModelConfig
+from pangu import backends
 from pangu.ops.attention import attention
+from pangu.ops.rounded_cache import round_cached, round_channels
 
 
 class CachedKeys(Protocol):
@@ -66,6 +70,9 @@ class CoreAttention(MegatronModule):
         head_size = k_channels or config.kv_channels
         self.scale = softmax_scale or 1.0 / math.sqrt(head_size)
         self.cp_group: dist.ProcessGroup = pg_collection.cp
+        model: ModelConfig | None = getattr(config, "model", None)
+        self.kv_bits = model.kv_bits if model else 0
+        self.key_rounding = model.key_rounding if model else "token"
 
     def forward(
         self,
@@ -78,6 +85,7 @@ class CoreAttention(MegatronModule):
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
         """query `[s, b, n, d]`, key `[s, b, g, d]`, value `[s, b, g, dv]` → `[s, b, n * dv]`."""
+        key, value = round_cached(key, value, self.kv_bits, self.key_rounding)
         if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
             cached = attention_mask.attend(self.layer_number, query, key, value, self.scale)
             return cached.flatten(2)
@@ -90,6 +98,32 @@ class CoreAttention(MegatronModule):
         if size > 1:
             out = _split_sequence(out, self.cp_group)
         return out.flatten(2)
+
+
+class RoundedKeysAttention(SelfAttention):
+    """GQA whose keys are rounded before their rotation, channel by channel, between limits that
+    came out of calibration.
+
+    `key_low` and `key_step` `[KV heads of all ranks, d]` are whole on every rank; a step of 0
+    leaves its channel alone.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        shape = (self.config.num_query_groups, self.hidden_size_per_attention_head)
+        for name in ("key_low", "key_step"):
+            zeros = torch.zeros(shape, dtype=torch.float32, device=backends.current().device)
+            self.register_buffer(name, zeros)
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
+        """The engine's, with keys `[s, b, g, d]` rounded."""
+        query, key, *rest = super().get_query_key_value_tensors(*args, **kwargs)
+        first = self.config.num_query_groups * self.tp_group.rank() // self.tp_group.size()
+        part = slice(first, first + key.size(2))
+        key = round_channels(
+            key, self.key_low[part], self.key_step[part], self.config.model.kv_bits
+        )
+        return query, key, *rest
 
 
 def _zigzag(size: int, device: torch.device) -> torch.Tensor:

@@ -29,7 +29,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from configs.schema import ModelConfig
-from pangu.model.attention import CoreAttention
+from pangu.model.attention import CoreAttention, RoundedKeysAttention
 from pangu.model.norm import Norm, SandwichResidual
 from pangu.model.patched_layer import PatchedLayer
 from pangu.model.transformer_config import PanguTransformerConfig
@@ -97,8 +97,9 @@ def _output_projection(model: ModelConfig) -> type:
 
 def _gqa(model: ModelConfig) -> ModuleSpec:
     qk_norm = Norm if model.qk_layernorm else IdentityOp
+    by_channel = model.kv_bits and model.key_rounding == "channel"
     return ModuleSpec(
-        module=SelfAttention,
+        module=RoundedKeysAttention if by_channel else SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=column(model.activation_bits),

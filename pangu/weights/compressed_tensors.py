@@ -58,9 +58,11 @@ def description(scheme: Scheme, config: Config, kind: Architecture) -> dict[str,
     Raises:
         WeightsError: there is no layout of compressed-tensors for the scheme that others run.
     """
-    if scheme.activation_bits and (scheme.weight_bits, scheme.activation_bits) != (8, 8):
+    bits = (scheme.weight_bits, scheme.activation_bits)
+    if scheme.kv_bits or bits[0] > 8 or (bits[1] and bits != (8, 8)):
         raise WeightsError(
-            f"{scheme.name} has no layout that other programs read: W8A8, or any with A16"
+            f"{scheme.name} has no layout that other programs read: W8A8, or any with A16, "
+            "and keys and values as they are"
         )
     weights = {
         "num_bits": scheme.weight_bits,

@@ -136,8 +136,9 @@ def export_model(
     """
     path, config, source = model_folder.opened(path)
     codes = Quantized.of(path)
-    if codes is not None:  # its activations' bits stand in the description of the layout
-        config = replace(config, model=replace(config.model, activation_bits=0))
+    if codes is not None:  # bits of activations stand in the description of the layout
+        model = replace(config.model, activation_bits=0, kv_bits=0, key_rounding="token")
+        config = replace(config, model=model)
     fields = architectures.fields_of(config)
     kind = architectures.architecture_of(fields)
     if codes is not None:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
+from configs.schema import KeyRounding
 from pangu.checkpoint.tensor_files import WeightsError
 
 Tensor = torch.Tensor
-_SCHEME = re.compile(r"W([2-8])A(4|8|16)(_ASYM)?")
+_SCHEME = re.compile(r"W([2-8]|16)A(4|8|16)(?:KV([2-8]))?(_ASYM)?")
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Scheme:
 
     Up to 4 bits weights have a scale for every `group_size` columns of a row, and in `W4A16_ASYM` a
     zero point; above, one scale a row. Activations of 8 or 4 bits are rounded token by token,
-    symmetrically.
+    symmetrically. `W4A16KV4`: keys and values of 4 bits too. `W16` leaves weights as they are.
     """
 
     name: str
@@ -32,6 +33,13 @@ class Scheme:
     group_size: int  # 0: the whole row
 
     symmetric: bool = True
+    kv_bits: int = 0  # 0: not quantised
+    key_rounding: KeyRounding = "token"
+
+    @property
+    def by_channel(self) -> bool:
+        """Whether keys have limits of their own, which calibration finds."""
+        return self.kv_bits > 0 and self.key_rounding == "channel"
 
     @property
     def limits(self) -> tuple[int, int]:
@@ -45,7 +53,9 @@ class Scheme:
         return self.weight_bits + (each / self.group_size if self.group_size else 0)
 
 
-def scheme_of(name: str, group_size: int, widths: set[int]) -> Scheme:
+def scheme_of(
+    name: str, group_size: int, widths: set[int], key_rounding: KeyRounding = "token"
+) -> Scheme:
     """The scheme called `name` for matrices of these numbers of columns: groups of `group_size`, or
     of the largest part of it that divides all of them.
 
@@ -53,10 +63,10 @@ def scheme_of(name: str, group_size: int, widths: set[int]) -> Scheme:
         WeightsError: there is no such scheme.
     """
     match = _SCHEME.fullmatch(name.upper())
-    if match is None:
+    if match is None or (match[1] == match[2] == "16" and match[3] is None):
         raise WeightsError(
-            f"--scheme {name}: as W4A16 or W4A16_ASYM (with zero points), weights of 2 to 8 bits, "
-            "activations of 16, 8 or 4"
+            f"--scheme {name}: as W4A16 or W4A16_ASYM (with zero points), weights of 2 to 8 or 16 "
+            "bits, activations of 16, 8 or 4, and as W8A8KV8 keys and values of 2 to 8"
         )
     bits, activations = int(match[1]), int(match[2])
     if bits > 4:
@@ -64,7 +74,8 @@ def scheme_of(name: str, group_size: int, widths: set[int]) -> Scheme:
     while group_size and any(width % group_size for width in widths):
         group_size //= 2
     rounds = activations if activations < 16 else 0
-    return Scheme(name.upper(), bits, rounds, group_size, symmetric=not match[3])
+    symmetric, cached = not match[4], int(match[3] or 0)
+    return Scheme(name.upper(), bits, rounds, group_size, symmetric, cached, key_rounding)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ Shapes: S sequence, B batch, H hidden, F width of an expert, E experts, R rows, 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -63,6 +63,7 @@ class Quantizer:
     scheme: Scheme
     stored: torch.dtype
     grids: dict[str, Grid] = field(default_factory=dict)
+    key_limits: dict[str, Tensor] = field(default_factory=dict)  # of KVQuant, float32, by name
 
     def run(
         self,
@@ -78,12 +79,42 @@ class Quantizer:
         with torch.no_grad():
             calls = [_call(model, ids) for ids in windows]
             for number, layer in enumerate(progress(list(model.decoder.layers))):
-                seen = _observed(layer, calls, experts=self.method == "gptq")
-                if self.method in ("awq", "smoothquant"):
-                    self._smooth(layer, seen)
-                self._round(layer, f"decoder.layers.{number}.", seen)
-                for call in calls:
-                    call["hidden_states"] = layer(**call)[0]
+                prefix = f"decoder.layers.{number}."
+                if self.scheme.weight_bits < 16:
+                    self._round_weights(layer, prefix, calls)
+                with self._key_limits(layer, f"{prefix}self_attention."):
+                    for call in calls:
+                        call["hidden_states"] = layer(**call)[0]
+
+    def _round_weights(self, layer: Any, prefix: str, calls: list[dict[str, Any]]) -> None:
+        observes = [] if self.method == "rtn" else calls
+        seen = _observed(layer, observes, experts=self.method == "gptq")
+        if self.method in ("awq", "smoothquant"):
+            self._smooth(layer, seen)
+        self._round(layer, prefix, seen)
+
+    @contextlib.contextmanager
+    def _key_limits(self, layer: Any, prefix: str) -> Iterator[None]:
+        """Where keys are rounded by channel, note the limits of those that pass, before their
+        rotation."""
+        if not self.scheme.by_channel:
+            yield
+            return
+        least, most = [], []
+
+        def look(_: Any, __: Any, key: Tensor) -> None:
+            low, high = key.float().flatten(0, 1).aminmax(dim=0)
+            least.append(low)
+            most.append(high)
+
+        handle = layer.self_attention.k_layernorm.register_forward_hook(look)
+        try:
+            yield
+        finally:
+            handle.remove()
+        low, high = torch.stack(least).amin(0), torch.stack(most).amax(0)
+        self.key_limits[f"{prefix}key_low"] = low
+        self.key_limits[f"{prefix}key_step"] = (high - low) / (2**self.scheme.kv_bits - 1)
 
     def _smooth(self, layer: Any, seen: dict[str, Inputs]) -> None:
         """Scale the channels that the norms feed, and what reads them; with AWQ, those of a dense

@@ -56,6 +56,7 @@ class Quantized:
                 int(header["activation_bits"]),
                 int(header["group_size"]),
                 symmetric=header["symmetric"] == "True",
+                kv_bits=int(header.get("kv_bits", 0)),
             )
         except (KeyError, TypeError, ValueError):
             raise WeightsError(f"{path} names no scheme") from None
