@@ -195,11 +195,7 @@ def main() -> None:
     options = parser.parse_args()
     os.environ["PYTHONPATH"] = str(ROOT)
     work = options.work.resolve()
-    model = work / "model"
-    run = train(work, options.steps, options.processes)
-    if not model.is_dir():  # the run's weights, in files that can be read by rows
-        command("pangu.compress", "prune-experts", run, "--keep", 1, "--out", model,
-                "--task", write_tasks(work)[0], "--tokens", 512)  # fmt: skip
+    model = train(work, options.steps, options.processes)
     prune(model, work, options.keep, options.tokens)
     retrieve(model, work)
     count_bytes(model, work)

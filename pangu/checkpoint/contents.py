@@ -25,8 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from pangu.checkpoint import model_files
 from pangu.checkpoint.manifest import DamagedCheckpoint
-from pangu.checkpoint.tensor_files import Safetensors, WeightsError
-from pangu.checkpoint.tensor_rows import TensorRows
+from pangu.checkpoint.tensor_files import Rows, Safetensors, WeightsError
 from pangu.engines.megatron import safe_reader
 from pangu.engines.ranks import from_rank_0
 from pangu.engines.state_parts import MAIN, MOMENTS, Part
@@ -111,7 +110,7 @@ def load(path: Path, chunks: Sequence[Any], everything: list[Part] | None) -> No
 
 
 def load_rows(
-    rows: TensorRows, chunks: Sequence[Any], wanted: Callable[[str], bool] = lambda _: True
+    rows: Rows, chunks: Sequence[Any], wanted: Callable[[str], bool] = lambda _: True
 ) -> None:
     """Fill the weights whose names are `wanted`, in one process; no byte of others is read.
 

@@ -10,8 +10,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
-from pangu.checkpoint.tensor_files import INDEX, SINGLE, Safetensors
-from pangu.checkpoint.tensor_rows import TensorRows
+from pangu.checkpoint.tensor_files import INDEX, SINGLE, Rows, Safetensors
 
 
 def holds_model(folder: Path) -> bool:
@@ -30,7 +29,7 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read(
-    source: Safetensors | TensorRows, entries: dict[str, ShardedTensor | ShardedTensorFactory]
+    source: Rows, entries: dict[str, ShardedTensor | ShardedTensorFactory]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """For each entry, this rank's part in the entry's dtype."""
 

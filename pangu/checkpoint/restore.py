@@ -18,7 +18,7 @@ from configs.change_rules import changes, refused
 from configs.compose import read_file
 from configs.schema import Config
 from configs.violation import ConfigError, Violation
-from pangu.checkpoint import contents, manifest, model_files
+from pangu.checkpoint import contents, manifest
 from pangu.checkpoint.contents import CheckpointMismatch
 from pangu.checkpoint.manifest import DamagedCheckpoint, Manifest
 from pangu.checkpoint.run_state import RunState
@@ -88,14 +88,17 @@ def load_model(source: str | Path | Found, chunks: list[Any]) -> Path:
 
 
 def unread(folder: Path) -> tuple[Path, TensorRows]:
-    """An imported model of which nothing is read but what is asked for: files have the sizes that
-    they should have, their checksums are not compared.
+    """A model's folder, a checkpoint or a run's newest one, of which nothing is read but what is
+    asked for: files have the sizes that they should have, their checksums are not compared.
 
     Raises:
         WeightsError: there is none, or a file is missing or cut short.
     """
-    if not model_files.holds_model(folder):
-        raise WeightsError(f"{folder} is no imported model")
+    if not (folder / manifest.MANIFEST).is_file():
+        complete = manifest.complete(folder / CHECKPOINTS)
+        if not complete:
+            raise WeightsError(f"{folder} is no folder of a model and no run with a checkpoint")
+        folder = complete[0]
     try:
         wrong = manifest.cut_short(folder, manifest.read(folder))
     except DamagedCheckpoint as error:

@@ -38,6 +38,19 @@ class Source(Protocol):
         """
 
 
+class Rows(Source, Protocol):
+    """Tensors of which parts can be read."""
+
+    folder: Path
+
+    def read_block(self, name: str, block: tuple[slice, ...]) -> torch.Tensor:
+        """The part of a tensor that `block` names, without reading the rest.
+
+        Raises:
+            WeightsError: its file is damaged.
+        """
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a model's folder.
 

@@ -39,6 +39,14 @@ class PanguModel(GPTModel):
         if keys is not None and not isinstance(keys, torch.Tensor):
             keys.hidden = kwargs["hidden_states"]
             return self.row_logits(keys.hidden, keys.rows)
+        depths = self.config.mtp_num_layers
+        if depths and kwargs.get("labels") is None and not kwargs.get("mtp_in_postprocess"):
+            # Logits alone: the engine would copy the labels of multi-token prediction all the same.
+            self.config.mtp_num_layers = None
+            try:
+                return super()._postprocess(*args, **kwargs)
+            finally:
+                self.config.mtp_num_layers = depths
         mask = kwargs.get("loss_mask")
         self._mtp_masks = []
         if self.training and mask is not None:

@@ -8,16 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 from compression.test_prune_experts import KINDS, load_ours, logits, rows_of
-from compression.tiny import TEXT, compress, saved
-from gloo import leave
+from compression.tiny import TEXT, byte_tokenizer, compress, saved
+from gloo import leave, single
+from inference.tiny_models import TINY, build
 from serving.tiny_server import client, serving
 
+from configs.compose import load
 from configs.violation import ConfigError
 from pangu.checkpoint.tensor_files import Safetensors
+from pangu.data.tokenizer import load_tokenizer
 from pangu.generate import Options, stream
 from pangu.serve import Options as Served
 from pangu.serve import _server
 from pangu.task_experts import TaskChoice, opened
+from pangu.weights.model_folder import write
 
 OTHER = "0123456789 " * 400
 
@@ -176,3 +180,26 @@ def test_a_file_cut_short_is_refused(qwen, tmp_path):
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ConfigError, match="bytes"):
         generated(qwen, checkpoint=str(tmp_path / "ours"), patterns=str(qwen / "store"))
+
+
+def test_layers_of_multi_token_prediction_are_pruned_by_their_own_routers(tmp_path):
+    """And judged without them: logits need no labels."""
+    options = ["model.vocab_size=272", "model.mtp_num_layers=1", "moe.expert_bias=true"]
+    model = build(*options)
+    (tmp_path / "from").mkdir()
+    byte_tokenizer(tmp_path / "from")
+    load_tokenizer(tmp_path / "from" / "tokenizer.json").save(tmp_path / "from" / "tokenizer")
+    tensors = ((n, t) for n, t in model.state_dict().items() if torch.is_tensor(t))
+    write(tmp_path / "ours", load([*TINY, *options]), tensors, made_of=tmp_path / "from")
+    (tmp_path / "text").write_text(TEXT)
+    words = ["prune-experts", tmp_path / "ours", "--task", tmp_path / "text", "--tokens", 256]
+    words += ["--out", tmp_path / "half", "--store", tmp_path / "store", "--backend", "cpu"]
+    assert compress(words) == 0
+    with opened(tmp_path / "ours", "cpu", TaskChoice(tmp_path / "store")) as (trained, experts):
+        experts.hold("text")
+        found = trained.model.state_dict()
+    single()
+    expected = load_ours(tmp_path / "half").state_dict()
+    assert sum(".mtp." in f".{name}" and ".experts." in name for name in expected) == 2
+    for name, tensor in expected.items():
+        assert not torch.is_tensor(tensor) or torch.equal(tensor, found[name]), name
