@@ -30,12 +30,12 @@ _KEYS: dict[Kind, str] = {
         model.add_attention_output_bias model.qk_layernorm model.position_embedding
         model.activation model.add_mlp_bias model.normalization model.tie_embeddings
         model.num_experts model.moe_ffn_hidden_size model.shared_expert_ffn_hidden_size
-        model.num_dense_layers model.mtp_num_layers model.sandwich_norm model.patched_layers
-        model.key_rounding
+        model.num_dense_layers model.mtp_num_layers model.leap_heads model.sandwich_norm
+        model.patched_layers model.key_rounding
         moe.router_scale moe.expert_bias
     """,
     "function": """
-        model.rotary_base model.norm_epsilon model.activation_bits model.kv_bits
+        model.rotary_base model.norm_epsilon model.activation_bits model.kv_bits model.leap_stride
         moe.router moe.top_k moe.num_expert_groups moe.topk_group moe.score_function
         moe.softmax_after_top_k moe.renormalize moe.scaling_factor
     """,
@@ -47,7 +47,7 @@ _KEYS: dict[Kind, str] = {
         optimizer.* moe.expert_bias_update_rate moe.aux_loss_scope moe.aux_loss_coefficient
         moe.z_loss_coefficient moe.dispatch_dtype moe.combine_dtype
         model.mtp_loss_scaling_factor backend.precision train.steps
-        train.micro_batch_size train.global_batch_size train.seq_length
+        train.micro_batch_size train.global_batch_size train.seq_length train.leap_heads_only
     """,
     "free": """
         model.name model.init model.init_std model.sandwich_attention_gain model.sandwich_mlp_gain
@@ -65,6 +65,7 @@ ALLOWABLE = (*(key for key, kind in KINDS.items() if kind == "function"), "data.
 _APPLIES: dict[str, Callable[[Config], bool]] = {
     "moe": lambda config: config.model.num_experts > 0,
     "model.max_position_embeddings": lambda config: config.model.position_embedding == "learned",
+    "model.leap_stride": lambda config: config.model.leap_heads > 0,
     "model.rotary_base": lambda config: config.model.position_embedding == "rope",
 }
 _LONGEST = 60  # characters of a value that are shown
@@ -102,13 +103,24 @@ def kind_of(key: str) -> Kind:
 def changes(then: Config, now: Config) -> list[Change]:
     """What the run that wrote a checkpoint did differently, `free` keys left out."""
     before = dict(leaves(then))
+    begun = then.model.leap_heads == 0  # heads begin as copies of the model's own
     return [
-        Change(key, kind, before[key], value)
+        Change(key, "schedule" if begun and key == "model.leap_heads" else kind, before[key], value)
         for key, value in leaves(now)
         if (kind := kind_of(key)) != "free"
+        and not (begun and key == "model.leap_stride")
         and before[key] != value
         and (_applies(key, then) or _applies(key, now))
     ]
+
+
+def begins_stage(then: Config, now: Config) -> bool:
+    """Whether other weights are trained than before: L-MTP's heads where there were none, or
+    alone, or no longer alone. The optimizer then starts from nothing."""
+    return (then.model.leap_heads, then.train.leap_heads_only) != (
+        now.model.leap_heads,
+        now.train.leap_heads_only,
+    )
 
 
 def refused(found: list[Change], allowed: list[str], checkpoint: str) -> list[Violation]:

@@ -69,7 +69,12 @@ class ModelConfig:
     shared_expert_ffn_hidden_size: Width = 0  # one ungated MLP beside the routed experts; 0 = none
     num_dense_layers: Layers = 0  # leading layers with a dense MLP
     mtp_num_layers: Layers = 0  # multi-token prediction depth
-    # Weight of multi-token prediction's loss, the mean of its depths, beside the main loss.
+    # L-MTP: so many heads, the model's own among them (0: it alone); head i (from 0) predicts the
+    # token leap_stride * i + 1 positions on.
+    leap_heads: Layers = 0
+    leap_stride: Annotated[int, Limits(1, 64)] = 2
+    # Weight of the loss of multi-token prediction, the mean of its depths, or of leap heads, beside
+    # the main loss.
     mtp_loss_scaling_factor: Scale = 0.1
 
     # Layers, from 0, whose input passes a bias-free linear `[hidden, hidden]` first: where layers
@@ -279,6 +284,8 @@ class TrainConfig:
     micro_batch_size: Count = 1
     global_batch_size: Count = 8
     seq_length: Count = 256
+    # L-MTP's first stage: leap heads are trained, and every other weight keeps its bits.
+    leap_heads_only: bool = False
     validate_every: Amount = 50
     validation_batches: Amount = 8  # global batches
     log_every: Count = 1

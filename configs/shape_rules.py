@@ -48,6 +48,25 @@ def patches(config: Config) -> Iterator[Problem]:
         yield Problem("patched layers", key, model.patched_layers, reason, {key: [wanted]})
 
 
+def leap_heads(config: Config) -> Iterator[Problem]:
+    """L-MTP's heads, the model's own among them."""
+    model, key = config.model, "model.leap_heads"
+    if model.leap_heads == 1:
+        reason = "one head is the model's own: there is none to leap"
+        yield Problem("leap heads", key, 1, reason, {key: [0, 2]})
+    if model.leap_heads and model.mtp_num_layers:
+        reason = "leap heads and layers of multi-token prediction do the same: a model has either"
+        yield Problem("two predictors", key, model.leap_heads, reason, {key: [0]})
+    farthest = model.leap_stride * (model.leap_heads - 1)
+    if model.leap_heads > 1 and farthest >= config.train.seq_length:
+        reason = f"the last head leaps {farthest} tokens, over all of a sequence"
+        options = {"train.seq_length": [farthest + 1], "model.leap_stride": [1]}
+        yield Problem("leap", "model.leap_stride", model.leap_stride, reason, options)
+    if config.train.leap_heads_only and not model.leap_heads:
+        key, reason = "train.leap_heads_only", "the model has no leap heads to train"
+        yield Problem("leap stage", key, True, reason, {key: [False], "model.leap_heads": [4]})
+
+
 def experts(config: Config) -> Iterator[Problem]:
     model, moe = config.model, config.moe
     dense = model.num_layers if not model.num_experts else model.num_dense_layers

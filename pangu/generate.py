@@ -40,7 +40,7 @@ USAGE = """usage: python -m pangu.generate checkpoint=DIR [prompt=TEXT] [key=val
   stop                a text to end before
   speculative         none | ngram | draft | mtp: guesses of the next tokens, for one pass, by
                       what followed the same tokens before, by a smaller model, or by the model's
-                      own layers of multi-token prediction; the text is the same
+                      own leap heads or layers of multi-token prediction; the text is the same
   speculative.tokens  4; guesses at a time
   draft               the smaller model's folder; it has the same tokenizer
   patterns            a store of python -m pangu.compress prune-experts: only the experts that

@@ -124,7 +124,8 @@ def load_for_inference(config: Config, folder: Path) -> tuple[GPTModel, Tokenize
 
 def add_drafter(engine: Engine, kind: str, tokens: int, draft: str) -> None:
     """Let `engine` decode with guesses of `tokens` tokens: kind "none", "ngram", "draft" for those
-    of the model in the folder `draft`, or "mtp" for those of the model's own layers. Collective.
+    of the model in the folder `draft`, or "mtp" for those of the model's own leap heads or
+    layers. Collective.
 
     Raises:
         ConfigError: there is no model in `draft`, it has other tokens, or there are no such layers.
@@ -135,7 +136,7 @@ def add_drafter(engine: Engine, kind: str, tokens: int, draft: str) -> None:
         return
     if kind == "mtp":
         try:
-            engine.draft_with_own_layers()
+            engine.draft_by_itself()
         except ValueError as error:
             raise ConfigError([Violation("speculative", kind, str(error))]) from None
         engine.draft_tokens = min(tokens, engine.draft_tokens)

@@ -22,6 +22,7 @@ from simulator.parameters import (
     LayerKind,
     LayerParameters,
     layer_parameters,
+    leap_head_parameters,
     mtp_extra,
     mtp_kind,
     norm_parameters,
@@ -115,6 +116,7 @@ def stage_parameters(s: Shapes, contents: list[StageContent]) -> StageParameters
     own_head = head * (elsewhere if model.tie_embeddings else 1)
     ends = ends + (own_head + mtp * elsewhere) * table
     ends = ends + head * norm_parameters(model, model.hidden_size)
+    ends = ends + head * leap_head_parameters(model, layout.tp)
     several = (layout.pp > 1) & bool(model.tie_embeddings or model.mtp_num_layers)
     copies = embedding + mtp + head * bool(model.tie_embeddings)
     copied = np.where(several, np.minimum(copies, 1), 0) * table

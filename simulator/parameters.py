@@ -195,6 +195,13 @@ def mtp_extra(model: ModelConfig, tp: Array = 1) -> Array:
     return mtp_projection(model).parameters(tp) + 3 * norm_parameters(model, model.hidden_size)
 
 
+def leap_head_parameters(model: ModelConfig, tp: Array = 1) -> Array:
+    """What the leap heads beside the model's own hold on one rank: a square matrix with a bias,
+    whole, and a head, cut over the vocabulary."""
+    hidden, heads = model.hidden_size, max(0, model.leap_heads - 1)
+    return heads * (hidden * hidden + hidden + hidden * model.vocab_size / np.asarray(tp))
+
+
 def patch_linear(model: ModelConfig) -> Linear:
     """What leads the residual stream over pruned layers (`model.patched_layers`)."""
     return Linear("layer_patch", model.hidden_size, model.hidden_size, "replicated")
@@ -206,7 +213,7 @@ class ParameterCount:
 
     As published counts do, `total` and `active` count every vocabulary table of the model (one
     where embeddings are tied) and leave multi-token prediction out; `mtp` is reported apart and
-    `allocated` is what a trainer holds.
+    `allocated` is what a trainer holds. Leap heads beside the model's own count as `mtp`.
     """
 
     parts: dict[str, int]
@@ -253,6 +260,7 @@ def count_parameters(config: Config) -> ParameterCount:
     if model.mtp_num_layers:
         layer = layer_parameters(model, moe, mtp_kind(model))
         mtp = model.mtp_num_layers * int(layer.total + mtp_extra(model))
+    mtp += int(leap_head_parameters(model))
     return ParameterCount(parts, active, mtp)
 
 
@@ -289,6 +297,8 @@ def model_flops_per_token(
         if layers:
             matrices = float(matmul_parameters_per_token(model, moe, kind))
             total += layers * (6.0 * matrices + attention)
+    if mtp and model.leap_heads:
+        total += 6.0 * (model.leap_heads - 1) * (head + model.hidden_size**2)
     if mtp and model.mtp_num_layers:
         matrices = float(matmul_parameters_per_token(model, moe, mtp_kind(model)))
         matrices += float(mtp_projection(model).matrix() + head)

@@ -31,10 +31,13 @@ from pangu.engines.ranks import from_rank_0
 from pangu.engines.state_parts import MAIN, MOMENTS, Part
 
 Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
+_Put: TypeAlias = Callable[[torch.Tensor, torch.Tensor], None]  # into a weight, of a whole tensor
 OPTIMIZER_PREFIX = "optimizer."
 _RANDOM = "random_state"
 # Layers under their own names, not stacked: dense and MoE layers differ, and so do messages.
 _METADATA = {"non_homogeneous_layers": True}
+_LEAP = "leap_heads."
+_HEADS = ("output_layer.weight", "embedding.word_embeddings.weight")  # the latter where tied
 
 
 class CheckpointMismatch(Exception):
@@ -73,8 +76,11 @@ def to_save(chunks: Sequence[Any], everything: list[Part]) -> dict[str, Any]:
     return state
 
 
-def load(path: Path, chunks: Sequence[Any], everything: list[Part] | None) -> None:
-    """Fill weights and, unless `everything` is None, main copies and moments.
+def load(
+    path: Path, chunks: Sequence[Any], everything: list[Part] | None, *, moments: bool = True
+) -> None:
+    """Fill weights and, unless `everything` is None, main copies and, if wanted, `moments`. Leap
+    heads of which the checkpoint has none begin as copies of the model's own.
 
     One kind of tensor at a time: whole copies in main memory are as large as this rank's model
     in float32.
@@ -86,13 +92,18 @@ def load(path: Path, chunks: Sequence[Any], everything: list[Part] | None) -> No
     """
     entries = model_entries(chunks)
     by_parameter = {part.parameter: part for part in everything or []}
-    moments: dict[str, dict[str, Sharded]] = {}
+    wanted: dict[str, dict[str, Sharded]] = {}
     if everything is not None:
         _check_every_parameter_has_a_part(chunks, by_parameter)
         trained = {n: e for n, e in entries.items() if e.data in by_parameter}
         # A model without a training run behind it: AdamW starts from zero moments.
-        moments = {} if model_files.holds_model(path) else dict.fromkeys(MOMENTS, trained)
-    account(path, entries, moments, weights_only=everything is None)
+        moments = moments and not model_files.holds_model(path)
+        wanted = dict.fromkeys(MOMENTS, trained) if moments else {}
+    begun: dict[str, Sharded] = {}
+    if not any(key.startswith(_LEAP) for key in from_rank_0(lambda: _saved_shapes(path))):
+        begun = {name: entry for name, entry in entries.items() if _is_leap_head(entry)}
+        entries = {name: entry for name, entry in entries.items() if name not in begun}
+    account(path, entries, wanted, weights_only=everything is None or not moments)
 
     def put_weight(target: torch.Tensor, whole: torch.Tensor) -> None:
         with torch.no_grad():
@@ -101,7 +112,8 @@ def load(path: Path, chunks: Sequence[Any], everything: list[Part] | None) -> No
             by_parameter[target].put(MAIN, whole)  # type: ignore[index]
 
     _load_into(path, entries, "", put_weight)
-    for moment, trained in moments.items():
+    _copy_head(path, begun, put_weight)
+    for moment, trained in wanted.items():
 
         def put_moment(target: torch.Tensor, whole: torch.Tensor, moment: str = moment) -> None:
             by_parameter[target].put(moment, whole)  # type: ignore[index]
@@ -130,6 +142,29 @@ def load_rows(
     for name, whole in model_files.read(rows, chosen):
         with torch.no_grad():
             entries[name].data.copy_(whole)
+
+
+def _is_leap_head(entry: Sharded) -> bool:
+    return bool(entry.key.startswith(_LEAP))
+
+
+def _copy_head(path: Path, entries: dict[str, Sharded], put: _Put) -> None:
+    """Fill the outputs of leap heads with the model's own head. Collective."""
+    outputs = [e for e in entries.values() if e.key.endswith(".output_layer.weight")]
+    here: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(here, bool(outputs))
+    if not any(here):
+        return
+    saved = from_rank_0(lambda: _saved_shapes(path))
+    head = next(key for key in _HEADS if key in saved)
+
+    def put_all(target: torch.Tensor, whole: torch.Tensor) -> None:
+        for entry in outputs:
+            put(entry.data, whole)
+
+    # Read once for all of them: no element may be asked for twice.
+    wanted = {"head": replace(outputs[0], key=head)} if outputs else {}
+    _load_into(path, wanted, "", put_all)
 
 
 def load_random_states(path: Path) -> None:
@@ -251,7 +286,7 @@ def _load_into(
     path: Path,
     entries: dict[str, Sharded],
     prefix: str,
-    put: Callable[[torch.Tensor, torch.Tensor], None],
+    put: _Put,
 ) -> None:
     def empty(tensor: torch.Tensor) -> torch.Tensor:
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from configs.change_rules import changes, refused
+from configs.change_rules import begins_stage, changes, refused
 from configs.compose import read_file
 from configs.schema import Config
 from configs.violation import ConfigError, Violation
@@ -312,13 +312,15 @@ def restore(config: Config, found: Found, engine: Engine) -> Found:
     everything = engine.state_parts()
     state_parts.initialize(everything)
 
+    anew = begins_stage(read_config(found.path), config)
+
     def fill(source: Found) -> None:
-        contents.load(source.path, engine.chunks, everything)
+        contents.load(source.path, engine.chunks, everything, moments=not anew)
         saved = read_config(source.path)
         same_size = source.manifest.world_size == dist.get_world_size()
         if same_size and saved.parallel == config.parallel:
             contents.load_random_states(source.path)
 
     loaded = _load(found, fill, "checkpoint.resume")
-    state_parts.set_optimizer_step(everything, loaded.manifest.optimizer_step)
+    state_parts.set_optimizer_step(everything, 0 if anew else loaded.manifest.optimizer_step)
     return loaded

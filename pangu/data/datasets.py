@@ -32,7 +32,8 @@ from pangu.data.tokenizer import INFO_FILE, NumberTokenizer, Tokenizer, load_tok
 from pangu.processes import die_with_parent
 
 _VALIDATION_SEED = 0  # the same held-out sequences whatever the run's seed
-_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "document_ids")
+_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+_DOCUMENTS = ("document_ids", "documents")  # where they are wanted
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,7 @@ def _build(
         create_attention_mask=False,  # the attention makes its own from document_ids
         index_dir=str(Path(config.data.cache_dir) / "index"),
         vocab_size=config.model.vocab_size,
+        documents=config.model.leap_heads > 0,
     )
     return BlendBuilder(SequenceDataset, sizes, lambda: True, dataset_config).build()[split]
 
@@ -214,7 +216,8 @@ def batches(
     """Micro-batches of one data-parallel replica, from `consumed_sequences` to the end.
 
     Yields CPU tensors `[batch, seq]`: `tokens`, `labels`, `position_ids` int64, `loss_mask`
-    float32 and, with `data.reset_attention_mask`, `document_ids` int32.
+    float32; with `data.reset_attention_mask`, `document_ids` int32; of a corpus and with leap
+    heads, `documents` `[batch, seq + 1]` int32.
 
     Raises:
         DataError: when the data hold a token outside the model's vocabulary.
@@ -230,7 +233,7 @@ def batches(
         batch_sampler=positions,
         num_workers=config.data.num_workers,
         worker_init_fn=_begin_worker,
-        collate_fn=_Collate(config.data.reset_attention_mask),
+        collate_fn=_collate,
         # else the loader draws from the global state, which a checkpoint must find untouched
         generator=torch.Generator(),
     )
@@ -265,13 +268,9 @@ def _end_when_told_by(parent: int) -> None:
     os._exit(0)
 
 
-@dataclass(frozen=True)
-class _Collate:
-    document_ids: bool
-
-    def __call__(self, samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        keys = _KEYS if self.document_ids else _KEYS[:-1]
-        return {key: torch.stack([sample[key] for sample in samples]) for key in keys}
+def _collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    keys = (*_KEYS, *(key for key in _DOCUMENTS if key in samples[0]))
+    return {key: torch.stack([sample[key] for sample in samples]) for key in keys}
 
 
 def sequences_held(dataset: Any, seq_length: int) -> int | None:

@@ -20,6 +20,7 @@ class SequenceConfig(GPTDatasetConfig):
 
     index_dir: str = ""
     vocab_size: int = 0  # of the model
+    documents: bool = False  # whether samples say which document each token belongs to
 
 
 class SequenceDataset(GPTDataset):
@@ -31,7 +32,8 @@ class SequenceDataset(GPTDataset):
     by path only, and trusted when half written; these follow the corpus' size and age.
 
     With `reset_attention_mask`, samples carry `document_ids` `[seq]` int32: positions attend to
-    each other only where these are equal. The end-of-document token belongs to its document.
+    each other only where these are equal. The end-of-document token belongs to its document. With
+    `documents`, samples carry them under this name, `[seq + 1]`, with that of the last label.
     """
 
     config: SequenceConfig
@@ -41,9 +43,12 @@ class SequenceDataset(GPTDataset):
 
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
         sample = super().__getitem__(idx)
+        ends = sample["tokens"] == self.config.tokenizer.eod
+        documents = torch.nn.functional.pad(ends.cumsum(0), (1, 0)).to(torch.int32)
         if self.config.reset_attention_mask:
-            ends = sample["tokens"] == self.config.tokenizer.eod
-            sample["document_ids"] = (ends.cumsum(0) - ends.long()).to(torch.int32)
+            sample["document_ids"] = documents[:-1]
+        if self.config.documents:
+            sample["documents"] = documents
         return sample
 
     def text(self, index: int) -> np.ndarray:

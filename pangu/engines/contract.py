@@ -26,8 +26,9 @@ class StepShape:
 @dataclass(frozen=True)
 class StepResult:
     """What a step did. `loss` is the mean cross-entropy per token in nats, over the global batch;
-    `mtp_loss` that of multi-token prediction, the mean of its depths, None without; `grad_norm` is
-    the norm before clipping; a skipped step changed nothing."""
+    `mtp_loss` that of multi-token prediction, the mean of its depths or of further leap heads,
+    None without; `grad_norm` is the norm before clipping; a skipped step changed
+    nothing."""
 
     loss: float
     grad_norm: float

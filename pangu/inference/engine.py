@@ -20,6 +20,7 @@ from pangu.inference import batching
 from pangu.inference.batching import Request, Scheduler, Work
 from pangu.inference.cache import CachedPass, KeyValues, PagePool, Segment
 from pangu.inference.forward import Forward, of_rank_0
+from pangu.inference.leap_drafts import LeapDrafter
 from pangu.inference.speculative import Draft, Drafter, MtpDrafter, verified
 from pangu.inference.text import StoppedText
 
@@ -136,15 +137,22 @@ class Engine:
             self._texts[number] = StoppedText(self.tokenizer, request.stop)
         return number
 
-    def draft_with_own_layers(self) -> None:
-        """Let the model's layers of multi-token prediction guess.
+    def draft_by_itself(self) -> None:
+        """Let the model's leap heads guess, or its layers of multi-token prediction.
 
         Raises:
-            ValueError: it has none, or ranks have parts of sequences.
+            ValueError: it has neither, or ranks have parts of sequences.
         """
+        if self._forward.leaps[0]:
+            drafter = LeapDrafter(self._forward, self._vocab_size)
+            self.drafter, self.draft_tokens = drafter, drafter.most
+            return
         depths = self._forward.depths
         if not depths:
-            raise ValueError("the model has no layers of multi-token prediction that could guess")
+            raise ValueError(
+                "the model has no layers of multi-token prediction and no leap heads that could "
+                "guess"
+            )
         self.drafter = MtpDrafter(self._forward, self._store, self.scheduler, self._vocab_size)
         self.draft_tokens = depths
 

@@ -56,6 +56,20 @@ class Forward:
             return self._model(ids, positions[None], cached)
 
     @property
+    def leaps(self) -> tuple[int, int]:
+        """Heads that predict further, the model's own among them, and their stride; (0, 1) for
+        none, or where a rank has a part of the sequence."""
+        heads = getattr(self._model, "leap_heads", None)
+        if heads is None or self._multiple > 1:
+            return 0, 1
+        return len(heads) + 1, self._model.config.model.leap_stride
+
+    def leap(self, head: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states `[r, 1, H]` → logits `[r, vocab]` of leap head `head` (from 1)."""
+        with torch.no_grad():
+            return self._model.leap_logits(head, hidden)
+
+    @property
     def depths(self) -> int:
         """Layers of multi-token prediction that can guess: none where a rank has a part of the
         sequence."""

@@ -140,7 +140,7 @@ class ModelDrafter(Drafter):
         page_size = self._scheduler.pool.page_size
         cached = CachedPass(self._store, page_size, segments, ends.tolist())
         logits = self._forward([token for part in fed for token in part], cached)
-        _guess(drafts, logits[:, : self._vocab_size])
+        guess(drafts, logits[:, : self._vocab_size])
 
 
 class MtpDrafter(Drafter):
@@ -197,13 +197,13 @@ class MtpDrafter(Drafter):
                 first = segment.start + depth
                 tokens += text[first : first + segment.count]
             hidden, logits = self._forward.predict_further(depth, hidden, tokens, cached)
-            _guess(found, logits[:, : self._vocab_size])
+            guess(found, logits[:, : self._vocab_size])
         for sequence, draft in found.items():
             del draft.tokens[counts[sequence] :], draft.chances[counts[sequence] :]
         return found
 
 
-def _guess(drafts: dict[Sequence, Draft], logits: torch.Tensor) -> None:
+def guess(drafts: dict[Sequence, Draft], logits: torch.Tensor) -> None:
     """One more guess for each, as its request has it drawn; logits `[drafts, vocab]`."""
     guesses = []
     for (sequence, draft), row in zip(drafts.items(), logits.cpu(), strict=True):

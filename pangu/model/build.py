@@ -9,30 +9,48 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.mlp import MLP
-from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank, roll_tensor
+from megatron.core.transformer.multi_token_prediction import (
+    MTPLossAutoScaler,
+    mtp_on_this_rank,
+    roll_tensor,
+)
 
 from configs.schema import Config
 from pangu import backends
 from pangu.model.init import initialize
 from pangu.model.layer_spec import block_spec, mtp_spec
+from pangu.model.leap_heads import LeapHeads, LeapTargets, leap_losses
 from pangu.model.transformer_config import PanguTransformerConfig, transformer_config
 from pangu.ops.cross_entropy import cross_entropy
 
 
 class PanguModel(GPTModel):
-    """megatron-core's GPT model, with a cross-entropy of its own where the vocabulary is whole.
+    """megatron-core's GPT model, with a cross-entropy of its own where the vocabulary is whole, and
+    leap heads beside its head.
 
-    `mtp_sums` `[depths]`: what each depth of multi-token prediction has lost since it was last
-    zeroed, in nats, over this rank's tokens that have a label so far ahead.
+    `mtp_sums` `[depths]`: what each depth of multi-token prediction, or each leap head, has lost
+    since it was last zeroed, in nats, over this rank's tokens that have a label so far ahead.
     """
 
     config: PanguTransformerConfig
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        depths = self.config.mtp_num_layers or 0
+        self.leap_heads: LeapHeads | None = None
+        heads = self.config.model.leap_heads if self.config.model else 0
+        if heads and self.post_process:
+            self.leap_heads = LeapHeads(self.config, heads, self.vocab_size)
+        self._leap_targets: LeapTargets | None = None  # of the call under way
+        depths = self.config.mtp_num_layers or max(0, heads - 1)
         self.mtp_sums = torch.zeros(depths, dtype=torch.float64, device=backends.current().device)
         self._mtp_masks: list[torch.Tensor] = []  # of the call under way, one per depth
+
+    def forward(
+        self, *args: Any, leap_targets: LeapTargets | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """As the engine's; `leap_targets` are those of the heads beside the model's own."""
+        self._leap_targets = leap_targets
+        return super().forward(*args, **kwargs)
 
     def _postprocess(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         keys = kwargs.get("attention_mask")
@@ -49,11 +67,35 @@ class PanguModel(GPTModel):
                 self.config.mtp_num_layers = depths
         mask = kwargs.get("loss_mask")
         self._mtp_masks = []
-        if self.training and mask is not None:
+        if self.training and mask is not None and self.config.mtp_num_layers:
             for _ in self.mtp_sums:
                 mask, _ = roll_tensor(mask, shifts=-1, dims=-1, cp_group=self.cp_group)
                 self._mtp_masks.append(mask)
-        return super()._postprocess(*args, **kwargs)
+        output = super()._postprocess(*args, **kwargs)
+        if self.leap_heads is None or self._leap_targets is None or not self.training:
+            return output
+        return self._with_leap_losses(output, kwargs["hidden_states"], self._leap_targets)
+
+    def _with_leap_losses(
+        self, output: torch.Tensor, hidden: torch.Tensor, targets: LeapTargets
+    ) -> torch.Tensor:
+        """The model's losses `[batch, seq]` as they are; the heads' exist in the backward alone.
+        Each head's becomes a mean over its own labels, and all of them a mean over heads."""
+        assert self.leap_heads is not None
+        losses = leap_losses(self.leap_heads, hidden, targets, self.compute_language_model_loss)
+        self.mtp_sums += torch.stack([each.detach().sum() for each in losses]).double()
+        weight = self.config.mtp_loss_scaling_factor / len(losses)
+        step = self.config.step
+        for number, each in enumerate(losses):
+            factor = 1.0 if step is None else step.mtp_factors[number].to(each.dtype)
+            output = MTPLossAutoScaler.apply(output, each * weight * factor)
+        return output
+
+    def leap_logits(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states `[r, 1, H]` → logits `[r, vocab]` of leap head `number` (from 1), whole on
+        every rank."""
+        assert self.leap_heads is not None
+        return self.leap_heads[number - 1](hidden, gather=True)[:, 0]
 
     def row_logits(self, hidden_states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Hidden states `[s, 1, H]` → logits `[r, vocab]`, whole on every rank, of some tokens."""
@@ -99,6 +141,10 @@ def build_model(config: Config) -> tuple[list[GPTModel], PanguTransformerConfig]
     stages: list[int | None] = [None] if virtual is None else list(range(virtual))
     chunks = [_build_chunk(config, settings, stage) for stage in stages]
     initialize(chunks, config.model, config.seed)
+    if config.train.leap_heads_only:
+        for chunk in chunks:
+            for name, parameter in chunk.named_parameters():
+                parameter.requires_grad_(name.startswith("leap_heads."))
     return chunks, settings
 
 

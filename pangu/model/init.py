@@ -19,6 +19,8 @@ from megatron.core.transformer.module import MegatronModule
 from configs.schema import ModelConfig
 
 IDENTITIES = ("layer_patch.weight",)  # a patch that does nothing yet
+ZEROS = ("leap_weight",)  # a leap head that says what the model's head says
+_LEAP_OUTPUT = re.compile(r"leap_heads\.\d+\.(output_layer\.weight)")
 # The residual branches' last matrices, scaled down with depth in the "normal" scheme.
 OUTPUTS = ("linear_proj.weight", "linear_fc2.weight", "experts.w2")
 
@@ -34,11 +36,18 @@ def initialize(chunks: list[MegatronModule], model: ModelConfig, seed: int) -> N
             if name.endswith(IDENTITIES):
                 torch.nn.init.eye_(parameter)
                 continue
-            _fill(parameter, global_name(chunk, name), standard_deviation(name, model), seed)
+            if name.endswith(ZEROS):
+                torch.nn.init.zeros_(parameter)
+                continue
+            name = global_name(chunk, name)
+            _fill(parameter, name, standard_deviation(name, model), seed)
 
 
 def global_name(chunk: MegatronModule, name: str) -> str:
-    """A parameter's name with its layer counted over the whole model."""
+    """A parameter's name with its layer counted over the whole model; copies have the name of what
+    they copy."""
+    if match := _LEAP_OUTPUT.fullmatch(name):
+        name = match[1]
     if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"  # the last stage's copy of a tied embedding
     match = re.match(r"(.*decoder\.layers\.)(\d+)(\..*)", name)

@@ -32,9 +32,14 @@ def transformer_config(config: Config) -> PanguTransformerConfig:
     model = config.model
     dtype = backends.torch_dtype(config.backend.precision)
     heads = model.num_attention_heads
+    moe = config.moe
+    if model.num_experts:
+        moe = replace(moe, dispatcher=resolved(config))
+    if config.train.leap_heads_only:  # the balancing bias keeps its bits too
+        moe = replace(moe, expert_bias_update_rate=0.0)
     return PanguTransformerConfig(
         model=model,
-        moe=replace(config.moe, dispatcher=resolved(config)) if model.num_experts else config.moe,
+        moe=moe,
         activation_bits=model.activation_bits,
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,

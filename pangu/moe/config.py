@@ -16,7 +16,8 @@ class StepTokens:
     micro-batch: float32 on the device, so that the host need not wait.
 
     `trained` `[]` counts the tokens of the main loss, by which the engine divides every gradient;
-    `mtp` `[depths]` those that each depth of multi-token prediction has a label for.
+    `mtp` `[depths]` those that each depth of multi-token prediction, or each leap head beside the
+    model's own, has a label for.
     """
 
     trained: torch.Tensor

@@ -10,7 +10,7 @@ from simulator.counts.mlp import dense_mlp
 from simulator.counts.moe import moe
 from simulator.counts.records import Counts, Saved, Shapes, matmul
 from simulator.counts.vocabulary import embedding, head, mtp_entrance
-from simulator.parameters import LayerKind, mtp_kind, patch_linear
+from simulator.parameters import LayerKind, Linear, mtp_kind, patch_linear
 
 
 def layer(s: Shapes, kind: LayerKind, load: Array = 1.0) -> Counts:
@@ -38,7 +38,7 @@ def _side_by_side(counts: Counts) -> Counts:
 @dataclass(frozen=True)
 class Blocks:
     """What stages are made of. `mtp` are all multi-token-prediction modules; `head` includes their
-    use of the output projection."""
+    use of the output projection, and the leap heads."""
 
     dense: Counts | None
     moe: Counts | None
@@ -59,6 +59,17 @@ def layer_patch(s: Shapes) -> Counts:
     )
 
 
+def leap_step(s: Shapes) -> Counts:
+    """A leap head's square matrix, which every tensor-parallel rank has all of."""
+    hidden = s.model.hidden_size
+    linear = Linear("leap_head", hidden, hidden, "replicated")
+    return Counts(
+        operators=matmul(s, linear, s.shard, 1),
+        saved=[Saved("leap_head output", 2 * s.shard * hidden * s.element)],
+        matrices={linear.name: linear.matrix()},
+    )
+
+
 def blocks(s: Shapes, load: Array = 1.0) -> Blocks:
     model = s.model
     dense = moe_layer = None
@@ -74,5 +85,7 @@ def blocks(s: Shapes, load: Array = 1.0) -> Blocks:
         module = mtp_entrance(s) + inside
         mtp = module if mtp is None else mtp + module
         end = end + head(s)
+    for _ in range(1, model.leap_heads):
+        end = end + leap_step(s) + head(s)
     patch = layer_patch(s) if model.patched_layers else None
     return Blocks(dense, moe_layer, embedding(s), mtp, end, patch)

@@ -25,7 +25,7 @@ def make(model, draft=None, tokens=4, **settings):
     if draft == "ngram":
         engine.drafter = NgramDrafter(shortest=1)
     elif draft == "mtp":
-        engine.draft_with_own_layers()
+        engine.draft_by_itself()
     elif draft is not None:
         engine.drafter = ModelDrafter(draft, engine.scheduler, 64)
     return engine

@@ -19,6 +19,11 @@ LAYOUTS = {
     "tensor": ["parallel.tensor_model_parallel_size=2"],
     "pipeline": ["parallel.pipeline_model_parallel_size=2"],
     "patched": ["model.patched_layers=[0,3]", "parallel.pipeline_model_parallel_size=2"],
+    "leap heads": [
+        "parallel.pipeline_model_parallel_size=2",
+        "model.mtp_num_layers=0",
+        "model.leap_heads=3",
+    ],
     "tied": ["parallel.pipeline_model_parallel_size=2", "model.tie_embeddings=true"],
 }
 

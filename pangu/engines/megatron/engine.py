@@ -58,7 +58,7 @@ class MegatronEngine:
         self.optimizer.zero_grad()
         settings = get_model_config(self.chunks[0])
         micro_batches = list(islice(batches, shape.num_microbatches))
-        settings.step = count_tokens(micro_batches, settings.mtp_num_layers or 0)
+        settings.step = count_tokens(micro_batches, settings)
         total = run_schedule(self.chunks, micro_batches, shape)
         loss = total[0] / total[1]
         ahead = mtp_loss(self.chunks, settings.step)

@@ -11,11 +11,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import unwrap_model
+from megatron.core.utils import get_model_config, unwrap_model
 
 from pangu import backends
 from pangu.engines.contract import Batch, StepShape
 from pangu.engines.megatron.process_groups import sum_over_losses
+from pangu.model.leap_heads import LeapTargets, leap_targets
+from pangu.model.transformer_config import PanguTransformerConfig
 from pangu.moe.config import StepTokens
 
 
@@ -54,19 +56,24 @@ def forward_step(
     """megatron-core's hook: the model's output for the next micro-batch, and its loss function."""
     batch = {name: tensor.to(backends.current().device) for name, tensor in next(batches).items()}
     document_ids = batch.pop("document_ids", None)  # all positions, on every context rank
+    further = _leap_targets(batch, get_model_config(model))
+    batch.pop("documents", None)
     batch = split_sequence(batch)
+    if further is not None:
+        further = LeapTargets(**split_sequence(further._asdict()))
     output = model(
         batch["tokens"],
         batch["position_ids"],
         document_ids,
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
+        leap_targets=further,
     )
     return output, partial(token_loss, batch["loss_mask"])
 
 
 def split_sequence(batch: Batch) -> Batch:
-    """This context-parallel rank's part of `[batch, seq]` tensors: chunks r and 2 * size - 1 - r
+    """This context-parallel rank's part of `[batch, seq, …]` tensors: chunks r and 2 * size - 1 - r
     of 2 * size, so that every rank sees as many early as late positions."""
     size = parallel_state.get_context_parallel_world_size()
     if size == 1:
@@ -94,23 +101,39 @@ def token_loss(
     return total, tokens, report
 
 
-def count_tokens(micro_batches: list[Batch], mtp_depths: int) -> StepTokens:
+def _leap_targets(batch: Batch, settings: PanguTransformerConfig) -> LeapTargets | None:
+    """Those of a whole micro-batch; None for a model without leap heads."""
+    model = settings.model
+    if model is None or not model.leap_heads:
+        return None
+    whole = (batch["labels"], batch["loss_mask"], batch.get("documents"))
+    return leap_targets(*whole, model.leap_heads, model.leap_stride)
+
+
+def _labels(batch: Batch, settings: PanguTransformerConfig) -> torch.Tensor:
+    """Labels of a micro-batch: of the main loss, of each depth, of each further leap head."""
+    mask = batch["loss_mask"]
+    # A depth's label stands so much further on: at a sequence's end there is none.
+    counts = [mask[:, ahead:].sum() for ahead in range((settings.mtp_num_layers or 0) + 1)]
+    further = _leap_targets(batch, settings)
+    if further is not None:
+        counts += further.mask.sum(dim=(0, 1)).unbind()
+    return torch.stack(counts).double()
+
+
+def count_tokens(micro_batches: list[Batch], settings: PanguTransformerConfig) -> StepTokens:
     """What the losses of a global batch are means over; `micro_batches` are this replica's.
     Collective over the data-parallel ranks."""
-    masks = [batch["loss_mask"] for batch in micro_batches]
-    # A depth's label stands so much further on: at a sequence's end there is none.
-    counts = [
-        sum(mask[:, ahead:].sum().item() for mask in masks) for ahead in range(mtp_depths + 1)
-    ]
+    counts = torch.stack([_labels(batch, settings) for batch in micro_batches]).sum(dim=0)
     group = parallel_state.get_data_parallel_group()
-    tokens = torch.tensor(counts, dtype=torch.float32, device=backends.current().device)
+    tokens = counts.to(backends.current().device, torch.float32)
     dist.all_reduce(tokens, group=group)
     return StepTokens(tokens[0], tokens[1:], len(micro_batches) * group.size())
 
 
 def mtp_loss(chunks: list[Any], step: StepTokens) -> float | None:
-    """Mean of the depths' losses over the global batch since the last call; None for a model
-    without multi-token prediction. Collective over the world."""
+    """Mean of the depths' losses over the global batch since the last call, or of the leap heads'
+    beside the model's own; None for a model without either. Collective over the world."""
     if not step.mtp.numel():
         return None
     sums = torch.zeros(step.mtp.numel(), dtype=torch.float64, device=step.mtp.device)

@@ -1,0 +1,75 @@
+"""Guesses of the model's leap heads (L-MTP, arXiv 2505.17505, section 3.3), read backward.
+
+A head leaps over tokens that the heads saw from the positions before: the hidden states of the last
+k positions together predict every one of the next k(n - 1) + 1, for n heads of stride k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from weakref import WeakKeyDictionary
+
+import torch
+
+from pangu.inference.batching import Sequence, Work
+from pangu.inference.forward import Forward
+from pangu.inference.speculative import Draft, Drafter, guess
+
+
+def head_and_state(guess: int, stride: int) -> tuple[int, int]:
+    """Who guesses the token `guess` (from 1) positions behind the last one, which the state before
+    it has predicted: head ⌈guess / k⌉, from the state so many positions before that one.
+
+    The state at t - o gives with head i the token t - o + k·i + 1; token t + 1 is the last one. The
+    paper's offset (j - 1) mod k of the j-th token is this for strides of 1 and 2 alone.
+    """
+    head = -(-guess // stride)
+    return head, stride * head - guess
+
+
+class LeapDrafter(Drafter):
+    """k(n - 1) guesses of a sequence, once the states of its last k positions are known: prefixes
+    from the cache and preempted sequences have none for a few tokens."""
+
+    def __init__(self, forward: Forward, vocab_size: int) -> None:
+        self._forward, self._vocab_size = forward, vocab_size
+        self.heads, self.stride = forward.leaps
+        # The states of the last positions, and the position of the first of them.
+        self._states: WeakKeyDictionary[Sequence, tuple[int, torch.Tensor]] = WeakKeyDictionary()
+
+    @property
+    def most(self) -> int:
+        """Guesses at a time."""
+        return self.stride * (self.heads - 1)
+
+    def saw(self, works: SequenceOf[Work], hidden: torch.Tensor) -> None:
+        parts = hidden.split([len(work.tokens) for work in works])
+        for work, part in zip(works, parts, strict=True):
+            start = work.sequence.computed
+            first, known = self._states.get(work.sequence, (start, part[:0]))
+            if not first <= start <= first + len(known):
+                first, known = start, part[:0]
+            known = torch.cat([known[: start - first], part])
+            # Guesses may not hold: what stands before them stays.
+            kept = max(0, len(known) - len(work.draft) - self.stride)
+            self._states[work.sequence] = (first + kept, known[kept:])
+
+    def propose(self, counts: dict[Sequence, int]) -> dict[Sequence, Draft]:
+        states = {
+            sequence: known[end - self.stride : end]
+            for sequence in counts
+            for first, known in [self._states[sequence]]
+            if (end := sequence.computed - first) >= self.stride
+        }
+        found = {sequence: Draft() for sequence in states}
+        longest = max((counts[sequence] for sequence in found), default=0)
+        logits: dict[int, torch.Tensor] = {}  # of each head: [sequences, states, vocab]
+        for number in range(1, min(longest, self.most) + 1):
+            head, back = head_and_state(number, self.stride)
+            if head not in logits:
+                rows = self._forward.leap(head, torch.cat(list(states.values())))
+                logits[head] = rows[:, : self._vocab_size].unflatten(0, (-1, self.stride))
+            guess(found, logits[head][:, self.stride - 1 - back])
+        for sequence, draft in found.items():
+            del draft.tokens[counts[sequence] :], draft.chances[counts[sequence] :]
+        return found
