@@ -223,14 +223,26 @@ def _updates(
     engine: Engine, requests: list[Request], experts: TaskExperts | None, options: Options
 ) -> Iterator[tuple[int, Update]]:
     """Updates, with the place of the request that each belongs to; one task's requests after the
-    other's."""
-    from configs.violation import ConfigError, Violation
-
+    other's. The first task's experts are there at once."""
     places: dict[str, list[int]] = {}
     for place, request in enumerate(requests):
         places.setdefault(experts.task_of(request.prompt) if experts else "", []).append(place)
+    if experts:
+        _hold(experts, next(iter(places)), engine)
+    return _decoded(engine, requests, places, experts, options)
+
+
+def _decoded(
+    engine: Engine,
+    requests: list[Request],
+    places: dict[str, list[int]],
+    experts: TaskExperts | None,
+    options: Options,
+) -> Iterator[tuple[int, Update]]:
+    from configs.violation import ConfigError, Violation
+
     for task, group in places.items():
-        if experts:
+        if experts and task != experts.task:
             _hold(experts, task, engine)
         place_of = {engine.add(requests[place]): place for place in group}
         while engine.busy:

@@ -101,6 +101,10 @@ class Safetensors:
         """In the order of the index."""
         return iter(self._file_of)
 
+    def files(self) -> set[Path]:
+        """Those that hold the tensors."""
+        return {self.folder / name for name in self._file_of.values()}
+
     def shape(self, name: str) -> tuple[int, ...]:
         with _open(self.folder / self._file_of[name]) as file:
             return tuple(file.get_slice(name).get_shape())

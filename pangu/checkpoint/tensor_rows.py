@@ -150,11 +150,10 @@ def _runs(places: list[int], numbers: Sequence[int]) -> Iterator[list[int]]:
 
 def _of_model(folder: Path, source: Bytes) -> Iterator[tuple[str, Stored]]:
     """By the head of each file of safetensors: its length in 8 bytes, then JSON."""
-    listed = set(Safetensors(folder).names())  # it looks whether index and files agree
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(Safetensors(folder).files()):  # it looks whether index and files agree
         size = int.from_bytes(source.read(file, 0, 8), "little")
         for name, entry in json.loads(source.read(file, 8, size)).items():
-            if name not in listed:
+            if name == "__metadata__":
                 continue
             if entry["dtype"] not in _DTYPES:
                 raise WeightsError(f"{file} holds {name} in {entry['dtype']}, which is unknown")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -15,11 +15,12 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class Metrics:
-    """Counters of a server, and the engine's own state at the time of asking."""
+    """Counters of a server, and the engine's own state at the time of asking; `bytes_read` tells
+    those of a checkpoint that is read in parts."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, bytes_read: Callable[[], int] | None = None) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineState(engine))
+        self._registry.register(_EngineState(engine, bytes_read))
         registry = self._registry
         self.requests = Counter("pangu_requests", "Ended requests", ["finish"], registry=registry)
         self.prompt_tokens = Counter("pangu_prompt_tokens", "Tokens of prompts", registry=registry)
@@ -60,8 +61,8 @@ class Times:
 class _EngineState(Collector):
     """Read without a lock: each figure is one number that the decoding thread replaces."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, bytes_read: Callable[[], int] | None) -> None:
+        self._engine, self._bytes_read = engine, bytes_read
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         scheduler, counts = self._engine.scheduler, self._engine.counts
@@ -73,6 +74,9 @@ class _EngineState(Collector):
         yield counter("pangu_passes", "Passes of the model", value=counts.passes)
         yield counter("pangu_generated_tokens", "Tokens drawn", value=counts.tokens)
         yield counter("pangu_preemptions", "Sequences set back", value=scheduler.preemptions)
+        if self._bytes_read:
+            read = self._bytes_read()
+            yield counter("pangu_checkpoint_bytes_read", "Since the start", value=read)
         for name, found in (("guessed", counts.guessed), ("held", counts.held)):
             family = counter(f"pangu_{name}_tokens", "Guesses by place", labels=["place"])
             for place, count in sorted(dict(found).items()):

@@ -57,7 +57,8 @@ class Server:
     ) -> None:
         self.worker, self.tokenizer, self.name = worker, tokenizer, name
         self.limits, self.chat, self.api_key = limits, chat, api_key
-        self.metrics = Metrics(worker.engine)
+        experts = worker.experts
+        self.metrics = Metrics(worker.engine, (lambda: experts.bytes_read) if experts else None)
 
     def prompt(self, body: CompletionBody | ChatBody) -> list[int]:
         """Tokens to go on from.

@@ -30,6 +30,10 @@ class Experts(Protocol):
 
     task: str
 
+    @property
+    def bytes_read(self) -> int:
+        """From the checkpoint so far."""
+
     def task_of(self, prompt: Sequence[int]) -> str:
         """The task that a prompt's tokens belong to."""
 

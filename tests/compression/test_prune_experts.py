@@ -9,13 +9,15 @@ from gloo import single
 from inference.tiny_models import TINY
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, DeepseekV3Config, MixtralConfig, Qwen3MoeConfig
+from weights.test_round_trip import pangu_pro, pangu_pro_logits
 
 from configs.compose import load, read_file
 from pangu.checkpoint import restore
 from pangu.checkpoint.tensor_files import Safetensors, WeightsError
+from pangu.compression.experts import write
 from pangu.data.tokenizer import load_tokenizer
 from pangu.model.build import build_model
-from pangu.weights.convert import export_model
+from pangu.weights.convert import export_model, import_model
 from pangu.weights.expert_patterns import Pattern, mean_pattern, mean_scores
 from pangu.weights.prune_experts import (
     experts_left,
@@ -223,6 +225,30 @@ def test_groups_of_moge_stay_equal_and_what_belongs_to_an_expert_follows():
             assert torch.equal(tensor, tensors[name]), name
     assert any("expert_bias" in name for name in tensors)
     assert any("router_scale" in name for name in tensors)
+
+
+def test_pangu_pro_goes_out_with_half_of_each_group(tmp_path):
+    """Against the released model's function in plain torch."""
+    tensors = pangu_pro(tmp_path / "theirs")
+    import_model(tmp_path / "theirs", tmp_path / "ours")
+    scores = {f"decoder.layers.{n}.mlp": torch.randn(8) for n in range(2)}
+    write(tmp_path / "ours", tmp_path / "half", scores, 0.5)
+    export_model(tmp_path / "half", tmp_path / "out")
+    rows = torch.arange(2 * 24).view(2, 24) * 7 % 64
+    found = logits(load_ours(tmp_path / "half"), rows)
+    for layer in range(2):
+        p, pairs = f"model.layers.{layer}.mlp.", scores[f"decoder.layers.{layer}.mlp"].view(4, 2)
+        best = (pairs.argmax(1) + 2 * torch.arange(4)).tolist()
+        tensors[f"{p}gate.weight"] = tensors[f"{p}gate.weight"][best]
+        tensors[f"{p}router_scale"] = tensors[f"{p}router_scale"][:, best]
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            kept = [tensors.pop(f"{p}experts.{expert}.{part}.weight") for expert in range(8)]
+            names = [f"{p}experts.{number}.{part}.weight" for number in range(4)]
+            tensors |= {name: kept[expert] for name, expert in zip(names, best, strict=True)}
+    assert (found - pangu_pro_logits(tensors, rows, members=1)).abs().max() < 1e-4
+    out = Safetensors(tmp_path / "out")
+    assert set(out.names()) == set(tensors)
+    assert all(torch.equal(out.read(name), tensor) for name, tensor in tensors.items())
 
 
 def test_a_generalist_is_the_mean_over_tasks_and_no_union():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -152,7 +153,9 @@ def test_a_server_switches_between_requests(qwen, alone):
                 return api.completions.create(prompt=prompt, **options).choices[0].text
 
             found = list(pool.map(ask, PROMPTS * 4))
+            figures = urllib.request.urlopen(f"{address}/metrics").read().decode()
         assert not server.worker.engine.busy
+    assert f"pangu_checkpoint_bytes_read_total {float(experts.bytes_read)}" in figures
     tasks = ["digits", "text", "digits", "text", "digits"]
     assert found == [alone[task][number] for number, task in enumerate(tasks)] * 4
 

@@ -192,9 +192,12 @@ def pangu_pro(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def pangu_pro_logits(w: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+def pangu_pro_logits(
+    w: dict[str, torch.Tensor], tokens: torch.Tensor, members: int = 2
+) -> torch.Tensor:
     """The released model's function in plain torch (arXiv 2505.21411, section 2.1): softmax over
-    all experts, the best of each group, weights times the learned scale, a shared expert beside."""
+    all experts, the best of each group's `members`, weights times the learned scale, a shared
+    expert beside."""
 
     def norm(x, gain):
         return x * (x.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * gain
@@ -228,11 +231,11 @@ def pangu_pro_logits(w: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.
         h = h + y @ w[f"{p}self_attn.o_proj.weight"].T + w[f"{p}self_attn.o_proj.bias"]
         x = norm(h, w[f"{p}post_attention_layernorm.weight"])
         scores = (x @ w[f"{p}mlp.gate.weight"].T).softmax(-1)
-        best = scores.unflatten(-1, (4, 2)).argmax(-1)  # one of two in each of four groups
+        best = scores.unflatten(-1, (4, members)).argmax(-1)  # one in each of four groups
         out = mlp(x, f"{p}mlp.shared_expert.")
         for group in range(4):
-            for member in range(2):
-                expert = 2 * group + member
+            for member in range(members):
+                expert = members * group + member
                 weight = scores[..., expert] * w[f"{p}mlp.router_scale"][0, expert]
                 weight = weight * (best[..., group] == member)
                 out = out + weight[..., None] * mlp(x, f"{p}mlp.experts.{expert}.")
