@@ -115,6 +115,9 @@ def quantize(
     keys: Annotated[
         Keys, typer.Option(help="with KV8, KV4, …: after rotation by token, or before by channel")
     ] = Keys.TOKEN,
+    rotate: Annotated[
+        bool, typer.Option("--rotate", help="spread outliers over all channels before (QuaRot)")
+    ] = False,
     tokens: Tokens = 128 * 2048,
     window: Window = 2048,
     text: Text = None,
@@ -132,7 +135,7 @@ def quantize(
     from pangu.compression.texts import Texts
 
     texts = Texts(calibration, tokens, window, text)
-    rounding = quantization.Rounding(scheme, method.value, group_size, keys.value)
+    rounding = quantization.Rounding(scheme, method.value, group_size, keys.value, rotate)
     print(quantization.quantize(model, out, rounding, texts, backend, progress_bar))
 
 

@@ -31,13 +31,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rounding:
-    """The scheme by name, the method, the columns of a row that share a scale, and how keys are
-    rounded where the scheme has KV."""
+    """The scheme by name, the method, the columns of a row that share a scale, how keys are
+    rounded where the scheme has KV, and whether the model is rotated before."""
 
     scheme: str
     method: Method
     group_size: int = 128
     keys: KeyRounding = "token"
+    rotate: bool = False
 
 
 def quantize(
@@ -52,6 +53,8 @@ def quantize(
     """
     refuse_existing(out)
     with workplace(out) as work:
+        if rounding.rotate:
+            folder = rotated(folder, work / "rotated")
         with loaded(folder, backend) as trained:
             refuse_broken(trained.model, folder)
             scheme = scheme_for(trained.model, rounding)
@@ -65,6 +68,20 @@ def quantize(
     groups = f"groups of {scheme.group_size}" if scheme.group_size else "a scale a row"
     bits = f"{scheme.bits_per_weight:.2f} bits a weight of the layers' linears, {groups}"
     return f"{table(rows, texts)}\n{bits}"
+
+
+def rotated(folder: Path, out: Path) -> Path:
+    """Write the model of `folder`, rotated, at `out`: the same function.
+
+    Raises:
+        WeightsError: it has no such rotation.
+    """
+    from pangu.weights import model_folder, rotate
+
+    path, config, source = model_folder.opened(folder)
+    after = rotate.rotated_config(config)
+    model_folder.write(out, after, rotate.rotated_tensors(config, source), made_of=path)
+    return out
 
 
 def scheme_for(model: GPTModel, rounding: Rounding) -> Scheme:
