@@ -66,10 +66,13 @@ def refuse(options: Any, violations: list[Violation], ranges: Ranges) -> None:
         raise ConfigError([*violations, *wrong])
 
 
-def speculation_ranges(speculative: str, tokens: int, draft: str) -> Ranges:
+def speculation_ranges(speculative: str, tokens: int | str, draft: str) -> Ranges:
     """What generation and serving want of their `speculative…` options."""
     return {
-        "speculative_tokens": (1 <= tokens <= 64, "1 to 64 guesses make sense"),
+        "speculative_tokens": (
+            tokens == "auto" or 1 <= int(tokens) <= 64,
+            "1 to 64 guesses make sense, or auto",
+        ),
         "draft": (
             (speculative == "draft") == bool(draft),
             "speculative=draft and draft=DIR belong together",

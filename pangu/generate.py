@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from configs.planning import InferenceConfig
 
 if TYPE_CHECKING:
+    from configs.schema import Config
     from pangu.data.tokenizer import Tokenizer
     from pangu.inference.batching import Request
     from pangu.inference.engine import Engine, Update
@@ -41,7 +42,11 @@ USAGE = """usage: python -m pangu.generate checkpoint=DIR [prompt=TEXT] [key=val
   speculative         none | ngram | draft | mtp: guesses of the next tokens, for one pass, by
                       what followed the same tokens before, by a smaller model, or by the model's
                       own leap heads or layers of multi-token prediction; the text is the same
-  speculative.tokens  4; guesses at a time
+  speculative.tokens  4; guesses at a time; auto: for each pass as many as pay, by what passes take
+                      and how many guesses hold, none where they do not
+  speculative.measured  a file for what was measured, as JSON: acceptance by place, and for each
+                      number of sequences and guesses T_T, T_D, T_reject, σ, target efficiency and
+                      the experts that a pass touches beside the expected N(t)
   draft               the smaller model's folder; it has the same tokenizer
   patterns            a store of python -m pangu.compress prune-experts: only the experts that
                       suit the prompt are read from the checkpoint
@@ -75,7 +80,8 @@ class Options:
     repetition_penalty: float = 1.0
     stop: str = ""
     speculative: Literal["none", "ngram", "draft", "mtp"] = "none"
-    speculative_tokens: int = 4
+    speculative_tokens: int | Literal["auto"] = 4
+    speculative_measured: str = ""
     draft: str = ""
     patterns: str = ""
     task: str = "auto"
@@ -167,13 +173,34 @@ def stream(options: Options) -> Iterator[str]:
             cache_tokens=max(longest, min(len(requests), _AT_A_TIME) * (longest + _PAGE)),
             max_sequences=_AT_A_TIME,
         )
-        add_drafter(engine, options.speculative, options.speculative_tokens, options.draft)
+        guesses = (options.speculative, options.speculative_tokens, options.draft)
+        add_drafter(engine, *guesses, config)
+        if options.speculative_measured:
+            engine.count_experts()
         updates = _updates(engine, requests, experts, options)
         if options.prompts:
             yield from _lines(updates, prompts)
         else:
             yield options.prompt
             yield from (update.text for _, update in updates)
+        if options.speculative_measured:
+            _write_measured(engine, config, options)
+
+
+def _write_measured(engine: Engine, config: Config, options: Options) -> None:
+    from configs.violation import ConfigError, Violation
+    from simulator.api import active_experts
+
+    model, top_k = config.model, config.moe.top_k
+    found = engine.counts.measured.report(
+        lambda tokens: float(active_experts(tokens, model.num_experts, top_k))
+    )
+    try:
+        Path(options.speculative_measured).write_text(json.dumps(found, indent=1) + "\n")
+    except OSError as error:
+        reason = f"cannot be written: {error.strerror}"
+        wrong = Violation("speculative.measured", options.speculative_measured, reason)
+        raise ConfigError([wrong]) from None
 
 
 def _prompts(options: Options) -> list[str]:

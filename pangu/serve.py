@@ -32,7 +32,7 @@ USAGE = """usage: python -m pangu.serve checkpoint=DIR [key=value] ...
   cache_tokens        16384; tokens whose keys and values are kept, of all sequences together
   drain               60; seconds that answers under way have to end when told to stop (SIGTERM)
   speculative         none | ngram | draft | mtp, as python -m pangu.generate has it
-  speculative.tokens  4
+  speculative.tokens  4, or auto
   draft               the smaller model's folder
   patterns            a store of python -m pangu.compress prune-experts: the experts that suit a
                       prompt are read from the checkpoint when it comes; requests of one task are
@@ -61,7 +61,7 @@ class Options:
     cache_tokens: int = 16384
     drain: int = 60
     speculative: Literal["none", "ngram", "draft", "mtp"] = "none"
-    speculative_tokens: int = 4
+    speculative_tokens: int | Literal["auto"] = 4
     draft: str = ""
     patterns: str = ""
     task: str = "auto"
@@ -192,7 +192,8 @@ def _server(
         max_sequences=options.max_sequences,
         max_batch_tokens=options.max_batch_tokens,
     )
-    add_drafter(engine, options.speculative, options.speculative_tokens, options.draft)
+    guesses = (options.speculative, options.speculative_tokens, options.draft)
+    add_drafter(engine, *guesses, config)
     return Server(
         worker=Worker(engine, options.max_sequences + options.max_queue, experts),
         tokenizer=tokenizer,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -122,18 +122,37 @@ def load_for_inference(config: Config, folder: Path) -> tuple[GPTModel, Tokenize
         raise ConfigError([Violation("checkpoint", path, str(error))]) from None
 
 
-def add_drafter(engine: Engine, kind: str, tokens: int, draft: str) -> None:
+_LONGEST = 8  # guesses, where their number is chosen for each pass
+
+
+def add_drafter(
+    engine: Engine, kind: str, tokens: int | str, draft: str, config: Config | None = None
+) -> None:
     """Let `engine` decode with guesses of `tokens` tokens: kind "none", "ngram", "draft" for those
     of the model in the folder `draft`, or "mtp" for those of the model's own leap heads or
-    layers. Collective.
+    layers. "auto" makes as many as pay: until a pass was measured, by what the simulator expects
+    of `config`, if that names a machine. Collective.
 
     Raises:
         ConfigError: there is no model in `draft`, it has other tokens, or there are no such layers.
     """
-    from pangu.inference.speculative import ModelDrafter, NgramDrafter
-
     if kind == "none":
         return
+    _add(engine, kind, _LONGEST if tokens == "auto" else int(tokens), draft)
+    if tokens == "auto":
+        engine.adapt_drafts(_expected(config) if config and config.hardware else None)
+
+
+def _expected(config: Config) -> Callable[[int, int], float]:
+    """Seconds of a pass of so many sequences × tokens, as the simulator has them."""
+    from simulator.api import decoding_seconds
+
+    return lambda sequences, tokens: float(decoding_seconds(config, sequences, tokens))
+
+
+def _add(engine: Engine, kind: str, tokens: int, draft: str) -> None:
+    from pangu.inference.speculative import ModelDrafter, NgramDrafter
+
     if kind == "mtp":
         try:
             engine.draft_by_itself()

@@ -3,7 +3,7 @@ that was measured is like.
 
 - before a run: `predict` (a `Forecast`), `pipeline_ranks` where no machine is named;
 - behind MFU and reports: `model_flops_per_token`, `count_parameters`, `fill_page`;
-- for drafts: `decoding_seconds`;
+- for drafts: `decoding_seconds`, `active_experts`;
 - for calibration: `Hardware` and its parts, `load_hardware`, `operator_seconds`, `count_layer`.
 """
 
@@ -23,6 +23,7 @@ from simulator.hardware import Attention, Hardware, Launch, Link, Matmul, Overla
 from simulator.host import issue_seconds
 from simulator.inference import decode_step
 from simulator.layout import from_config
+from simulator.moesd import active_experts
 from simulator.page import fill as fill_page
 from simulator.parameters import count_parameters, model_flops_per_token
 from simulator.parts import Parts, prepare
@@ -40,6 +41,7 @@ __all__ = [
     "Matmul",
     "Overlap",
     "Rank",
+    "active_experts",
     "count_layer",
     "count_parameters",
     "decoding_seconds",

@@ -8,6 +8,7 @@ differ in a logit's last bits, never in which numbers they add up.
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,10 +20,12 @@ from pangu.data.tokenizer import Tokenizer
 from pangu.inference import batching
 from pangu.inference.batching import Request, Scheduler, Work
 from pangu.inference.cache import CachedPass, KeyValues, PagePool, Segment
+from pangu.inference.draft_length import DraftLength, Measured, Prior
 from pangu.inference.forward import Forward, of_rank_0
 from pangu.inference.leap_drafts import LeapDrafter
 from pangu.inference.speculative import Draft, Drafter, MtpDrafter, verified
 from pangu.inference.text import StoppedText
+from pangu.inference.touched_experts import TouchedExperts
 
 _NO_TOKEN, _NOTHING = -1, -2  # no number is finite; a guess did not hold
 
@@ -67,18 +70,23 @@ class Counts:
     tokens: int = 0
     guessed: Counter[int] = field(default_factory=Counter)
     held: Counter[int] = field(default_factory=Counter)
+    measured: Measured = field(default_factory=Measured)
 
     def add(self, guesses: int, tokens: int) -> None:
         """A sequence's part of a pass: all tokens but the last were guesses that held."""
         self.tokens += tokens
         self.guessed.update(range(guesses))
         self.held.update(range(tokens - 1))
+        self.measured.saw_draft(guesses, tokens - 1)
 
 
 class Engine:
     """Decodes for a model; the calls must be the same on all ranks.
 
-    `drafter` guesses `draft_tokens` tokens for each sequence and pass, when it is set.
+    `drafter` guesses `draft_tokens` tokens for each sequence and pass, when it is set; with
+    `draft_length`, as many as that says pay. Guesses whose number depends on the clock must not
+    draw from a request's random numbers: then `drafter.draws` is False. `touched_experts` counts
+    the experts of rounds, when it is set.
 
     Args:
         vocab_size: tokens from there on, which fill up the model's vocabulary, are never drawn.
@@ -114,6 +122,8 @@ class Engine:
         self._numbers = itertools.count()
         self.drafter: Drafter | None = None
         self.draft_tokens = 0
+        self.draft_length: DraftLength | None = None
+        self.touched_experts: TouchedExperts | None = None
         self.counts = Counts()
 
     @property
@@ -136,6 +146,17 @@ class Engine:
         if self.tokenizer:
             self._texts[number] = StoppedText(self.tokenizer, request.stop)
         return number
+
+    def count_experts(self) -> None:
+        """Count the experts that rounds of decoding touch."""
+        self.touched_experts = TouchedExperts(self._forward.model)
+
+    def adapt_drafts(self, prior: Prior | None = None) -> None:
+        """Choose the number of guesses for each pass, up to `draft_tokens`, by what passes take;
+        `prior` expects it of what was not measured yet."""
+        assert self.drafter is not None
+        self.drafter.draws = False
+        self.draft_length = DraftLength(self.counts.measured, self.draft_tokens, prior)
 
     def draft_by_itself(self) -> None:
         """Let the model's leap heads guess, or its layers of multi-token prediction.
@@ -167,15 +188,20 @@ class Engine:
 
     def step(self) -> list[Update]:
         """One pass of the model, and what it has added to which requests. Collective."""
+        started = time.perf_counter()
         drafts = self._drafts()
+        drafted = time.perf_counter()
         works = self.scheduler.plan({sequence: d.tokens for sequence, d in drafts.items()})
         if not works:
             return []
+        if self.touched_experts:
+            self.touched_experts.take()  # those of layers that guess
         logits = self._logits(works).split([_rows(work) for work in works])
+        passed = time.perf_counter()
+        drawn = self._drawn(works, logits, drafts)
+        self._measure(works, drawn, (started, drafted, passed, time.perf_counter()))
         updates = []
-        for work, rows, tokens in zip(
-            works, logits, self._drawn(works, logits, drafts), strict=True
-        ):
+        for work, rows, tokens in zip(works, logits, drawn, strict=True):
             sequence = work.sequence
             self.scheduler.advance(sequence, len(work.tokens) - len(work.draft))
             if work.last:
@@ -186,17 +212,39 @@ class Engine:
         self.counts.passes += 1
         return updates
 
+    def _measure(
+        self,
+        works: Sequence[Work],
+        drawn: Sequence[Sequence[int]],
+        moments: tuple[float, float, float, float],
+    ) -> None:
+        """A pass that decodes and reads no prompts is a round; `moments`: before it, once drafts
+        were made, the pass had ended, and tokens were drawn."""
+        guesses = sum(len(work.draft) for work in works)
+        if sum(len(work.tokens) for work in works) != guesses + len(works):
+            return
+        draft, verify, reject = (end - start for start, end in itertools.pairwise(moments))
+        length = round(guesses / len(works))
+        found = self.counts.measured.round_of(len(works), length)
+        found.add(draft, verify, reject, sum(map(len, drawn)))
+        if self.draft_length:
+            self.draft_length.saw(len(works), length, draft + verify + reject)
+        experts = self.touched_experts.take() if self.touched_experts else None
+        if experts is not None:
+            found.experts, found.expert_rounds = found.experts + experts, found.expert_rounds + 1
+
     def _drafts(self) -> dict[batching.Sequence, Draft]:
         """Guesses for sequences that decode: no more than may still follow, but for the token that
         the model adds itself."""
         if self.drafter is None:
             return {}
+        decoding = [sequence for sequence in self.scheduler.running if sequence.pending == 1]
+        most = self.draft_tokens
+        if self.draft_length and decoding:
+            (most,) = of_rank_0([self.draft_length.choose(len(decoding))])
         counts = {
-            sequence: min(
-                self.draft_tokens, sequence.request.max_new_tokens - sequence.new_tokens - 1
-            )
-            for sequence in self.scheduler.running
-            if sequence.pending == 1
+            sequence: min(most, sequence.request.max_new_tokens - sequence.new_tokens - 1)
+            for sequence in decoding
         }
         return self.drafter.propose({s: count for s, count in counts.items() if count > 0})
 

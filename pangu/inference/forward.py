@@ -40,7 +40,7 @@ class Forward:
     parallelism work as in training."""
 
     def __init__(self, model: GPTModel) -> None:
-        self._model = model
+        self.model = model
         self._rotary = [m for m in model.modules() if isinstance(m, RotaryEmbedding)]
         config = model.config
         # Sequence parallelism wants sequences that divide: what fills them up is not cached.
@@ -52,28 +52,28 @@ class Forward:
         filling = -len(tokens) % self._multiple
         ids = torch.tensor([*tokens, *[0] * filling], device=device)[None]
         positions = torch.nn.functional.pad(cached.positions, (0, filling))
-        with torch.no_grad(), for_inference(self._model), self._positions(positions):
-            return self._model(ids, positions[None], cached)
+        with torch.no_grad(), for_inference(self.model), self._positions(positions):
+            return self.model(ids, positions[None], cached)
 
     @property
     def leaps(self) -> tuple[int, int]:
         """Heads that predict further, the model's own among them, and their stride; (0, 1) for
         none, or where a rank has a part of the sequence."""
-        heads = getattr(self._model, "leap_heads", None)
+        heads = getattr(self.model, "leap_heads", None)
         if heads is None or self._multiple > 1:
             return 0, 1
-        return len(heads) + 1, self._model.config.model.leap_stride
+        return len(heads) + 1, self.model.config.model.leap_stride
 
     def leap(self, head: int, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states `[r, 1, H]` → logits `[r, vocab]` of leap head `head` (from 1)."""
         with torch.no_grad():
-            return self._model.leap_logits(head, hidden)
+            return self.model.leap_logits(head, hidden)
 
     @property
     def depths(self) -> int:
         """Layers of multi-token prediction that can guess: none where a rank has a part of the
         sequence."""
-        mtp = getattr(self._model, "mtp", None)
+        mtp = getattr(self.model, "mtp", None)
         return len(mtp.layers) if mtp is not None and self._multiple == 1 else 0
 
     def predict_further(
@@ -83,7 +83,7 @@ class Forward:
         hidden states `[s, 1, H]` of the depth before at the positions of `cached`, and the tokens
         `depth` positions on → its hidden states, and logits `[rows, vocab]` of the tokens
         `depth + 1` positions on."""
-        model, positions = self._model, cached.positions
+        model, positions = self.model, cached.positions
         ids = torch.tensor([tokens], device=positions.device)
         with torch.no_grad(), for_inference(model), self._positions(positions):
             angles = None

@@ -69,7 +69,7 @@ class LeapDrafter(Drafter):
             if head not in logits:
                 rows = self._forward.leap(head, torch.cat(list(states.values())))
                 logits[head] = rows[:, : self._vocab_size].unflatten(0, (-1, self.stride))
-            guess(found, logits[head][:, self.stride - 1 - back])
+            guess(found, logits[head][:, self.stride - 1 - back], self.draws)
         for sequence, draft in found.items():
             del draft.tokens[counts[sequence] :], draft.chances[counts[sequence] :]
         return found

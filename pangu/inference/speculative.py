@@ -30,7 +30,10 @@ class Draft:
 
 
 class Drafter(ABC):
-    """Guesses the next tokens of sequences of which one token is pending."""
+    """Guesses the next tokens of sequences of which one token is pending. Where `draws`, guesses of
+    sampled requests are drawn from their random numbers; else they are the most likely tokens."""
+
+    draws = True
 
     @abstractmethod
     def propose(self, counts: dict[Sequence, int]) -> dict[Sequence, Draft]:
@@ -140,7 +143,7 @@ class ModelDrafter(Drafter):
         page_size = self._scheduler.pool.page_size
         cached = CachedPass(self._store, page_size, segments, ends.tolist())
         logits = self._forward([token for part in fed for token in part], cached)
-        guess(drafts, logits[:, : self._vocab_size])
+        guess(drafts, logits[:, : self._vocab_size], self.draws)
 
 
 class MtpDrafter(Drafter):
@@ -197,18 +200,19 @@ class MtpDrafter(Drafter):
                 first = segment.start + depth
                 tokens += text[first : first + segment.count]
             hidden, logits = self._forward.predict_further(depth, hidden, tokens, cached)
-            guess(found, logits[:, : self._vocab_size])
+            guess(found, logits[:, : self._vocab_size], self.draws)
         for sequence, draft in found.items():
             del draft.tokens[counts[sequence] :], draft.chances[counts[sequence] :]
         return found
 
 
-def guess(drafts: dict[Sequence, Draft], logits: torch.Tensor) -> None:
-    """One more guess for each, as its request has it drawn; logits `[drafts, vocab]`."""
+def guess(drafts: dict[Sequence, Draft], logits: torch.Tensor, draws: bool) -> None:
+    """One more guess for each, if it `draws` as its request has it drawn; logits
+    `[drafts, vocab]`."""
     guesses = []
     for (sequence, draft), row in zip(drafts.items(), logits.cpu(), strict=True):
         sampling = sequence.request.sampling
-        if sampling.temperature == 0:
+        if sampling.temperature == 0 or not draws:
             guesses.append(int(row.argmax()))
             continue
         chances = probabilities(row, sampling, [*sequence.tokens, *draft.tokens])
