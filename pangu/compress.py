@@ -145,7 +145,9 @@ def prune_experts(
     task: Annotated[
         list[Path], typer.Option("--task", help="a UTF-8 text file, questions with their answers")
     ],
-    keep: Annotated[float, typer.Option(max=1.0, help="part of the experts that stays")] = 0.5,
+    keep: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="part of the experts that stays")
+    ] = 0.5,
     score: Annotated[Score, typer.Option(help="by what experts are ranked")] = Score.PEU,
     out: Annotated[Path | None, typer.Option("--out", help="a new folder for the model")] = None,
     store: Annotated[

@@ -115,9 +115,10 @@ class TaskExperts:
 
         stored = self._patterns
         pattern = mean_pattern(list(stored.values())) if task == GENERALIST else stored[task]
-        scores = pattern.scores
+        kept = kept_experts(self._config, pattern.scores, self._choice.keep)
+        self.task = ""  # until all layers are done
         try:
-            for layer, experts in kept_experts(self._config, scores, self._choice.keep).items():
+            for layer, experts in kept.items():
                 self._hold(layer, experts)
         except WeightsError as error:
             raise ConfigError([Violation("checkpoint", self._rows.folder, str(error))]) from None

@@ -19,6 +19,7 @@ from pangu.compression.texts import (
     table,
     workplace,
 )
+from pangu.task_experts import AUTO, GENERALIST
 from pangu.trained_model import Trained, loaded
 
 if TYPE_CHECKING:
@@ -93,6 +94,9 @@ def _refuse(store: Path | None, choice: Choice, tasks: list[Texts]) -> None:
     name, count = Counter(map(_name, tasks)).most_common(1)[0]
     if count > 1:
         raise ConfigError([Violation("--task", name, "is the name of two files")])
+    if store is not None and (taken := {AUTO, GENERALIST} & {_name(texts) for texts in tasks}):
+        reason = "has a meaning of its own where tasks are named"
+        raise ConfigError([Violation("--task", taken.pop(), reason)])
     if store is not None and choice.score == "random":
         reason = "random scores tell no task from another"
         raise ConfigError([Violation("--store", store, reason)])
