@@ -215,10 +215,6 @@ def _read(path: Path) -> Pattern:
 
 
 def nearest(patterns: Mapping[str, Pattern], layer: str, query_E: torch.Tensor) -> str:
-    """TAER: the task whose scores in `layer`, the first with experts, point most nearly the same
-    way as those of a query."""
-
-    def cosine(pattern: Pattern) -> float:
-        return float(torch.nn.functional.cosine_similarity(pattern.scores[layer], query_E, dim=0))
-
-    return max(patterns, key=lambda name: cosine(patterns[name]))
+    """TAER: the task whose scores in `layer`, the first with experts, are nearest to those of a
+    query (Euclidean)."""
+    return min(patterns, key=lambda name: float((patterns[name].scores[layer] - query_E).norm()))
