@@ -12,6 +12,12 @@ from configs.limits import bounded
 from configs.problem import Problem, get
 from configs.schema import Config, ModelConfig, RecomputeModule
 
+# What is recomputed where something larger is.
+INSIDE: dict[str, set[str]] = {
+    "moe": {"moe_act", "moe_fc1", "moe_permute", "shared_experts"},
+    "moe_fc1": {"moe_act"},
+}
+
 
 def bounds(config: Config) -> tuple[Config, list[Problem]]:
     """Numbers outside their limits, and the configuration with others in their places."""
@@ -36,6 +42,8 @@ def _absent(model: ModelConfig, modules: list[RecomputeModule]) -> list[str]:
         "mla_up_proj": model.attention != "mla",
         "moe": not model.num_experts,
         "moe_act": not model.num_experts,
+        "moe_fc1": not model.num_experts,
+        "moe_permute": not model.num_experts,
         "shared_experts": not model.shared_expert_ffn_hidden_size,
         "mlp": bool(model.num_experts) and not model.num_dense_layers,
     }
@@ -78,11 +86,12 @@ def _recomputation(config: Config) -> Iterator[Problem]:
             reason = f"this model has no {', '.join(missing)} to recompute"
             options = {key: [kept or ["core_attn"]]}
             yield Problem("absent module", key, policy.recompute_modules, reason, options)
-        inner = {"moe_act", "shared_experts"} & set(policy.recompute_modules)
-        if "moe" in policy.recompute_modules and inner:
-            kept = [name for name in policy.recompute_modules if name not in inner]
-            reason = f"recomputing moe already recomputes {', '.join(sorted(inner))}"
-            yield Problem("nested", key, policy.recompute_modules, reason, {key: [kept]})
+        for outer, within in INSIDE.items():
+            inner = within & set(policy.recompute_modules)
+            if outer in policy.recompute_modules and inner:
+                kept = [name for name in policy.recompute_modules if name not in inner]
+                reason = f"recomputing {outer} already recomputes {', '.join(sorted(inner))}"
+                yield Problem("nested", key, policy.recompute_modules, reason, {key: [kept]})
     if policy.recompute_granularity == "full":
         slots = model.num_layers + config.parallel.num_noop_layers
         layout = config.parallel.pipeline_layout or [-(-slots // num_virtual_stages(config))]

@@ -177,8 +177,19 @@ class ParallelConfig:
     overlap_param_gather: bool = False
 
 
+# megatron-core's names, and two of ours: `moe_permute`, from a token to its experts' rows (router,
+# sorting, and the way between ranks once more); `moe_fc1`, the experts' first product with what
+# `moe_act` recomputes.
 RecomputeModule = Literal[
-    "core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts"
+    "core_attn",
+    "layernorm",
+    "mla_up_proj",
+    "mlp",
+    "moe",
+    "moe_act",
+    "moe_fc1",
+    "moe_permute",
+    "shared_experts",
 ]
 
 

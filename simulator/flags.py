@@ -26,6 +26,7 @@ SWAPPED = {
     "mla_up_proj": ("self_attention",),
 }
 
+OURS = ("moe_fc1", "moe_permute")  # recomputed by neither engine by themselves
 
 # Of a pipeline's layout, | between virtual stages.
 LETTERS: dict[Part, str] = {"embedding": "E", "decoder": "t", "mtp": "m", "loss": "L"}
@@ -112,7 +113,10 @@ def _memory(config: Config) -> list[str]:
         flags.append(f"--recompute-method {memory.recompute_method}")
         flags.append(f"--recompute-num-layers {memory.recompute_num_layers}")
     else:
-        flags.append(f"--recompute-modules {' '.join(memory.recompute_modules)}")
+        own = [name for name in memory.recompute_modules if name in OURS]
+        known = [name for name in memory.recompute_modules if name not in OURS]
+        flags.append(f"--recompute-modules {' '.join(known)}")
+        flags += [f"# does not recompute {name} by itself" for name in own]
     return flags
 
 

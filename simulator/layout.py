@@ -63,6 +63,8 @@ class Layout:
     mlp: Mask = False
     moe: Mask = False
     moe_act: Mask = False
+    moe_fc1: Mask = False
+    moe_permute: Mask = False
     shared_experts: Mask = False
     swapped: tuple[str, ...] = ()  # modules that go to the host in every layout
     swap_optimizer: Mask = False

@@ -23,7 +23,7 @@ class Operators:
     attention: Literal["sdpa", "npu"]
     grouped_matmul: Literal["loop", "fused", "npu"]
     permute: Literal["torch", "npu"]
-    rms_norm: Literal["torch", "npu"]
+    rms_norm: Literal["lean", "torch", "npu"]
     swiglu: Literal["blocks", "megatron", "npu"]
 
 

@@ -139,7 +139,7 @@ def create(local_rank: int) -> Backend:
             attention="sdpa",
             grouped_matmul="loop",
             permute="torch",
-            rms_norm="torch",
+            rms_norm="lean",
             swiglu="blocks",
         ),
         in_place_of_cuda=InPlaceOfCuda(

@@ -55,7 +55,7 @@ def transformer_config(config: Config) -> PanguTransformerConfig:
         add_qkv_bias=model.add_qkv_bias,
         gated_linear_unit=model.activation == "swiglu",
         activation_func=F.silu if model.activation == "swiglu" else F.gelu,
-        bias_activation_fusion=False,
+        bias_activation_fusion=model.activation == "swiglu",
         hidden_dropout=0.0,
         attention_dropout=0.0,
         # Values are set afterwards, by name (pangu.model.init): the same in every layout.
@@ -153,7 +153,11 @@ def _recompute(config: Config) -> dict[str, Any]:
     if memory.recompute_granularity == "selective":
         return {
             "recompute_granularity": "selective",
-            "recompute_modules": list(memory.recompute_modules),
+            # megatron-core refuses names that are not its own.
+            "recompute_modules": [
+                name for name in memory.recompute_modules if name not in ("moe_fc1", "moe_permute")
+            ],
+            "recomputed": frozenset(memory.recompute_modules),
         }
     return {
         "recompute_granularity": "full",

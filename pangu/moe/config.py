@@ -45,4 +45,5 @@ class MoETransformerConfig(MLATransformerConfig):
 
     moe: MoEConfig = field(default_factory=MoEConfig)
     activation_bits: int = 0  # of what comes into linears and experts; 0: as it is
+    recomputed: frozenset[str] = frozenset()  # modules, of `memory.recompute_modules`
     step: StepTokens | None = None  # of the step under way; None where no engine counts

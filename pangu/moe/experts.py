@@ -56,9 +56,8 @@ class GroupedExperts(MegatronModule):
             config.init_method(self.w1)
             config.output_layer_init_method(self.w2)
         self.activation_bits = getattr(config, "activation_bits", 0)
-        self.recompute_activation = (
-            config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules
-        )
+        # Also of a plain configuration of megatron-core, which has no such field.
+        self.recomputed: frozenset[str] = getattr(config, "recomputed", frozenset())
 
     def _parameter(self, name: str, shape: tuple[int, ...]) -> torch.nn.Parameter:
         values = torch.empty(
@@ -82,15 +81,24 @@ class GroupedExperts(MegatronModule):
         `tokens_per_expert` holds E integers, on the host or the device.
         """
         counts_E = tokens_per_expert
-        rows_NH = round_tokens(rows_NH, self.activation_bits)
-        hidden_N2F = grouped_matmul(rows_NH, self.w1.flatten(2), counts_E, parameter=self.w1)
-        if not self.recompute_activation:
-            activated_NF = self._activate(hidden_N2F, weights_N)
-            return grouped_matmul(activated_NF, self.w2, counts_E, parameter=self.w2), None
+
+        def first(rows_NH: torch.Tensor) -> torch.Tensor:
+            rows_NH = round_tokens(rows_NH, self.activation_bits)
+            return grouped_matmul(rows_NH, self.w1.flatten(2), counts_E, parameter=self.w1)
+
+        def both(rows_NH: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:
+            return self._activate(first(rows_NH), weights_N)
+
         checkpoint = CheckpointWithoutOutput(fp8=None)  # None, not False, turns FP8 off
-        activated_NF = checkpoint.checkpoint(self._activate, hidden_N2F, weights_N)
+        if "moe_fc1" in self.recomputed:
+            activated_NF = checkpoint.checkpoint(both, rows_NH, weights_N)
+        elif "moe_act" in self.recomputed:
+            activated_NF = checkpoint.checkpoint(self._activate, first(rows_NH), weights_N)
+        else:
+            activated_NF = both(rows_NH, weights_N)
         output_NH = grouped_matmul(activated_NF, self.w2, counts_E, parameter=self.w2)
-        checkpoint.discard_output_and_register_recompute(output_NH)
+        if {"moe_fc1", "moe_act"} & self.recomputed:
+            checkpoint.discard_output_and_register_recompute(output_NH)
         return output_NH, None
 
     def _activate(self, hidden_N2F: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import CheckpointWithoutOutput
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
@@ -17,6 +18,7 @@ from configs.dispatch import dispatcher
 from pangu.moe.config import MoETransformerConfig
 from pangu.moe.dispatch import DISPATCHERS, Dispatcher
 from pangu.moe.dispatch.choices import choices_per_token
+from pangu.moe.dispatch.dispatcher import DispatchRecord
 from pangu.moe.experts import GroupedExperts
 from pangu.moe.router import ExpertRouter
 from pangu.ops.rounded_linear import column, row
@@ -67,16 +69,39 @@ class ExpertLayer(MoELayer):
     def compute(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """All stages, one after the other."""
         shared = self.shared_experts_compute(hidden_states)
+        made: list[tuple[DispatchRecord, torch.Tensor]] = []
+
+        def to_experts(hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            record, rows_NH, counts_X, weights_N = self._to_experts(hidden_states)
+            made.append((record, counts_X))
+            return rows_NH, weights_N
+
+        checkpoint = CheckpointWithoutOutput(fp8=None)  # None, not False, turns FP8 off
+        again = "moe_permute" in self.config.recomputed and torch.is_grad_enabled()
+        if again:
+            rows_NH, weights_N = checkpoint.checkpoint(to_experts, hidden_states)
+        else:
+            rows_NH, weights_N = to_experts(hidden_states)
+        record, counts_X = made[0]  # a recomputation makes the same once more
+        output_NH, _ = self.experts(rows_NH, counts_X, weights_N)
+        stages = self.token_dispatcher
+        output = stages.combine_preprocess(record, output_NH.to(self.combine_dtype))
+        output = stages.combine_postprocess(record, stages.token_combine(record, output))
+        output = output.to(hidden_states.dtype)
+        if again:  # before all that the experts recompute out of these rows
+            checkpoint.discard_output_and_register_recompute(output)
+        return output if shared is None else output + shared
+
+    def _to_experts(
+        self, hidden_states: torch.Tensor
+    ) -> tuple[DispatchRecord, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Router and dispatch: the call's record, rows `[N, H]` by expert, rows per expert `[X]`
+        and weights `[N]`."""
         weights_TE, chosen_TE = self.route(hidden_states)
         stages = self.token_dispatcher
         record, sent, weights = stages.dispatch_preprocess(hidden_states, chosen_TE, weights_TE)
         received, weights = stages.token_dispatch(record, sent, weights)
-        rows_NH, counts_X, weights_N = stages.dispatch_postprocess(record, received, weights)
-        output_NH, _ = self.experts(rows_NH, counts_X, weights_N)
-        output = stages.combine_preprocess(record, output_NH.to(self.combine_dtype))
-        output = stages.combine_postprocess(record, stages.token_combine(record, output))
-        output = output.to(hidden_states.dtype)
-        return output if shared is None else output + shared
+        return record, *stages.dispatch_postprocess(record, received, weights)
 
 
 def moe_layer_spec(config: MoETransformerConfig) -> ModuleSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,35 @@ def rms_norm_npu(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch
     return importlib.import_module("torch_npu").npu_rms_norm(x, weight, epsilon)[0]
 
 
+class _RmsNorm(torch.autograd.Function):
+    """Keeps its input and a number per row; torch's own, where it is not one kernel, keeps the
+    normalised input beside them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        inverse = norm.square_().div_(x.size(-1)).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (wide * inverse).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        x, weight, inverse = ctx.saved_tensors
+        normed = (x.to(inverse.dtype) * inverse).flatten(0, -2)
+        grad = grads[0].to(inverse.dtype).flatten(0, -2)
+        grad_weight = torch.linalg.vecdot(grad, normed, dim=0)
+        grad_x = grad * weight
+        mean = torch.linalg.vecdot(grad_x, normed)[:, None] / x.size(-1)
+        grad_x.sub_(normed.mul_(mean)).mul_(inverse.flatten(0, -2))
+        return grad_x.view(x.shape).to(x.dtype), grad_weight.to(weight.dtype), None
+
+
+def rms_norm_lean(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """`rms_norm` that keeps little for the backward pass."""
+    return _RmsNorm.apply(x, weight, epsilon)
+
+
 def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     """torch's own operator."""
     return F.rms_norm(x, (x.size(-1),), weight.to(x.dtype), epsilon)
@@ -29,5 +59,5 @@ def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tor
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     """`[..., hidden]` → the same shape and dtype; `weight` is `[hidden]`."""
-    variants = {"torch": rms_norm_torch, "npu": rms_norm_npu}
+    variants = {"lean": rms_norm_lean, "torch": rms_norm_torch, "npu": rms_norm_npu}
     return variants[backends.current().operators.rms_norm](x, weight, epsilon)

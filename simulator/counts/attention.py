@@ -92,8 +92,10 @@ def _latent(s: Shapes) -> Counts:
         else:
             operators += matmul(s, linear, s.tokens, tp, up)
             messages += before_column(s, linear.name, linear.inputs, up)
+    # Its norms are part of the products where TransformerEngine fuses them, and then made again.
+    normed = (up,) if s.traits.transformer_engine else ()
     if model.qk_layernorm:
-        operators += vector("attention.latent_norm", 2 * compressed, 3 * compressed, up)
+        operators += vector("attention.latent_norm", 2 * compressed, 3 * compressed, normed or "")
     # split into heads, rotate, and put rotated and plain parts together again
     joined = 2 * query + key_value + query + value
     operators += vector("attention.rope", joined, joined, up)
@@ -105,7 +107,7 @@ def _latent(s: Shapes) -> Counts:
         Saved("attention.norm output", s.shard * hidden * s.linear_element, ("layernorm",)),
         Saved("attention.norm statistics", 4.0 * s.shard),
         Saved("attention.compressed", kv_down + q_down),
-        Saved("attention.latent_norm output", compressed, (up,)),
+        *([Saved("attention.latent_norm output", compressed, normed)] * model.qk_layernorm),
         Saved("attention.query", query, (up,)),
         Saved("attention.key", query, (up,)),
         Saved("attention.value", value, (up,)),

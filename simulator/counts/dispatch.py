@@ -12,7 +12,7 @@ import numpy as np
 from configs.dispatch import distinct, ranks_reached, why_not
 from configs.schema import DispatcherType
 from simulator.array import Array, Mask
-from simulator.counts.records import Collective, Message, Phase, Shapes
+from simulator.counts.records import Collective, Message, Modules, Phase, Shapes
 
 
 def uses(s: Shapes, *kinds: DispatcherType) -> Mask:
@@ -37,8 +37,9 @@ def exchange(s: Shapes, sent: Array, load: Array) -> list[Message]:
     messages = []
     names: tuple[Any, ...] = ("forward", "input_gradient")
     for phase in names:
-        again = "moe" if phase == "forward" else ""
         for name in ("dispatch", "combine"):
+            again: Modules = ("moe", "moe_permute") if name == "dispatch" else "moe"
+            again = again if phase == "forward" else ""
             outwards = (name == "dispatch") == (phase == "forward")
             kind: Any = "all_gather" if outwards else "reduce_scatter"
             title = f"moe.{name}"
@@ -65,7 +66,7 @@ def width(s: Shapes, name: str, phase: Phase) -> float:
 
 
 def _between_ranks(
-    s: Shapes, name: str, phase: Phase, kind: Collective, sent: Array, part: float, again: str
+    s: Shapes, name: str, phase: Phase, kind: Collective, sent: Array, part: float, again: Modules
 ) -> list[Message]:
     """Rows to and from the ranks that hold their experts, where tokens are not gathered by all.
     `part` of a row's bytes in the model's own precision travel."""

@@ -24,6 +24,11 @@ from simulator.counts.records import (
 from simulator.counts.torch_kernels import SCAN_BYTES_PER_ROW, gathered, norm, summed
 from simulator.parameters import mlp_linears
 
+# The modules whose recomputation repeats the way to the experts, their first product, and the
+# activation function.
+ROUTE = ("moe", "moe_permute")
+FC1 = ("moe", "moe_fc1")
+ACTIVATION = ("moe", "moe_act", "moe_fc1")
 SHORT_KERNELS = 16  # over scores, forward and backward each
 
 
@@ -42,7 +47,7 @@ def moe(s: Shapes, load: Array = 1.0) -> Counts:
             Saved("moe.norm input", stream),
             Saved("moe.norm output", stream, ("layernorm",)),
             Saved("moe.norm statistics", 4.0 * s.shard),
-            Saved("moe.router scores", 8.0 * s.shard * s.model.num_experts, ("moe",)),
+            Saved("moe.router scores", 8.0 * s.shard * s.model.num_experts, ROUTE),
             *([Saved("moe.post_norm input", stream)] if s.model.sandwich_norm else []),
         ],
     )
@@ -75,19 +80,21 @@ def _router(s: Shapes) -> list[Operator]:
     read = s.shard * s.model.hidden_size * s.element + scores
     names: tuple[Any, ...] = ("forward", "input_gradient", "weight_gradient")
     logits = [
-        Operator("moe.router", phase, "matmul", flops, read, shape, "moe" * (phase == "forward"))
+        Operator(
+            "moe.router", phase, "matmul", flops, read, shape, ROUTE if phase == "forward" else ""
+        )
         for phase in names
     ]
     if not s.torch_kernels:
-        return [*logits, *vector("moe.choice", 6 * scores, 4 * scores, "moe")]
+        return [*logits, *vector("moe.choice", 6 * scores, 4 * scores, ROUTE)]
     wide = 6.0 * s.shard * s.model.hidden_size
     scanned = s.shard * s.moe.equal_groups
     return [
         *logits,
-        *vector("moe.router cast", wide, 2 * wide, "moe"),
-        *vector("moe.choice", 2 * scores, 2 * scores, "moe", SHORT_KERNELS),
-        *vector("moe.plan", 16.0 * s.shard * s.moe.top_k, 0.0, "moe", SHORT_KERNELS),
-        *vector("moe.ties", SCAN_BYTES_PER_ROW * scanned, 0.0, "moe"),
+        *vector("moe.router cast", wide, 2 * wide, ROUTE),
+        *vector("moe.choice", 2 * scores, 2 * scores, ROUTE, SHORT_KERNELS),
+        *vector("moe.plan", 16.0 * s.shard * s.moe.top_k, 0.0, ROUTE, SHORT_KERNELS),
+        *vector("moe.ties", SCAN_BYTES_PER_ROW * scanned, 0.0, ROUTE),
     ]
 
 
@@ -107,10 +114,10 @@ def _experts(s: Shapes, load: Array) -> Counts:
     regroup = np.where(again, 2 * received, 0.0)
     padded = vector("experts.padding", 4 * received, 4 * received, module)
     operators = [
-        *vector("moe.permute", gathered(s, stream, sent), summed(s, stream, sent), module),
-        *vector("moe.sort", regroup, regroup, module),
+        *vector("moe.permute", gathered(s, stream, sent), summed(s, stream, sent), ROUTE),
+        *vector("moe.sort", regroup, regroup, ROUTE),
         *(padded if s.traits.padded_experts else []),
-        *grouped_matmul(s, fc1, experts, rows / experts, layout.etp, module),
+        *grouped_matmul(s, fc1, experts, rows / experts, layout.etp, FC1),
         *_between_products(s, inner, outer * element),
         *grouped_matmul(s, fc2, experts, rows / experts, layout.etp, module),
         *_bias(s, rows * hidden),
@@ -123,9 +130,9 @@ def _experts(s: Shapes, load: Array) -> Counts:
         operators,
         exchange(s, sent, load),
         saved=[
-            Saved("experts.fc1 input", rows * hidden * s.linear_element, (module,)),
-            Saved("experts.fc1 output", inner, (module,)),
-            Saved("experts.activation output", outer * s.linear_element, (module, "moe_act")),
+            Saved("experts.fc1 input", rows * hidden * s.linear_element, ROUTE),
+            Saved("experts.fc1 output", inner, FC1),
+            Saved("experts.activation output", outer * s.linear_element, ACTIVATION),
             Saved("moe.permutation", 12.0 * s.shard * s.moe.top_k, (module,)),
         ],
         backward_peak=peak,
@@ -138,10 +145,9 @@ def _between_products(s: Shapes, inner: Array, outer: Array) -> list[Operator]:
     halves and joins them again; its gradient reads the clamped tensor too."""
     if s.traits.fused_experts:
         return []
-    again = ("moe_act", "moe")
-    operators = vector("experts.activation", inner + outer, 2 * inner + outer, again)
+    operators = vector("experts.activation", inner + outer, 2 * inner + outer, ACTIVATION)
     if s.traits.clamped_experts:
-        operators += vector("experts.clamp", 4 * inner, 5 * inner, again)
+        operators += vector("experts.clamp", 4 * inner, 5 * inner, ACTIVATION)
     return operators
 
 

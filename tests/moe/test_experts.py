@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-from megatron.core.transformer.transformer_config import TransformerConfig
 
+from pangu.moe.config import MoETransformerConfig
 from pangu.moe.experts import GroupedExperts
 
 HIDDEN, WIDTH, EXPERTS = 8, 6, 4
@@ -15,7 +15,7 @@ HIDDEN, WIDTH, EXPERTS = 8, 6, 4
 
 def build(**options):
     gloo.single()
-    config = TransformerConfig(
+    config = MoETransformerConfig(
         num_layers=1,
         hidden_size=HIDDEN,
         num_attention_heads=1,
@@ -49,10 +49,9 @@ COUNTS = [[3, 3, 3, 3], [0, 11, 0, 1], [0, 0, 12, 0], [0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["", "moe_act", "moe_fc1"])
 def test_values_and_gradients(counts, recompute):
-    options = {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}
-    experts = build(**(options if recompute else {}))
+    experts = build(recomputed=frozenset({recompute}))
     rows = torch.randn(sum(counts), HIDDEN, dtype=torch.float64, requires_grad=True)
     weights = torch.rand(sum(counts), dtype=torch.float64, requires_grad=True)
     inputs = (rows, weights, experts.w1, experts.w2)
@@ -71,10 +70,9 @@ def test_values_and_gradients(counts, recompute):
 
 def test_recompute_keeps_less():
     kept = {}
-    for recompute in (False, True):
-        options = {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}
-        experts = build(**(options if recompute else {}))
-        rows = torch.randn(100, HIDDEN, dtype=torch.float64)
+    for recompute in ("", "moe_act", "moe_fc1"):
+        experts = build(recomputed=frozenset({recompute}))
+        rows = torch.randn(100, HIDDEN, dtype=torch.float64, requires_grad=True)
         weights = torch.rand(100, dtype=torch.float64)
         saved = []
 
@@ -85,9 +83,12 @@ def test_recompute_keeps_less():
         with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
             output, _ = experts(rows, torch.tensor([25] * EXPERTS), weights)
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+        for parameter in experts.parameters():
+            storages.pop(parameter.untyped_storage().data_ptr(), None)
         kept[recompute] = sum(storages.values())
         output.sum().backward()
-    assert kept[False] - kept[True] == 100 * WIDTH * 8
+    assert kept[""] - kept["moe_act"] == 100 * WIDTH * 8
+    assert kept[""] - kept["moe_fc1"] == 100 * 3 * WIDTH * 8
 
 
 def test_the_engines_gradient_buffer_gets_every_gradient_once():

@@ -21,12 +21,16 @@ MODEL = [
     "model.v_head_dim=8",
     "model.sandwich_norm=true",
 ]
-ALL = [name for name in get_args(RecomputeModule) if name != "moe"]  # which holds two of them
+ALL = [name for name in get_args(RecomputeModule) if name not in ("moe", "moe_fc1")]
 POLICIES = {
     "none": [],
     **{
         ", ".join(names): ["memory=selective", f"memory.recompute_modules=[{','.join(names)}]"]
-        for names in (ALL, *([name] for name in get_args(RecomputeModule)))
+        for names in (
+            ALL,
+            ["moe_fc1", "moe_permute", "layernorm"],
+            *([name] for name in get_args(RecomputeModule)),
+        )
     },
     "full": ["memory=full"],
     "full, by blocks": ["memory=full", "memory.recompute_method=block"],

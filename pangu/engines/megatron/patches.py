@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from pangu.backends import InPlaceOfCuda
+from pangu.ops.swiglu import swiglu
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,13 @@ def _multi_tensor_scale(
             torch.mul(source, scale, out=target)
 
 
+def _our_swiglu(holder: Any, name: str, stand_in: InPlaceOfCuda | None) -> None:
+    def biased(x: torch.Tensor, bias: torch.Tensor | None, *ignored: bool) -> torch.Tensor:
+        return swiglu(x if bias is None else x + bias)
+
+    setattr(holder, name, biased)
+
+
 def _float8_off(holder: Any, name: str, stand_in: InPlaceOfCuda | None) -> None:
     module = importlib.import_module(holder.__module__)
     if not module.HAVE_TE:
@@ -155,6 +163,14 @@ PATCHES = (
         "without apex or Transformer Engine it multiplies into new tensors and copies back",
         _scale_in_place,
         "tests/engines/test_patches.py",
+    ),
+    Patch(
+        "transformer.mlp:bias_swiglu_impl",
+        "off CUDA",
+        "its SwiGLU is written for a compiler that fuses it, and run as it is writes every "
+        "intermediate",
+        _our_swiglu,
+        "tests/model/test_kept_activations.py",
     ),
     Patch(
         "tensor_parallel.random:CheckpointWithoutOutput.__init__",
