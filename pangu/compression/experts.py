@@ -125,9 +125,15 @@ def measured(trained: Trained, choice: Choice, texts: Texts, progress: Progress)
 
 def write(folder: Path, out: Path, scores: dict, keep: float) -> None:
     """Write the model of `folder` with the experts of the highest scores, by layer."""
-    from pangu.weights import model_folder, prune_experts
+    from pangu.weights import model_folder, prune_experts, quantized_file
+    from pangu.weights.prune_experts import pruned
 
     path, config, source = model_folder.opened(folder)
     kept = prune_experts.kept_experts(config, scores, keep)
     tensors = prune_experts.pruned_tensors(source, kept)
-    model_folder.write(out, prune_experts.pruned_config(config, keep), tensors, made_of=path)
+
+    def grids(target: Path) -> None:
+        quantized_file.copy(path, target, lambda name, grid: pruned(name, grid, kept))
+
+    after = prune_experts.pruned_config(config, keep)
+    model_folder.write(out, after, tensors, made_of=path, beside=grids)

@@ -82,7 +82,10 @@ def pruned_tensors(source: Source, kept: Kept) -> Iterator[tuple[str, torch.Tens
     """Every tensor, of routers and experts the rows that stay. A balancing bias, a learned scale
     go with their expert; weights are normalised over what is left as the router has it."""
     for name in source.names():
-        tensor = source.read(name)
-        if place := layer_and_part(name):
-            tensor = tensor[torch.tensor(kept[place[0]])]
-        yield name, tensor
+        yield name, pruned(name, source.read(name), kept)
+
+
+def pruned(name: str, tensor: torch.Tensor, kept: Kept) -> torch.Tensor:
+    """A tensor of the whole model, or of its quantisation: its experts' rows that stay."""
+    place = layer_and_part(name)
+    return tensor[torch.tensor(kept[place[0]])] if place else tensor

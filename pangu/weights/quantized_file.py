@@ -9,7 +9,7 @@ Both are laid out as the weight is, with groups in the place of inputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,6 +31,17 @@ def save(folder: Path, scheme: Scheme, grids: Mapping[str, Grid], stored: torch.
         if not scheme.symmetric:
             tensors[f"{name}.zero"] = grid.zero.to(torch.int8).cpu().contiguous()
     save_file(tensors, folder / FILE, {key: str(value) for key, value in asdict(scheme).items()})
+
+
+def copy(source: Path, target: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+    """Write the file of a model's folder `source` into `target`, each tensor as `change` makes it;
+    nothing where the model is not quantised."""
+    if not (source / FILE).is_file():
+        return
+    with safe_open(source / FILE, framework="pt") as file:
+        header, names = file.metadata(), list(file.keys())
+        tensors = {name: change(name, file.get_tensor(name)).contiguous() for name in names}
+    save_file(tensors, target / FILE, header)
 
 
 class Quantized:

@@ -1,5 +1,7 @@
 """PreMoe against numpy, written from the equations over the router logits of transformers."""
 
+import shutil
+
 import gloo
 import numpy as np
 import pytest
@@ -183,6 +185,23 @@ def test_half_of_the_experts_is_the_model_of_transformers_with_half(pair, halves
     export_model(out, tmp_path / "out")
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     assert (read(rows).logits - expected).abs().max() < 1e-4
+
+
+def test_a_quantised_model_keeps_its_codes(tmp_path):
+    """Quantised, pruned, exported in packed form: the same logits in transformers."""
+    folder = tmp_path / "float"
+    folder.mkdir()
+    saved(QWEN, folder)
+    words = ["quantize", folder / "ours", "--scheme", "W4A16", "--calibration", folder / "text"]
+    words += ["--tokens", TOKENS, "--window", WINDOW, "--group-size", 8, "--out", tmp_path / "ours"]
+    assert compress([*words, "--backend", "cpu"]) == 0
+    shutil.copy(folder / "text", tmp_path / "text")
+    assert prune(tmp_path, tmp_path / "half") == 0
+    export_model(tmp_path / "half", tmp_path / "out")
+    rows = rows_of(folder)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert (read(rows).logits - logits(load_ours(tmp_path / "half"), rows)).abs().max() < 1e-4
 
 
 def test_keeping_all_is_the_identity(pair, tmp_path):
