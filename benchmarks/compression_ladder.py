@@ -2,7 +2,8 @@
 
     python benchmarks/compression_ladder.py layers [--taught 16384 --learning-rate 1e-3]
     python benchmarks/compression_ladder.py weights
-    python benchmarks/compression_ladder.py cache
+    python benchmarks/compression_ladder.py cache | rotation | commands
+    python benchmarks/compression_ladder.py weights --model RUN --texts CALIBRATION JUDGED
 
 Perplexity of `random.py`; calibrated, and taught, on other modules of Python's library. A table in
 docs/compression.md is its output.
@@ -11,8 +12,10 @@ docs/compression.md is its output.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import shutil
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -78,9 +81,6 @@ def layers(folder: Path, work: Path, texts: Texts, taught: int, learning_rate: f
         print(table(rows, texts), flush=True)
 
 
-CACHE = tuple(
-    (f"W16A16KV{bits}", "rtn", keys) for bits in (8, 4, 3) for keys in ("token", "channel")
-)
 LADDER = (
     ("W8A16", "rtn"),
     ("W4A16", "rtn"),
@@ -91,6 +91,17 @@ LADDER = (
     ("W8A8", "rtn"),
     ("W8A8", "smoothquant"),
 )
+LADDERS = {
+    "weights": LADDER,
+    "cache": tuple(
+        (f"W16A16KV{bits}", "rtn", keys) for bits in (8, 4, 3) for keys in ("token", "channel")
+    ),
+    "rotation": tuple(
+        (scheme, "rtn", "token", rotate)
+        for scheme in ("W8A8", "W4A16", "W4A8", "W4A4")
+        for rotate in (False, True)
+    ),
+}
 
 
 def weights(folder: Path, work: Path, texts: Texts, tokens: int, ladder: Sequence) -> None:
@@ -99,41 +110,77 @@ def weights(folder: Path, work: Path, texts: Texts, tokens: int, ladder: Sequenc
     judged = replace(texts, tokens=tokens)
     with loaded(folder) as trained:
         rows.append(judge("float", trained, judged, iter))
-    for scheme, method, *keys in ladder:
-        from pangu.compression.quantization import Rounding, rounded, scheme_for, write
+    for scheme, method, *more in ladder:
+        from pangu.compression.quantization import Rounding, rotated, rounded, scheme_for, write
 
         began = time.monotonic()
-        target = work / f"{scheme}-{method}"
-        with loaded(folder) as trained:
-            grid = scheme_for(trained.model, Rounding(scheme, method, 128, *keys))
-            quantizer = rounded(trained, folder, grid, method, texts, iter)
-            write(folder, target, trained.model, quantizer)
+        target, source = work / f"{scheme}-{method}", folder
+        rounding = Rounding(scheme, method, 128, *more)
+        if rounding.rotate:
+            source = rotated(folder, work / "rotated")
+        with loaded(source) as trained:
+            grid = scheme_for(trained.model, rounding)
+            quantizer = rounded(trained, source, grid, method, texts, iter)
+            write(source, target, trained.model, quantizer)
+        shutil.rmtree(work / "rotated", ignore_errors=True)
         took = time.monotonic() - began
         with loaded(target) as trained:
-            rows.append(judge(" ".join((scheme, method, *keys)), trained, judged, iter))
+            rows.append(judge(" ".join(map(str, (scheme, method, *more))), trained, judged, iter))
         shutil.rmtree(target)
         print(f"{table(rows, judged)}\n{scheme} {method}: {took:.0f} s", flush=True)
 
 
+def commands(folder: Path, work: Path, texts: Texts) -> None:
+    """Seconds of processor and peak memory of each command, a process of its own."""
+    calibrated = ["--calibration", texts.calibration, "--tokens", texts.tokens]
+    calibrated += ["--window", texts.window]
+    rows: dict[str, list[object]] = {"convert import": ["pangu.convert", "import", smollm2()]}
+    quantise = ["pangu.compress", "quantize", folder, *calibrated]
+    for scheme, method in (("W4A16", "rtn"), ("W4A16", "awq"), ("W4A16", "gptq")):
+        rows[f"quantize {method}"] = [*quantise, "--scheme", scheme, "--method", method]
+    rows["quantize smoothquant"] = [*quantise, "--scheme", "W8A8", "--method", "smoothquant"]
+    rows["quantize rtn --rotate"] = [*quantise, "--scheme", "W4A16", "--rotate"]
+    pruning = ["pangu.compress", "prune-layers", folder, "--layers", 3, *calibrated]
+    rows["prune-layers"] = pruning
+    rows["convert export"] = ["pangu.convert", "export", folder]
+    print(f"{'':24}{'CPU s':>8}{'peak GiB':>10}")
+    for name, words in rows.items():
+        out = work / name.replace(" ", "-")
+        whole = [sys.executable, "-m", *map(str, words), "--out", str(out)]
+        process = subprocess.Popen(whole, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _, status, used = os.wait4(process.pid, 0)
+        seconds, peak = used.ru_utime + used.ru_stime, used.ru_maxrss / 2**20
+        print(f"{name:24}{seconds:8.0f}{peak:10.2f}{'' if not status else '  failed'}", flush=True)
+        shutil.rmtree(out, ignore_errors=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="?", choices=["layers", "weights", "cache"], default="layers")
+    parser.add_argument(
+        "what", nargs="?", choices=["layers", "commands", *LADDERS], default="layers"
+    )
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--taught", type=int, default=0, help="tokens to distil on")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--model", type=Path, help="another model than SmolLM2")
+    parser.add_argument("--texts", type=Path, nargs=2, help="to calibrate on, and to judge by")
     options = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as work:
         cache = Path(__file__).parent.parent / ".cache"
-        folder = model_folder(cache)
+        folder = options.model or model_folder(cache)
         texts = texts_of(Path(work), options.tokens, options.window)
+        if options.texts:
+            calibration, judged_by = options.texts
+            texts = replace(texts, calibration=calibration, judged_by=judged_by)
         if options.what == "layers":
             layers(folder, Path(work), texts, options.taught, options.learning_rate)
+        elif options.what == "commands":
+            commands(folder, Path(work), texts)
         else:
             twice = replace(texts, tokens=2 * options.tokens)
-            ladder = CACHE if options.what == "cache" else LADDER
-            weights(folder, Path(work), twice, options.tokens, ladder)
+            weights(folder, Path(work), twice, options.tokens, LADDERS[options.what])
     print(f"{time.monotonic() - began:.0f} s")
 
 
