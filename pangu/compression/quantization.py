@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from configs.planning import Dtype, InferenceConfig
 from configs.schema import Config, KeyRounding
+from pangu.compression.own_text import own_text
 from pangu.compression.texts import (
     Progress,
     Texts,
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
     from pangu.weights.quantize import Scheme
     from pangu.weights.quantize_layers import Method, Quantizer
+
+
+OWN = Path("self")  # in place of a calibration file: what the model itself writes
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,12 @@ def quantize(
         with loaded(folder, backend) as trained:
             refuse_broken(trained.model, folder)
             scheme = scheme_for(trained.model, rounding)
+            named = texts
+            if texts.calibration == OWN:
+                written = work / "own text"
+                window = texts.window_of(trained.config)
+                written.write_text(own_text(trained, texts.tokens, window), encoding="utf-8")
+                texts = replace(texts, calibration=written)
             rows = [judge("before", trained, texts, progress)]
             quantizer = rounded(trained, folder, scheme, rounding.method, texts, progress)
             write(folder, work / "quantised", trained.model, quantizer)
@@ -67,7 +77,7 @@ def quantize(
         move(work / "quantised", out)
     groups = f"groups of {scheme.group_size}" if scheme.group_size else "a scale a row"
     bits = f"{scheme.bits_per_weight:.2f} bits a weight of the layers' linears, {groups}"
-    return f"{table(rows, texts)}\n{bits}"
+    return f"{table(rows, named)}\n{bits}"
 
 
 def rotated(folder: Path, out: Path) -> Path:
@@ -163,7 +173,7 @@ def _served(config: Config, scheme: Scheme) -> InferenceConfig:
     served = config.inference
     return replace(
         served,
-        weight_dtype=_priced(scheme.weight_bits, served.weight_dtype),
+        weight_dtype="fp4" if scheme.floats else _priced(scheme.weight_bits, served.weight_dtype),
         compute_dtype="int8" if scheme.activation_bits else served.compute_dtype,
         kv_dtype=_priced(scheme.kv_bits or 16, served.kv_dtype),
     )

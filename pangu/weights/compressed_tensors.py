@@ -59,7 +59,7 @@ def description(scheme: Scheme, config: Config, kind: Architecture) -> dict[str,
         WeightsError: there is no layout of compressed-tensors for the scheme that others run.
     """
     bits = (scheme.weight_bits, scheme.activation_bits)
-    if scheme.kv_bits or bits[0] > 8 or (bits[1] and bits != (8, 8)):
+    if scheme.kv_bits or scheme.floats or bits[0] > 8 or (bits[1] and bits != (8, 8)):
         raise WeightsError(
             f"{scheme.name} has no layout that other programs read: W8A8, or any with A16, "
             "and keys and values as they are"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from pangu.weights.quantize import Grid, Scheme, grid_of, rounded
+from pangu.weights.quantize import Grid, Scheme, grid_of, nearest_code, rounded
 
 Tensor = torch.Tensor
 _BLOCK = 128
@@ -40,14 +40,14 @@ def gptq(
     inverse = torch.linalg.inv(hessian[order][:, order])
     upper = torch.linalg.cholesky(inverse, upper=True).float()
     scale, zero = (part[:, order] for part in grid.columns(weight.size(1)))
-    weight, low, high = weight[:, order], *scheme.limits
+    weight = weight[:, order]
     out = torch.empty_like(weight)
     for start in range(0, weight.size(1), _BLOCK):
         end = min(start + _BLOCK, weight.size(1))
         errors = torch.empty(weight.size(0), end - start, device=weight.device)
         for column in range(start, end):
             values, step, offset = weight[:, column], scale[:, column], zero[:, column]
-            codes = (values / step + offset).round().clamp(low, high)
+            codes = nearest_code(values / step + offset, scheme)
             out[:, column] = (codes - offset) * step
             error = (values - out[:, column]) / upper[column, column]
             weight[:, column:end] -= torch.outer(error, upper[column, column:end])

@@ -15,7 +15,10 @@ from configs.schema import KeyRounding
 from pangu.checkpoint.tensor_files import WeightsError
 
 Tensor = torch.Tensor
-_SCHEME = re.compile(r"W([2-8]|16)A(4|8|16)(?:KV([2-8]))?(_ASYM)?")
+_SCHEME = re.compile(r"(?:W([2-8]|16)A(4|8|16)|MXFP4A16)(?:KV([2-8]))?(_ASYM)?")
+# What a 4-bit float (E2M1) can be; the scale of its block of 32 is a power of two (OCP MX v1.0).
+_FLOAT4 = torch.tensor([-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6])
+_MX_BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Scheme:
     symmetric: bool = True
     kv_bits: int = 0  # 0: not quantised
     key_rounding: KeyRounding = "token"
+    floats: bool = False  # 4-bit floats and scales that are powers of two: MXFP4
 
     @property
     def by_channel(self) -> bool:
@@ -48,7 +52,9 @@ class Scheme:
 
     @property
     def bits_per_weight(self) -> float:
-        """With a 16-bit scale, and a zero point where there is one, for each group."""
+        """With a 16-bit scale (MXFP4: 8), and a zero point where there is one, for each group."""
+        if self.floats:
+            return self.weight_bits + 8 / self.group_size
         each = 16 if self.symmetric else 16 + self.weight_bits
         return self.weight_bits + (each / self.group_size if self.group_size else 0)
 
@@ -66,7 +72,14 @@ def scheme_of(
     if match is None or (match[1] == match[2] == "16" and match[3] is None):
         raise WeightsError(
             f"--scheme {name}: as W4A16 or W4A16_ASYM (with zero points), weights of 2 to 8 or 16 "
-            "bits, activations of 16, 8 or 4, and as W8A8KV8 keys and values of 2 to 8"
+            "bits, activations of 16, 8 or 4, and as W8A8KV8 keys and values of 2 to 8; or MXFP4A16"
+        )
+    symmetric, cached = not match[4], int(match[3] or 0)
+    if match[1] is None:
+        if match[4] or any(width % _MX_BLOCK for width in widths):
+            raise WeightsError(f"--scheme {name}: blocks of {_MX_BLOCK}, without zero points")
+        return Scheme(
+            name.upper(), 4, 0, _MX_BLOCK, kv_bits=cached, key_rounding=key_rounding, floats=True
         )
     bits, activations = int(match[1]), int(match[2])
     if bits > 4:
@@ -74,7 +87,6 @@ def scheme_of(
     while group_size and any(width % group_size for width in widths):
         group_size //= 2
     rounds = activations if activations < 16 else 0
-    symmetric, cached = not match[4], int(match[3] or 0)
     return Scheme(name.upper(), bits, rounds, group_size, symmetric, cached, key_rounding)
 
 
@@ -115,6 +127,10 @@ def _spanned(groups: Tensor, part: float, scheme: Scheme, stored: torch.dtype) -
     low, high = scheme.limits
     least = groups.amin(-1).clamp(max=0) * part
     most = groups.amax(-1).clamp(min=0) * part
+    if scheme.floats:  # the largest value's exponent less that of the largest float
+        largest = torch.maximum(-least, most).clamp(min=2.0**-120)
+        scale = torch.exp2(torch.floor(torch.log2(largest)) - 2)
+        return Grid(scale, torch.zeros_like(scale))
     span = 2 * torch.maximum(-least, most) if scheme.symmetric else most - least
     scale = (span / (high - low)).to(stored).float()
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
@@ -125,17 +141,26 @@ def _spanned(groups: Tensor, part: float, scheme: Scheme, stored: torch.dtype) -
 
 def _squared_error(groups: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
     scale, zero = grid.scale[..., None], grid.zero[..., None]
-    codes = (groups / scale + zero).round().clamp(*scheme.limits)
+    codes = nearest_code(groups / scale + zero, scheme)
     return ((codes - zero) * scale - groups).square().sum(-1)
 
 
+def nearest_code(x: Tensor, scheme: Scheme) -> Tensor:
+    """What weights in units of their scale, float32, are rounded to."""
+    if not scheme.floats:
+        return x.round().clamp(*scheme.limits)
+    between = (_FLOAT4[1:] + _FLOAT4[:-1]) / 2
+    table = _FLOAT4.to(x.device)
+    return table[torch.bucketize(x.contiguous(), between.to(x.device))]
+
+
 def codes_of(weight_RC: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
-    """Nearest codes `[R, C]`, int8."""
+    """Nearest codes `[R, C]`, int8; not of floats."""
     scale, zero = grid.columns(weight_RC.size(1))
-    return (weight_RC.float() / scale + zero).round().clamp(*scheme.limits).to(torch.int8)
+    return nearest_code(weight_RC.float() / scale + zero, scheme).to(torch.int8)
 
 
 def rounded(weight_RC: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
     """The nearest values on the grid, float32: what the codes stand for."""
     scale, zero = grid.columns(weight_RC.size(1))
-    return (codes_of(weight_RC, grid, scheme).float() - zero) * scale
+    return (nearest_code(weight_RC.float() / scale + zero, scheme) - zero) * scale

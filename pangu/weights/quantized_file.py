@@ -9,6 +9,7 @@ Both are laid out as the weight is, with groups in the place of inputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pangu.checkpoint.tensor_files import WeightsError
+from pangu.weights import model_folder
 from pangu.weights.quantize import Grid, Scheme
 
 FILE = "quantization.safetensors"
@@ -68,6 +70,7 @@ class Quantized:
                 int(header["group_size"]),
                 symmetric=header["symmetric"] == "True",
                 kv_bits=int(header.get("kv_bits", 0)),
+                floats=header.get("floats") == "True",
             )
         except (KeyError, TypeError, ValueError):
             raise WeightsError(f"{path} names no scheme") from None
@@ -85,3 +88,18 @@ class Quantized:
             if self.scheme.symmetric:
                 return scale, torch.zeros(scale.shape, dtype=torch.int8)
             return scale, file.get_tensor(f"{name}.zero")
+
+
+def weight_bytes(folder: Path) -> int:
+    """What the weights of a model's folder, or of a run's newest checkpoint, take: those that are
+    quantised in the bits of their scheme, scales among them, others as they are stored."""
+    path, _, source = model_folder.opened(folder)
+    codes = Quantized.of(path)
+    total = 0.0
+    for name in source.names():
+        if codes is not None and name in codes.weights:
+            total += math.prod(source.shape(name)) * codes.scheme.bits_per_weight / 8
+        else:
+            tensor = source.read(name)
+            total += tensor.numel() * tensor.element_size()
+    return round(total)

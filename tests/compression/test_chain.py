@@ -1,0 +1,112 @@
+"""Steps one after the other, stopped in the middle and gone on with."""
+
+import contextlib
+import importlib
+import io
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from compression.tiny import compress, llama
+from gloo import leave
+
+from pangu.checkpoint.tensor_files import Safetensors
+from pangu.compression import chain
+from pangu.weights.quantized_file import Quantized, weight_bytes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chain")
+    llama(folder, hidden_size=64, intermediate_size=64, num_hidden_layers=4)
+    return folder
+
+
+def described(folder, **changes):
+    text = str(folder / "text")
+    common = {"calibration": text, "tokens": 128, "window": 32}
+    steps = [
+        {"prune-layers": {"layers": 1, "patch": "none", **common}},
+        {"quantize": {"scheme": "W4A16", "group_size": 32, **common}},
+        {"export": {}},
+    ]
+    found = {"model": str(folder / "ours"), "out": str(folder / "out"), "text": text}
+    file = folder / "chain.yaml"
+    file.write_text(
+        yaml.safe_dump({**found, "tokens": 128, "window": 32, "steps": steps} | changes)
+    )
+    return file
+
+
+def in_this_process(words):
+    """What a process of its own would print: each takes seconds to import torch."""
+    leave()
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert importlib.import_module(words[0]).main(words[1:]) == 0
+    return printed.getvalue()
+
+
+def test_prune_quantise_export_with_a_stop_in_between(folder, monkeypatch, capsys):
+    ran, run = [], chain._run
+
+    def stops(words):
+        ran.append(words[1])
+        if words[1] == "export" and ran.count("export") == 1:
+            raise KeyboardInterrupt
+        return run(words) if len(ran) == 1 else in_this_process(words)
+
+    monkeypatch.setattr(chain, "_run", stops)
+    with pytest.raises(KeyboardInterrupt):
+        chain.run_chain(chain.read_chain(described(folder)))
+    first = len(ran)
+    assert compress(["chain", described(folder)]) == 0
+    assert ran[first:] == ["export"]  # the rest was done
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:16].strip() for line in lines[1:-1]] == [
+        "as it was",
+        "prune-layers",
+        "quantize",
+        "export",
+    ]
+    rows = json.loads((folder / "out" / chain.DONE).read_text())
+    sizes = [row["bytes"] for row in rows]
+    assert sizes[0] > sizes[1] > sizes[2] > 0
+    assert len({row["perplexity"] for row in rows[:3]}) == 3
+    assert (folder / "out" / "3-export" / "config.json").is_file()
+    file = described(folder, steps=[{"prune-layers": {"layers": 2}}])
+    assert compress(["chain", file]) == 2
+    assert "step 1 was another one" in capsys.readouterr().err
+
+
+def test_bytes_of_weights(folder):
+    """Every weight by hand."""
+    found, source = folder / "out" / "2-quantize", Safetensors(folder / "out" / "2-quantize")
+    codes, total = Quantized.of(found).weights, 0
+    for name in source.names():
+        count = source.read(name).numel()
+        total += count * (4 + 16 / 32) / 8 if name in codes else 4 * count
+    assert weight_bytes(found) == total
+
+
+def test_mistakes(folder, tmp_path, capsys):
+    for changes, message in (
+        ({"steps": []}, "steps="),
+        ({"steps": [{"quantize": {}, "export": {}}]}, "each is one command"),
+        ({"steps": [{"quantise": {}}], "out": str(tmp_path / "x")}, "exit code 2"),
+    ):
+        assert compress(["chain", described(folder, **changes)]) == 2
+        assert message in capsys.readouterr().err.replace("\n", " ")
+    assert compress(["chain", Path("nowhere.yaml")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_the_model_writes_its_own_calibration_text(folder, tmp_path, capsys):
+    words = ["quantize", folder / "ours", "--scheme", "W4A16", "--method", "gptq"]
+    words += ["--calibration", "self", "--tokens", 128, "--window", 32, "--out"]
+    assert compress([*words, tmp_path / "one"]) == 0
+    assert "(perplexity on self)" in capsys.readouterr().out
+    assert compress([*words, tmp_path / "two"]) == 0
+    one, two = Safetensors(tmp_path / "one"), Safetensors(tmp_path / "two")
+    assert all((one.read(name) == two.read(name)).all() for name in one.names())
