@@ -118,12 +118,14 @@ class MoEConfig:
     top_k: Annotated[int, Limits(1, 2**16)] = 1
     num_expert_groups: Annotated[int, Limits(1, 2**16)] = 1
     topk_group: Experts = 0  # group_limited: how many groups a token may use
-    score_function: Literal["softmax", "sigmoid"] = "softmax"
+    # gated (CMoE): softmax over |SiLU(x·W)·(x·U)|; weights 1, with router_scale 1 + score·scale.
+    score_function: Literal["softmax", "sigmoid", "gated"] = "softmax"
     # top_k only: softmax over the chosen logits (the MoGE paper's baseline, Mixtral) or over all.
     softmax_after_top_k: bool = False
     renormalize: bool = False  # chosen weights sum to 1
     scaling_factor: Scale = 1.0  # multiplies the chosen weights
-    router_scale: bool = False  # learned factor per expert, initialised to 1 (released Pangu Pro)
+    # Learned factor per expert, initialised to 1 (released Pangu Pro); with gated scores to 0.
+    router_scale: bool = False
     expert_bias: bool = False  # bias-balanced, aux-loss-free: the bias moves the choice only
     expert_bias_update_rate: Scale = 1e-3
     aux_loss_scope: AuxLossScope = "micro_batch"
@@ -137,6 +139,11 @@ class MoEConfig:
     # token. Their gradients are not. On the way back rows travel and are summed in `combine_dtype`.
     dispatch_dtype: DispatchDtype = "model"
     combine_dtype: Literal["model", "bf16", "fp32"] = "model"
+
+    @property
+    def router_matrices(self) -> int:
+        """How many matrices `[E, H]` a router's scores are made from."""
+        return 2 if self.score_function == "gated" else 1
 
     @property
     def equal_groups(self) -> int:

@@ -88,6 +88,8 @@ def experts(config: Config) -> Iterator[Problem]:
         options = {"moe.top_k": divisors(model.num_experts)}
         yield Problem("top_k", "moe.top_k", moe.top_k, reason, options)
     yield from _routing(config)
+    if moe.score_function == "gated":
+        yield from _gated(config)
 
 
 def _routing(config: Config) -> Iterator[Problem]:
@@ -125,3 +127,15 @@ def _routing(config: Config) -> Iterator[Problem]:
     if moe.expert_bias and moe.router in ("expert_choice", "forced_balance"):
         reason = f"router={moe.router} is balanced without a bias"
         yield Problem("expert bias", "moe.expert_bias", True, reason, {"moe.expert_bias": [False]})
+
+
+def _gated(config: Config) -> Iterator[Problem]:
+    """What does not go with the scores of a carved MLP."""
+    moe = config.moe
+    for name in ("aux_loss_coefficient", "z_loss_coefficient"):
+        if value := getattr(moe, name):
+            key, reason = f"moe.{name}", "gated scores are balanced by moe.expert_bias, not a loss"
+            yield Problem(f"gated {name}", key, value, reason, {key: [0.0]})
+    if moe.renormalize:
+        key, reason = "moe.renormalize", "the parts of a carved MLP add up with weight 1"
+        yield Problem("gated weights", key, True, reason, {key: [False]})

@@ -170,6 +170,37 @@ def chain(file: Annotated[Path, typer.Argument(help="YAML: model, out, text, ste
     print(run_chain(read_chain(file)))
 
 
+@app.command()
+def carve(
+    model: Model,
+    experts: Annotated[
+        str, typer.Option(help="S3A3E8: of 8 parts 3 serve all tokens, 3 of the rest are chosen")
+    ],
+    calibration: Calibration,
+    out: Out,
+    groups: Annotated[
+        int, typer.Option(min=1, help="as many are chosen in each of so many groups (MoGE)")
+    ] = 1,
+    tokens: Tokens = 8 * 2048,
+    window: Window = 2048,
+    text: Text = None,
+    backend: Backend = "auto",
+) -> None:
+    """CMoE: make experts of a dense model's MLPs, without training.
+
+    Neurons that are among the ten most active ones of many tokens become the shared expert; the
+    others fall into experts of equal size by the tokens that activate them, an exact balanced
+    clustering. The router is the neuron nearest to the middle of each expert. What is left out per
+    token is regained by training on: `pangu.train checkpoint.resume=DIR` moves the balancing bias
+    and learns a scale for each expert.
+    """
+    from pangu.compression import carving
+    from pangu.compression.texts import Texts
+
+    texts = Texts(calibration, tokens, window, text)
+    print(carving.carve(model, out, experts, groups, texts, backend=backend, progress=progress_bar))
+
+
 @app.command("prune-experts")
 def prune_experts(
     model: Model,

@@ -289,7 +289,8 @@ def _experts(serving: Serving, tokens: Array) -> Array:
         products = products + grouped_matmul_seconds(
             hw, touched, rows / touched, outputs, inputs, dtype=dtype, weight_bytes=weight
         )
-    router = matmul_seconds(hw, tokens, model.num_experts, model.hidden_size, dtype=_plain(hw))
+    scores = model.num_experts * moe.router_matrices
+    router = matmul_seconds(hw, tokens, scores, model.hidden_size, dtype=_plain(hw))
     # Softmax, choice inside groups, weights, casts; sorting, counting and cumulating the rows.
     choice = 10 * vector_seconds(hw, 4.0 * tokens * model.num_experts)
     permute = 3 * vector_seconds(hw, 4.0 * rows * model.hidden_size)

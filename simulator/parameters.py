@@ -164,7 +164,7 @@ def layer_parameters(
     if kind == "dense":
         mlp = sum(linear.parameters(tp) for linear in mlp_linears(model, model.ffn_hidden_size))
         return LayerParameters(attention, norms, mlp, 0, 0, 0)
-    router = model.num_experts * model.hidden_size
+    router = model.num_experts * model.hidden_size * moe.router_matrices
     router += model.num_experts if moe.router_scale else 0
     shared: Array = 0
     if width := model.shared_expert_ffn_hidden_size:
@@ -269,7 +269,7 @@ def matmul_parameters_per_token(model: ModelConfig, moe: MoEConfig, kind: LayerK
     matrices = sum(linear.matrix() for linear in attention_linears(model))
     if kind == "dense":
         return matrices + sum(x.matrix() for x in mlp_linears(model, model.ffn_hidden_size))
-    matrices += model.num_experts * model.hidden_size
+    matrices += model.num_experts * model.hidden_size * moe.router_matrices
     if width := model.shared_expert_ffn_hidden_size:
         matrices += sum(x.matrix() for x in mlp_linears(model, width))
     expert = sum(x.matrix() for x in mlp_linears(model, model.moe_ffn_hidden_size))

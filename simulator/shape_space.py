@@ -121,7 +121,8 @@ def parameters_of(config: Config, columns: dict[str, np.ndarray]) -> tuple[np.nd
     expert: Array = sum(
         linear.parameters() for linear in mlp_linears(model, model.moe_ffn_hidden_size)
     )
-    router = model.num_experts * hidden + (model.num_experts if config.moe.router_scale else 0)
+    router = model.num_experts * hidden * config.moe.router_matrices
+    router += model.num_experts if config.moe.router_scale else 0
     dense: Array = sum(linear.parameters() for linear in mlp_linears(model, base.ffn_hidden_size))
     dense_layers = base.num_dense_layers
     moe_layers = model.num_layers - dense_layers

@@ -16,7 +16,7 @@ from megatron.core.transformer.moe.router import Router
 from pangu.moe.config import MoETransformerConfig
 from pangu.moe.load import LayerLoad
 from pangu.moe.losses import Terms, attach, balance_gradient
-from pangu.moe.routing import routing_for
+from pangu.moe.routing import routing_for, softmax
 
 
 def router_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -60,13 +60,19 @@ class ExpertRouter(Router):
         super().__init__(config=config, pg_collection=pg_collection)
         self.bias = None  # no bias, whatever the model's other linear layers have
         self.functions = routing_for(config.moe)
+        self.gated = config.moe.score_function == "gated"
+        if self.gated:
+            up: Any = torch.nn.Parameter(torch.empty_like(self.weight))
+            up.sequence_parallel = config.sequence_parallel
+            self.up_weight = up
         self.load = LayerLoad(self.num_experts)
         self.ep_group = pg_collection.ep
         # The ranks over which the tokens of one micro-batch are spread.
         self.token_group = self.tp_cp_group if config.sequence_parallel else self.cp_group
         self.router_scale = None
         if config.moe.router_scale:
-            scale: Any = torch.nn.Parameter(torch.ones(self.num_experts, dtype=config.params_dtype))
+            initial = torch.zeros if self.gated else torch.ones
+            scale: Any = torch.nn.Parameter(initial(self.num_experts, dtype=config.params_dtype))
             scale.sequence_parallel = config.sequence_parallel
             self.router_scale = scale
         self.expert_bias: torch.Tensor | None = None
@@ -86,8 +92,20 @@ class ExpertRouter(Router):
             self.expert_bias.data = self.expert_bias.data.float()
         weights_TE, chosen_TE = self.functions(logits, self.expert_bias)
         if self.router_scale is not None:
-            weights_TE = weights_TE * self.router_scale.to(weights_TE.dtype)
+            scale_E = self.router_scale.to(weights_TE.dtype)
+            if self.gated:
+                scale_E = 1 + softmax(logits) * scale_E
+            weights_TE = weights_TE * scale_E
         return weights_TE, chosen_TE
+
+    def logits(self, input_TH: torch.Tensor) -> torch.Tensor:
+        """`[T, E]`, at least float32: x·W, or gated |SiLU(x·W)·(x·U)|, which is how far the one
+        neuron that speaks for an expert is activated (arXiv 2502.04416)."""
+        logits_TE = _RouterLogits.apply(input_TH, self.weight)
+        if self.gated:
+            up_TE = _RouterLogits.apply(input_TH, self.up_weight)
+            logits_TE = (torch.nn.functional.silu(logits_TE) * up_TE).abs()
+        return logits_TE
 
     def forward(
         self, input: torch.Tensor, padding_mask: torch.Tensor | None = None
@@ -100,7 +118,7 @@ class ExpertRouter(Router):
         if padding_mask is not None:
             raise ValueError("padding masks are not supported: every token is routed")
         input_TH = input.flatten(0, 1)
-        logits_TE = _RouterLogits.apply(input_TH, self.weight)
+        logits_TE = self.logits(input_TH)
         weights_TE, chosen_TE = self.routing(logits_TE)
         # Under recomputation the forward runs twice; the run with gradients is the one that counts.
         if self.training and torch.is_grad_enabled():

@@ -56,6 +56,8 @@ def routing_for(moe: MoEConfig) -> Routing:
     }
     scores: Scores = sigmoid if moe.score_function == "sigmoid" else softmax
     weights: Weights = chosen_scores
+    if moe.score_function == "gated":
+        weights = ones
     if moe.softmax_after_top_k:
         scores, weights = identity, softmax_of_chosen
     if moe.renormalize:
@@ -143,6 +145,11 @@ def forced_balance(scores_TE: torch.Tensor, k: int) -> torch.Tensor:
 def chosen_scores(scores_TE: torch.Tensor, chosen_TE: torch.Tensor) -> torch.Tensor:
     """The chosen scores as they are, 0 elsewhere: MoGE's weights."""
     return scores_TE.masked_fill(~chosen_TE, 0.0)
+
+
+def ones(scores_TE: torch.Tensor, chosen_TE: torch.Tensor) -> torch.Tensor:
+    """1 for each chosen expert: the parts of a carved MLP add up to it (arXiv 2502.04416)."""
+    return chosen_TE.to(scores_TE.dtype)
 
 
 def softmax_of_chosen(logits_TE: torch.Tensor, chosen_TE: torch.Tensor) -> torch.Tensor:

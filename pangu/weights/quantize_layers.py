@@ -129,7 +129,8 @@ class Quantizer:
         readers, exact = [part.weight for part in dense], []
         if hasattr(mlp, "experts"):
             readers += [_rows_in(mlp.experts, number) for number in range(len(mlp.experts.w1))]
-            exact = [mlp.router.weight]
+            router = mlp.router
+            exact = [router.weight, router.up_weight] if router.gated else [router.weight]
         self._fold(layer.pre_mlp_layernorm, readers, exact, seen["mlp"])
         if self.method == "awq" and not exact and layer.config.gated_linear_unit:
             scales = self._scales([mlp.linear_fc2.weight], [], seen["mlp.linear_fc2"])

@@ -32,6 +32,7 @@ _READERS = {
     "mlp.linear_fc1.weight": "pre_mlp_layernorm.weight",
     "mlp.shared_experts.linear_fc1.weight": "pre_mlp_layernorm.weight",
     "mlp.router.weight": "pre_mlp_layernorm.weight",
+    "mlp.router.up_weight": "pre_mlp_layernorm.weight",
     "mlp.experts.w1": "pre_mlp_layernorm.weight",
 }
 # What is added to the stream, and the dimension of its outputs.

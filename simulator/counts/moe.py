@@ -47,7 +47,11 @@ def moe(s: Shapes, load: Array = 1.0) -> Counts:
             Saved("moe.norm input", stream),
             Saved("moe.norm output", stream, ("layernorm",)),
             Saved("moe.norm statistics", 4.0 * s.shard),
-            Saved("moe.router scores", 8.0 * s.shard * s.model.num_experts, ROUTE),
+            Saved(
+                "moe.router scores",
+                8.0 * s.shard * s.model.num_experts * s.moe.router_matrices,
+                ROUTE,
+            ),
             *([Saved("moe.post_norm input", stream)] if s.model.sandwich_norm else []),
         ],
     )
@@ -69,15 +73,16 @@ def _router(s: Shapes) -> list[Operator]:
     `[shard, experts]`. PyTorch's kernels are many short ones, with hidden states cast to float32
     for products that run outside the matrix units, and a scan of every row (of every group) that
     settles ties."""
+    width = s.model.num_experts * s.moe.router_matrices
     scores = 4.0 * s.shard * s.model.num_experts
     shape = {
         "m": s.shard,
-        "n": s.model.num_experts,
+        "n": width,
         "k": s.model.hidden_size,
         "dtype": "fp32" if s.dtype == "fp32" or s.torch_kernels else "bf16",
     }
-    flops = 2.0 * s.shard * s.model.num_experts * s.model.hidden_size
-    read = s.shard * s.model.hidden_size * s.element + scores
+    flops = 2.0 * s.shard * width * s.model.hidden_size
+    read = s.shard * s.model.hidden_size * s.element + 4.0 * s.shard * width
     names: tuple[Any, ...] = ("forward", "input_gradient", "weight_gradient")
     logits = [
         Operator(
