@@ -64,7 +64,8 @@ def parts_of(text: str, groups: int = 1) -> Parts:
     if not found:
         reason = "is not like S3A3E8: shared experts, active ones, and all with the shared"
         raise WeightsError(f"--experts {text} {reason}")
-    parts = Parts(*map(int, found.groups()), groups)
+    shared, active, every = map(int, found.groups())
+    parts = Parts(shared, active, every, groups)
     if not 1 <= parts.active <= parts.routed:
         reason = f"has {parts.routed} routed experts, and a token chooses {parts.active}"
         raise WeightsError(f"--experts {text} {reason}: want 1 at least and no more than there are")
