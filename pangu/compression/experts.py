@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from configs.violation import ConfigError, Violation
 from pangu.compression.texts import (
     Progress,
+    Row,
     Texts,
     judge,
     move,
@@ -23,6 +24,8 @@ from pangu.task_experts import AUTO, GENERALIST
 from pangu.trained_model import Trained, loaded
 
 if TYPE_CHECKING:
+    import torch
+
     from pangu.weights.expert_patterns import Pattern, Score
 
 
@@ -57,20 +60,10 @@ def prune(
     _refuse(store, choice, tasks)
     if out is not None:
         refuse_existing(out)
-    with loaded(folder, backend) as trained:
-        from pangu.weights import expert_patterns, prune_experts
-
-        if out is not None or not trained.config.model.num_experts:
-            prune_experts.experts_left(trained.config, choice.keep)
-        refuse_broken(trained.model, folder)
-        patterns = {_name(texts): measured(trained, choice, texts, progress) for texts in tasks}
-        if store is not None:
-            for name, pattern in patterns.items():
-                expert_patterns.save(pattern, store, name)
-        if out is None:
-            return f"{', '.join(patterns)}: added to {store}"
-        before = [judge("before", trained, texts, progress) for texts in _judges(tasks)]
-        scores = expert_patterns.mean_pattern(list(patterns.values())).scores
+    before, scores = _listen(folder, store, choice, tasks, judged=out is not None,
+                             backend=backend, progress=progress)  # fmt: skip
+    if out is None:
+        return f"{', '.join(map(_name, tasks))}: added to {store}"
     with workplace(out) as work:
         write(folder, work / "pruned", scores, choice.keep)
         with loaded(work / "pruned", backend) as trained:
@@ -79,6 +72,32 @@ def prune(
         move(work / "pruned", out)
     rows = zip(before, after, _judges(tasks), strict=True)
     return "\n".join(table([one, other], texts) for one, other, texts in rows)
+
+
+def _listen(
+    folder: Path,
+    store: Path | None,
+    choice: Choice,
+    tasks: list[Texts],
+    *,
+    judged: bool,
+    backend: str,
+    progress: Progress,
+) -> tuple[list[Row], dict[str, torch.Tensor]]:
+    """Rows of the whole model where it is to be `judged`, and the scores of all tasks by layer. The
+    model is gone afterwards."""
+    with loaded(folder, backend) as trained:
+        from pangu.weights import expert_patterns, prune_experts
+
+        prune_experts.experts_left(trained.config, choice.keep if judged else 1.0)
+        refuse_broken(trained.model, folder)
+        patterns = [measured(trained, choice, texts, progress) for texts in tasks]
+        if store is not None:
+            for texts, pattern in zip(tasks, patterns, strict=True):
+                expert_patterns.save(pattern, store, _name(texts))
+        judges = _judges(tasks) if judged else []
+        rows = [judge("before", trained, texts, progress) for texts in judges]
+        return rows, expert_patterns.mean_pattern(patterns).scores
 
 
 def _name(texts: Texts) -> str:
@@ -123,7 +142,7 @@ def measured(trained: Trained, choice: Choice, texts: Texts, progress: Progress)
     return expert_patterns.Pattern(scores, choice.score, len(ids), router)
 
 
-def write(folder: Path, out: Path, scores: dict, keep: float) -> None:
+def write(folder: Path, out: Path, scores: dict[str, torch.Tensor], keep: float) -> None:
     """Write the model of `folder` with the experts of the highest scores, by layer."""
     from pangu.weights import model_folder, prune_experts, quantized_file
     from pangu.weights.prune_experts import pruned
