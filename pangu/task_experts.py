@@ -88,18 +88,34 @@ class TaskExperts:
 
     def _query(self, prompt: Sequence[int]) -> torch.Tensor:
         """A prompt's scores `[E]` in the first layer with experts, over all of them."""
-        from pangu.moe.router import router_logits
-        from pangu.moe.routing import routing_for
-        from pangu.weights.expert_patterns import Choices, until_router
+        import torch
 
+        from pangu.weights.expert_patterns import Choices, routers, until_router
+
+        router = routers(self._model)[self._first]
         hidden_TH = until_router(self._model, self._first, prompt)
-        weight_EH = self._routers[f"{self._first}.router.weight"].to(hidden_TH)
-        logits_TE = router_logits(hidden_TH, weight_EH)
-        bias_E = self._routers.get(f"{self._first}.router.expert_bias")
-        choices = Choices(routing_for(self._config.moe))
-        choices(logits_TE, None if bias_E is None else bias_E.to(logits_TE))
+        whole = {
+            name: tensor.to(hidden_TH.device) for name, tensor in self._router(self._first).items()
+        }
+        before = router.functions
+        choices = Choices(before)
+        router.functions = choices  # type: ignore[assignment]
+        try:
+            with torch.no_grad():
+                torch.func.functional_call(router, whole, (hidden_TH[:, None],))
+        finally:
+            router.functions = before
         score = next(iter(self._patterns.values())).score
         return choices.scores(score, self._config.model.num_experts)
+
+    def _router(self, layer: str) -> dict[str, torch.Tensor]:
+        """Everything of a layer's router, for all experts, by its name there."""
+        prefix = f"{layer}.router."
+        return {
+            name.removeprefix(prefix): tensor
+            for name, tensor in self._routers.items()
+            if name.startswith(prefix)
+        }
 
     def hold(self, task: str) -> None:
         """Read in the experts of a task that the model does not hold yet, in the place of others.
@@ -138,9 +154,8 @@ class TaskExperts:
                 read = self._rows.rows(f"{layer}.experts.{name}", missing).to(held.dtype)
                 weight.copy_(torch.cat([held, read])[order])
             own = block.router.state_dict()
-            for name, whole in self._routers.items():
-                if name.startswith(f"{layer}.router."):
-                    own[name.removeprefix(f"{layer}.router.")].copy_(whole[torch.tensor(experts)])
+            for name, whole in self._router(layer).items():
+                own[name].copy_(whole[torch.tensor(experts)])
         self._kept[layer] = experts
 
 

@@ -12,6 +12,7 @@ from compression.test_prune_experts import KINDS, load_ours, logits, rows_of
 from compression.tiny import TEXT, byte_tokenizer, compress, saved
 from gloo import leave, single
 from inference.tiny_models import TINY, build
+from safetensors.torch import load_file
 from serving.tiny_server import client, serving
 
 from configs.compose import load
@@ -185,9 +186,18 @@ def test_a_file_cut_short_is_refused(qwen, tmp_path):
         generated(qwen, checkpoint=str(tmp_path / "ours"), patterns=str(qwen / "store"))
 
 
-def test_layers_of_multi_token_prediction_are_pruned_by_their_own_routers(tmp_path):
-    """And judged without them: logits need no labels."""
-    options = ["model.vocab_size=272", "model.mtp_num_layers=1", "moe.expert_bias=true"]
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["model.mtp_num_layers=1", "moe.expert_bias=true"],
+        ["moe.score_function=gated", "moe.router_scale=true", "moe.expert_bias=true"],
+    ],
+)
+def test_other_layers_and_routers(options, tmp_path):
+    """Layers of multi-token prediction are pruned by their own routers, and the model is judged
+    without them: logits need no labels. Routers of carved experts have two matrices and a scale. A
+    text's own tokens have the scores of its pattern."""
+    options = ["model.vocab_size=272", *options]
     model = build(*options)
     (tmp_path / "from").mkdir()
     byte_tokenizer(tmp_path / "from")
@@ -195,14 +205,18 @@ def test_layers_of_multi_token_prediction_are_pruned_by_their_own_routers(tmp_pa
     tensors = ((n, t) for n, t in model.state_dict().items() if torch.is_tensor(t))
     write(tmp_path / "ours", load([*TINY, *options]), tensors, made_of=tmp_path / "from")
     (tmp_path / "text").write_text(TEXT)
-    words = ["prune-experts", tmp_path / "ours", "--task", tmp_path / "text", "--tokens", 256]
+    words = ["prune-experts", tmp_path / "ours", "--task", tmp_path / "text", "--tokens", 64]
     words += ["--out", tmp_path / "half", "--store", tmp_path / "store", "--backend", "cpu"]
     assert compress(words) == 0
     with opened(tmp_path / "ours", "cpu", TaskChoice(tmp_path / "store")) as (trained, experts):
+        scores = experts._query(trained.tokenizer.encode(TEXT)[:64])
         experts.hold("text")
         found = trained.model.state_dict()
+    stored = load_file(tmp_path / "store" / "text.safetensors")
+    assert (scores - stored["decoder.layers.0.mlp"]).abs().max() < 1e-6
     single()
     expected = load_ours(tmp_path / "half").state_dict()
-    assert sum(".mtp." in f".{name}" and ".experts." in name for name in expected) == 2
+    held = {name.partition(".mlp.experts.")[0] for name in expected if ".mlp.experts." in name}
+    assert len(held) == len(stored) == 2 + ("model.mtp_num_layers=1" in options)
     for name, tensor in expected.items():
         assert not torch.is_tensor(tensor) or torch.equal(tensor, found[name]), name
