@@ -17,6 +17,13 @@ INSIDE: dict[str, set[str]] = {
     "moe": {"moe_act", "moe_fc1", "moe_permute", "shared_experts"},
     "moe_fc1": {"moe_act"},
 }
+# Whose recomputation keeps on the device what whose swap would send away: the engine keeps inputs
+# of what it recomputes as leaves, which their gradient's node holds.
+KEEPS: dict[str, set[str]] = {
+    "moe_act": {"moe", "moe_fc1"},
+    "moe_fc1": {"moe", "moe_permute"},
+    "moe_permute": {"layernorm", "moe"},
+}
 
 
 def bounds(config: Config) -> tuple[Config, list[Problem]]:
@@ -142,6 +149,24 @@ def data(config: Config) -> Iterator[Problem]:
         yield Problem("positions", key, True, reason, options)
 
 
+def _swap_limits(config: Config) -> Iterator[Problem]:
+    """What the trainer cannot swap."""
+    memory = config.memory
+    again = memory.recompute_modules if memory.recompute_granularity == "selective" else []
+    for module in sorted(set(again) & KEEPS.keys()):
+        if held := KEEPS[module] & set(memory.swap):
+            kept = [name for name in memory.swap if name not in held]
+            reason = f"recomputing {module} keeps what {', '.join(sorted(held))} would send away"
+            yield Problem(
+                f"held {module}", "memory.swap", memory.swap, reason, {"memory.swap": [kept]}
+            )
+    if memory.swap_optimizer and config.backend.name != "cpu":
+        key = "memory.swap_optimizer"
+        reason = "the trainer swaps the optimizer's state into a file, where the device is the host"
+        options: dict[str, list[Any]] = {key: [False], "backend.name": ["cpu"]}
+        yield Problem("swapped optimizer", key, True, reason, options)
+
+
 def trainer_limits(config: Config) -> Iterator[Problem]:
     """What the simulator can plan and the trainer does not run."""
     parallel, backend, resume = config.parallel, config.backend, config.checkpoint.resume
@@ -149,8 +174,6 @@ def trainer_limits(config: Config) -> Iterator[Problem]:
     limits: tuple[tuple[str, list[Any]], ...] = (
         ("parallel.schedule", ["1f1b"]),
         ("parallel.overlap_expert_parallel", [False]),
-        ("memory.swap", [[]]),
-        ("memory.swap_optimizer", [False]),
         ("parallel.zero_stage", [0, 1]),
         ("backend.precision", ["auto", "fp32", "fp64", "bf16"]),
     )
@@ -181,6 +204,7 @@ def trainer_limits(config: Config) -> Iterator[Problem]:
         key = "backend.precision"
         reason = "NPUs have no double-precision matrix products"
         yield Problem("npu fp64", key, "fp64", reason, {key: ["auto", "bf16", "fp32"]})
+    yield from _swap_limits(config)
     if resume not in ("auto", "never") and not os.path.isdir(resume):
         key = "checkpoint.resume"
         yield Problem("resume", key, resume, "there is no such folder", {key: ["auto", "never"]})

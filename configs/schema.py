@@ -206,7 +206,7 @@ class MemoryConfig:
 
     `selective` recomputes `recompute_modules`; `full` recomputes whole layers,
     `recompute_num_layers` at a time (uniform) or the first so many of each stage (block). What is
-    swapped waits on the host until it is needed.
+    swapped waits on the host until it is needed; on a CPU that is a file in `run_dir`.
     """
 
     recompute_granularity: Literal["none", "selective", "full"] = "none"
@@ -214,7 +214,7 @@ class MemoryConfig:
     recompute_method: Literal["uniform", "block"] = "uniform"
     recompute_num_layers: Annotated[int, Limits(1, 10_000)] = 1
     swap: list[RecomputeModule] = field(default_factory=list)  # activations of these modules
-    swap_optimizer: bool = False  # its state, between steps
+    swap_optimizer: bool = False  # its state, between steps; the trainer on a CPU alone
 
 
 @dataclass

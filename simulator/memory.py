@@ -14,7 +14,7 @@ import numpy as np
 
 from simulator.array import Array, Mask
 from simulator.counts.layer import Blocks
-from simulator.counts.records import Counts, Shapes, total
+from simulator.counts.records import Counts, Saved, Shapes, total
 from simulator.counts.vocabulary import embedding_gradient
 from simulator.hardware import ELEMENT_BYTES, Hardware
 from simulator.layout import SCHEDULES, Layout, StageContent, deal_layers, stage_content
@@ -141,25 +141,32 @@ def kept_activations(s: Shapes, counts: Counts) -> Array:
     recomputation and swap."""
     kept: Array = 0.0
     for tensor in counts.saved:
-        dropped: Mask = False
-        for module in tensor.dropped_by:
-            dropped = dropped | s.layout.drops(module)
-            if module in s.layout.swapped:
-                dropped = True
-        kept = kept + np.where(dropped, 0.0, tensor.bytes)
+        gone = _remade(s, tensor) | _away(s, tensor)
+        kept = kept + np.where(gone, 0.0, tensor.bytes)
     return kept
+
+
+def _remade(s: Shapes, tensor: Saved) -> Mask:
+    """Whether recomputation makes it again."""
+    found: Mask = False
+    for module in tensor.dropped_by:
+        found = found | (s.layout.drops(module) & np.logical_not(s.layout.swap))
+    return found
+
+
+def _away(s: Shapes, tensor: Saved) -> Mask:
+    """Whether it is on the host."""
+    found: Mask = False
+    for module in tensor.movable_by:
+        found = found | (s.layout.drops(module) & s.layout.swap) | (module in s.layout.swapped)
+    return found & np.logical_not(_remade(s, tensor))
 
 
 def swapped_activations(s: Shapes, counts: Counts | None) -> Array:
     """Bytes that one micro-batch of a layer sends to the host, and later fetches."""
     swapped: Array = 0.0
     for tensor in counts.saved if counts else ():
-        away: Mask = False
-        for module in tensor.dropped_by:
-            away = away | (s.layout.drops(module) & s.layout.swap)
-            if module in s.layout.swapped:
-                away = True
-        swapped = swapped + np.where(away, tensor.bytes, 0.0)
+        swapped = swapped + np.where(_away(s, tensor), tensor.bytes, 0.0)
     return swapped
 
 

@@ -100,11 +100,12 @@ def _expand(value: Any, index: Any, length: int) -> Any:
     if isinstance(value, dict):
         return {key: _expand(item, index, length) for key, item in value.items()}
     if isinstance(value, Counts):
-        kept: dict[tuple[str, ...], Array] = {}
+        kept: dict[tuple[tuple[str, ...], ...], Array] = {}
         for tensor in value.saved:
-            kept[tensor.dropped_by] = kept.get(tensor.dropped_by, 0.0) + tensor.bytes
+            by = tensor.dropped_by, tensor.swapped_by
+            kept[by] = kept.get(by, 0.0) + tensor.bytes
         return Counts(
-            saved=[Saved("", _expand(size, index, length), by) for by, size in kept.items()],
+            saved=[Saved("", _expand(size, index, length), *by) for by, size in kept.items()],
             backward_peak=_expand(value.backward_peak, index, length),
             matrices=_expand(value.matrices, index, length),
         )

@@ -8,9 +8,12 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
+from pangu.backends.host_tier import HostTier
 
 BackendName = Literal["cpu", "cuda", "npu"]
 
@@ -66,6 +69,9 @@ class Backend:
     # Elements that passes over a tensor take at a time, to find them in a core's cache.
     block_elements: int | None
     operators: Operators
+    # Where activations wait that are swapped: a file in the folder given, where the device is the
+    # host itself.
+    host_tier: Callable[[Path], HostTier]
     in_place_of_cuda: InPlaceOfCuda | None  # None where it is CUDA
 
 

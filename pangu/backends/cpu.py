@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from pangu.backends import Backend, InPlaceOfCuda, Operators, shared_memory
+from pangu.backends.host_tier import FileTier
 
 DEVICE = torch.device("cpu")
 
@@ -142,6 +143,7 @@ def create(local_rank: int) -> Backend:
             rms_norm="lean",
             swiglu="blocks",
         ),
+        host_tier=FileTier,
         in_place_of_cuda=InPlaceOfCuda(
             namespace=CpuNamespace(),
             device_type="cpu",

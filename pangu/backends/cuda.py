@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from pangu.backends import Backend, Operators
+from pangu.backends.host_tier import PinnedTier
 
 # Dense BF16 peaks in TFLOPS, from the vendor's data sheets; float16 has the same.
 BF16_PEAKS = {
@@ -62,5 +63,6 @@ def create(local_rank: int) -> Backend:
             rms_norm="torch",
             swiglu="megatron",
         ),
+        host_tier=lambda folder: PinnedTier(torch.cuda),
         in_place_of_cuda=None,
     )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pangu.backends import Backend, InPlaceOfCuda, Operators
+from pangu.backends.host_tier import PinnedTier
 
 NO_CANN = (
     "torch-npu is installed but CANN's libraries are not (libhccl.so cannot be loaded): source "
@@ -74,6 +75,7 @@ def create(local_rank: int) -> Backend:
         ),
         # torch-npu's own `transfer_to_npu` renames for every module of the process; here the rest
         # of the tree keeps its names, so that a mistake shows.
+        host_tier=lambda folder: PinnedTier(npu),
         in_place_of_cuda=InPlaceOfCuda(
             namespace=npu,
             device_type="npu",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import CheckpointWithoutOutput
@@ -18,6 +19,18 @@ from pangu import backends
 from pangu.ops.grouped_matmul import grouped_matmul
 from pangu.ops.rounded_linear import round_tokens
 from pangu.ops.swiglu import swiglu
+
+
+class WeightedActivation(torch.nn.Module):
+    """SwiGLU times the routing weight, before the second product, rounded where that is asked."""
+
+    def __init__(self, bits: int, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.bits, self.group = bits, group
+
+    def forward(self, hidden_N2F: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:
+        """`[N, 2F]` and `[N]` → `[N, F]`."""
+        return round_tokens(swiglu(hidden_N2F, weights_N), self.bits, self.group)
 
 
 class GroupedExperts(MegatronModule):
@@ -56,6 +69,7 @@ class GroupedExperts(MegatronModule):
             config.init_method(self.w1)
             config.output_layer_init_method(self.w2)
         self.activation_bits = getattr(config, "activation_bits", 0)
+        self.activate = WeightedActivation(self.activation_bits, self.tp_group)
         # Also of a plain configuration of megatron-core, which has no such field.
         self.recomputed: frozenset[str] = getattr(config, "recomputed", frozenset())
 
@@ -87,23 +101,19 @@ class GroupedExperts(MegatronModule):
             return grouped_matmul(rows_NH, self.w1.flatten(2), counts_E, parameter=self.w1)
 
         def both(rows_NH: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:
-            return self._activate(first(rows_NH), weights_N)
+            return self.activate(first(rows_NH), weights_N)
 
         checkpoint = CheckpointWithoutOutput(fp8=None)  # None, not False, turns FP8 off
         if "moe_fc1" in self.recomputed:
             activated_NF = checkpoint.checkpoint(both, rows_NH, weights_N)
         elif "moe_act" in self.recomputed:
-            activated_NF = checkpoint.checkpoint(self._activate, first(rows_NH), weights_N)
+            activated_NF = checkpoint.checkpoint(self.activate, first(rows_NH), weights_N)
         else:
             activated_NF = both(rows_NH, weights_N)
         output_NH = grouped_matmul(activated_NF, self.w2, counts_E, parameter=self.w2)
         if {"moe_fc1", "moe_act"} & self.recomputed:
             checkpoint.discard_output_and_register_recompute(output_NH)
         return output_NH, None
-
-    def _activate(self, hidden_N2F: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:
-        activated_NF = swiglu(hidden_N2F, weights_N)
-        return round_tokens(activated_NF, self.activation_bits, self.tp_group)
 
     def sharded_state_dict(
         self,

@@ -22,6 +22,8 @@ from simulator.counts.tensor_parallel import after_row, before_column
 from simulator.counts.torch_kernels import norm, rope
 from simulator.parameters import attention_linears, qk_size, query_groups, v_size
 
+NORM, CORE = ("layernorm",), ("core_attn",)
+
 
 def attention(s: Shapes) -> Counts:
     """Norm, projections, core attention and output projection, with the residual addition."""
@@ -38,7 +40,9 @@ def attention(s: Shapes) -> Counts:
             *(norm(s, "attention.post_norm", s.shard, hidden) if s.model.sandwich_norm else []),
         ],
         messages=after_row(s, output.name, hidden),
-        saved=[Saved("attention.post_norm input", stream)] if s.model.sandwich_norm else [],
+        saved=[Saved("attention.post_norm input", stream, swapped_by=NORM)]
+        if s.model.sandwich_norm
+        else [],
         matrices={linear.name: linear.matrix(tp) for linear in linears},
     )
     return projections + _core(s) + after
@@ -62,10 +66,10 @@ def _grouped_query(s: Shapes) -> Counts:
         size = qk_size(s.model)
         operators += norm(s, "attention.qk_norm", rotated / (size * element), size)
     saved = [
-        Saved("attention.norm input", stream),
+        Saved("attention.norm input", stream, swapped_by=NORM),
         Saved("attention.norm output", s.shard * hidden * s.linear_element, ("layernorm",)),
         Saved("attention.norm statistics", 4.0 * s.shard),
-        Saved("attention.query_key_value", s.tokens * heads * element),
+        Saved("attention.query_key_value", s.tokens * heads * element, swapped_by=CORE),
     ]
     if s.model.qk_layernorm:
         saved.append(Saved("attention.qk_norm input", s.tokens * heads * element * 0.8))
@@ -103,7 +107,7 @@ def _latent(s: Shapes) -> Counts:
     kv_down = s.shard * (model.kv_lora_rank + model.qk_pos_emb_head_dim) * element
     q_down = s.shard * model.q_lora_rank * element
     saved = [
-        Saved("attention.norm input", stream),
+        Saved("attention.norm input", stream, swapped_by=NORM),
         Saved("attention.norm output", s.shard * hidden * s.linear_element, ("layernorm",)),
         Saved("attention.norm statistics", 4.0 * s.shard),
         Saved("attention.compressed", kv_down + q_down),
@@ -152,7 +156,7 @@ def _core(s: Shapes) -> Counts:
     # Exchanged by all-to-all, the output exists twice: by heads for attention's backward, and by
     # sequence as the input of the output projection.
     saved = [
-        Saved("attention.output", s.tokens * own.heads * own.v * s.element),
+        Saved("attention.output", s.tokens * own.heads * own.v * s.element, swapped_by=CORE),
         Saved("attention.output by heads", by_all_to_all * own.output, ("core_attn",)),
     ]
     if s.traits.fused_attention:

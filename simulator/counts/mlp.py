@@ -20,10 +20,14 @@ def dense_mlp(s: Shapes) -> Counts:
             *(norm(s, "mlp.post_norm", s.shard, hidden) if s.model.sandwich_norm else []),
         ],
         saved=[
-            Saved("mlp.norm input", stream),
+            Saved("mlp.norm input", stream, swapped_by=("layernorm",)),
             Saved("mlp.norm output", s.shard * hidden * s.linear_element, ("layernorm",)),
             Saved("mlp.norm statistics", 4.0 * s.shard),
-            *([Saved("mlp.post_norm input", stream)] if s.model.sandwich_norm else []),
+            *(
+                [Saved("mlp.post_norm input", stream, swapped_by=("layernorm",))]
+                if s.model.sandwich_norm
+                else []
+            ),
         ],
     )
     return around + two_matrices(s, s.model.ffn_hidden_size, "mlp", "mlp")

@@ -44,7 +44,7 @@ def moe(s: Shapes, load: Array = 1.0) -> Counts:
             *(norm(s, "moe.post_norm", s.shard, hidden) if s.model.sandwich_norm else []),
         ],
         saved=[
-            Saved("moe.norm input", stream),
+            Saved("moe.norm input", stream, swapped_by=("layernorm",)),
             Saved("moe.norm output", stream, ("layernorm",)),
             Saved("moe.norm statistics", 4.0 * s.shard),
             Saved(
@@ -52,7 +52,11 @@ def moe(s: Shapes, load: Array = 1.0) -> Counts:
                 8.0 * s.shard * s.model.num_experts * s.moe.router_matrices,
                 ROUTE,
             ),
-            *([Saved("moe.post_norm input", stream)] if s.model.sandwich_norm else []),
+            *(
+                [Saved("moe.post_norm input", stream, swapped_by=("layernorm",))]
+                if s.model.sandwich_norm
+                else []
+            ),
         ],
     )
     counts = counts + _experts(s, load)

@@ -68,12 +68,19 @@ class Message:
 class Saved:
     """A tensor kept from the forward to the backward pass of a layer, in bytes.
 
-    `dropped_by`: the modules whose selective recomputation (or swap) makes it again.
+    `dropped_by`: the modules whose selective recomputation makes it again, or whose swap sends it
+    to the host; `swapped_by`: those whose swap alone does.
     """
 
     name: str
     bytes: Array
     dropped_by: tuple[str, ...] = ()
+    swapped_by: tuple[str, ...] = ()
+
+    @property
+    def movable_by(self) -> tuple[str, ...]:
+        """The modules whose swap sends it to the host."""
+        return self.dropped_by + self.swapped_by
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,11 @@ BROKEN = [
     (["parallel.schedule=zero_bubble"], "parallel.schedule", "the simulator plans it"),
     (["memory.swap=[mla_up_proj,moe_act]"], "memory.swap", "no mla_up_proj"),
     (["memory=selective", "memory.swap=[core_attn]"], "memory.swap", "recomputed too"),
+    (
+        ["memory=selective", "memory.recompute_modules=[moe_act]", "memory.swap=[moe_fc1]"],
+        "memory.swap",
+        "keeps what moe_fc1",
+    ),
     (["memory=full", "memory.swap=[moe_act]"], "memory.swap", "nothing inside"),
     (
         ["parallel.schedule=gpipe", "parallel.overlap_expert_parallel=true"],

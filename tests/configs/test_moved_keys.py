@@ -44,7 +44,6 @@ def test_a_run_that_was_saved_with_old_keys_can_be_read(tmp_path):
     ("override", "instead"),
     [
         ("parallel.overlap_expert_parallel=true", "parallel.overlap_expert_parallel=false"),
-        ("memory.swap=[moe_act]", "memory.swap=[]"),
         ("memory.swap_optimizer=true", "memory.swap_optimizer=false"),
     ],
 )

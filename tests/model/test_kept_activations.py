@@ -1,7 +1,8 @@
-"""What autograd keeps from the forward to the backward pass: recomputation of each module releases
-the bytes that the simulator counts for it."""
+"""What autograd keeps from the forward to the backward pass: recomputation and swap of each module
+release the bytes that the simulator counts for it."""
 
 import warnings
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -46,6 +47,12 @@ POLICIES = {
         for name in get_args(RecomputeModule)
     },
     "full": ["memory=full"],
+    **{f"swap {name}": [f"memory.swap=[{name}]"] for name in get_args(RecomputeModule)},
+    "both": [
+        "memory=selective",
+        "memory.recompute_modules=[layernorm,moe_permute]",
+        "memory.swap=[core_attn,mla_up_proj,mlp,moe_act,moe_fc1,shared_experts]",
+    ],
 }
 
 
@@ -58,11 +65,15 @@ def kept_bytes(overrides: list[str]) -> int:
 
     from pangu.engines.megatron import process_groups
     from pangu.model.build import build_model
+    from pangu.offload.attach import swap_activations
 
     warnings.filterwarnings("ignore")
     config = load([*MODEL, *overrides])
     process_groups.initialize(config)
     model = build_model(config)[0][0]
+    swap = None
+    if config.memory.swap:
+        swap = swap_activations([model], config.memory, Path(config.run_dir))
     parameters = {each.untyped_storage().data_ptr() for each in model.parameters()}
     kept: dict[int, StorageWeakRef] = {}
 
@@ -72,6 +83,9 @@ def kept_bytes(overrides: list[str]) -> int:
             kept[storage._cdata] = StorageWeakRef(storage)
         return tensor
 
+    if swap is not None:  # its hooks are the inner ones: what they are given counts while it lives
+        packed = swap.pack
+        swap.pack = lambda tensor: packed(pack(tensor))
     inside: list[bool] = []
     model.decoder.register_forward_pre_hook(lambda *_: inside.append(True))
     model.decoder.final_layernorm.register_forward_pre_hook(lambda *_: inside.clear())
@@ -80,6 +94,8 @@ def kept_bytes(overrides: list[str]) -> int:
     mask = torch.ones(1, length)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(tokens, torch.arange(length)[None], None, labels=tokens, loss_mask=mask)
+    while swap is not None and swap._leaving:
+        swap._let_go(swap._leaving.popleft())
     # Recomputed outputs have given up their storage by now.
     size = sum(_nbytes(each) for each in kept.values() if not each.expired())
     del loss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,12 +20,15 @@ from pangu.engines.megatron.optimizer import (
     apply_gradients,
     build_optimizer,
     set_learning_rate,
+    torch_optimizers,
     wrap_model,
 )
 from pangu.engines.megatron.step import count_tokens, mtp_loss, run_schedule
 from pangu.engines.state_parts import Part
 from pangu.model.build import build_model
 from pangu.moe.balancing_bias import balance
+from pangu.offload.attach import swap_activations
+from pangu.offload.optimizer_state import StateFile
 
 
 class MegatronEngine:
@@ -33,13 +37,20 @@ class MegatronEngine:
     def __init__(self, chunks: list[DistributedDataParallel], optimizer: ChainedOptimizer) -> None:
         self.chunks = chunks
         self.optimizer = optimizer
+        self.state_file: StateFile | None = None
 
     @classmethod
     def build(cls, config: Config) -> MegatronEngine:
         """The initialised model of a configuration, and its optimizer."""
         chunks, settings = build_model(config)
         wrapped = wrap_model(config, settings, chunks)
-        return cls(wrapped, build_optimizer(config, wrapped))
+        folder = Path(config.run_dir)
+        if config.memory.swap:
+            swap_activations(wrapped, config.memory, folder)
+        engine = cls(wrapped, build_optimizer(config, wrapped))
+        if config.memory.swap_optimizer:
+            engine.state_file = StateFile(folder)
+        return engine
 
     @property
     def data_parallel_rank(self) -> int:
@@ -63,6 +74,8 @@ class MegatronEngine:
         loss = total[0] / total[1]
         ahead = mtp_loss(self.chunks, settings.step)
         grad_norm = apply_gradients(self.optimizer, loss)
+        if self.state_file:
+            self.state_file.put_away(torch_optimizers(self.optimizer))
         skipped = grad_norm is None
         balance(self.chunks, settings.moe.expert_bias_update_rate, skipped=skipped)
         norm = float("nan") if grad_norm is None else grad_norm

@@ -93,6 +93,11 @@ def set_learning_rate(optimizer: ChainedOptimizer, lr: float) -> None:
         group["lr"] = lr * group.get("lr_mult", 1.0)
 
 
+def torch_optimizers(optimizer: ChainedOptimizer) -> list[torch.optim.Optimizer]:
+    """Those that hold the moments."""
+    return [part.optimizer for part in optimizer.chained_optimizers if part.optimizer is not None]
+
+
 @torch.no_grad()
 def apply_gradients(optimizer: ChainedOptimizer, loss: torch.Tensor) -> float | None:
     """Clip the gradients and step; their norm before clipping, over all ranks.

@@ -1,0 +1,1 @@
+"""Activations and optimizer state on the host while no step needs them."""

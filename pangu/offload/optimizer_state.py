@@ -1,0 +1,45 @@
+"""The optimizer's moments and main weights in a file between steps."""
+
+from __future__ import annotations
+
+import mmap
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+
+class StateFile:
+    """Optimizer state that lies in a file mapped into memory: a step reads and writes it there, as
+    does whoever saves or loads it, and its pages leave the process when the step is over.
+
+    Only where the device is the host.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder if folder.is_dir() else None)  # noqa: SIM115
+        self._end = 0
+        self._places: dict[int, mmap.mmap] = {}  # by address of the tensor in it
+
+    def put_away(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Move what is not in the file yet, and free its pages."""
+        for optimizer in optimizers:
+            for state in optimizer.state.values():
+                for name, value in state.items():
+                    if isinstance(value, torch.Tensor) and value.dim() > 0:
+                        state[name] = self._moved(value)
+        for place in self._places.values():
+            place.madvise(mmap.MADV_DONTNEED)
+
+    def _moved(self, value: torch.Tensor) -> torch.Tensor:
+        if value.data_ptr() in self._places or not value.numel():
+            return value
+        size, unit = value.nbytes, mmap.ALLOCATIONGRANULARITY
+        start, self._end = self._end, self._end + -(-size // unit) * unit
+        self._file.truncate(self._end)
+        place = mmap.mmap(self._file.fileno(), size, offset=start)
+        moved = torch.frombuffer(place, dtype=value.dtype).view(value.shape)
+        moved.copy_(value)
+        self._places[moved.data_ptr()] = place
+        return moved
