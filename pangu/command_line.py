@@ -66,12 +66,16 @@ def refuse(options: Any, violations: list[Violation], ranges: Ranges) -> None:
         raise ConfigError([*violations, *wrong])
 
 
-def speculation_ranges(speculative: str, tokens: int | str, draft: str) -> Ranges:
+def speculation_ranges(speculative: str, tokens: int | str, draft: str, tree: bool) -> Ranges:
     """What generation and serving want of their `speculative…` options."""
     return {
         "speculative_tokens": (
             tokens == "auto" or 1 <= int(tokens) <= 64,
             "1 to 64 guesses make sense, or auto",
+        ),
+        "speculative_tree": (
+            not (tree and (tokens == "auto" or speculative == "none")),
+            "a tree has a fixed number of guesses: speculative.tokens=N, and somebody to make them",
         ),
         "draft": (
             (speculative == "draft") == bool(draft),

@@ -44,6 +44,8 @@ USAGE = """usage: python -m pangu.generate checkpoint=DIR [prompt=TEXT] [key=val
                       own leap heads or layers of multi-token prediction; the text is the same
   speculative.tokens  4; guesses at a time; auto: for each pass as many as pay, by what passes take
                       and how many guesses hold, none where they do not
+  speculative.tree    false; true: guesses branch, so that one place has several: the likeliest tree
+                      of speculative.tokens guesses by what has held
   speculative.measured  a file for what was measured, as JSON: acceptance by place, and for each
                       number of sequences and guesses T_T, T_D, T_reject, σ, target efficiency and
                       the experts that a pass touches beside the expected N(t)
@@ -82,6 +84,7 @@ class Options:
     speculative: Literal["none", "ngram", "draft", "mtp"] = "none"
     speculative_tokens: int | Literal["auto"] = 4
     speculative_measured: str = ""
+    speculative_tree: bool = False
     draft: str = ""
     patterns: str = ""
     task: str = "auto"
@@ -137,7 +140,9 @@ def parse(arguments: Sequence[str]) -> Options:
         "prompts": (not (found.prompt and found.prompts), "give either prompt or prompts"),
         "seed": (0 <= found.seed < 2**63, "must be 0 or more"),
     }
-    guesses = speculation_ranges(found.speculative, found.speculative_tokens, found.draft)
+    guesses = speculation_ranges(
+        found.speculative, found.speculative_tokens, found.draft, found.speculative_tree
+    )
     tasks = task_ranges(found.patterns, found.task, found.keep)
     refuse(found, violations, ranges | guesses | tasks)
     return found
@@ -174,7 +179,7 @@ def stream(options: Options) -> Iterator[str]:
             max_sequences=_AT_A_TIME,
         )
         guesses = (options.speculative, options.speculative_tokens, options.draft)
-        add_drafter(engine, *guesses, config)
+        add_drafter(engine, *guesses, config, branch=options.speculative_tree)
         if options.speculative_measured:
             engine.count_experts()
         updates = _updates(engine, requests, experts, options)

@@ -33,6 +33,7 @@ USAGE = """usage: python -m pangu.serve checkpoint=DIR [key=value] ...
   drain               60; seconds that answers under way have to end when told to stop (SIGTERM)
   speculative         none | ngram | draft | mtp, as python -m pangu.generate has it
   speculative.tokens  4, or auto
+  speculative.tree    false; true: guesses branch
   draft               the smaller model's folder
   patterns            a store of python -m pangu.compress prune-experts: the experts that suit a
                       prompt are read from the checkpoint when it comes; requests of one task are
@@ -62,6 +63,7 @@ class Options:
     drain: int = 60
     speculative: Literal["none", "ngram", "draft", "mtp"] = "none"
     speculative_tokens: int | Literal["auto"] = 4
+    speculative_tree: bool = False
     draft: str = ""
     patterns: str = ""
     task: str = "auto"
@@ -99,7 +101,9 @@ def parse(arguments: Sequence[str]) -> Options:
         "max_length": (found.max_length >= 0, "must be more than 0"),
         "max_queue": (found.max_queue >= 0, "must be 0 or more"),
     }
-    guesses = speculation_ranges(found.speculative, found.speculative_tokens, found.draft)
+    guesses = speculation_ranges(
+        found.speculative, found.speculative_tokens, found.draft, found.speculative_tree
+    )
     tasks = task_ranges(found.patterns, found.task, found.keep)
     refuse(found, violations, ranges | guesses | tasks)
     return found
@@ -193,7 +197,7 @@ def _server(
         max_batch_tokens=options.max_batch_tokens,
     )
     guesses = (options.speculative, options.speculative_tokens, options.draft)
-    add_drafter(engine, *guesses, config)
+    add_drafter(engine, *guesses, config, branch=options.speculative_tree)
     return Server(
         worker=Worker(engine, options.max_sequences + options.max_queue, experts),
         tokenizer=tokenizer,

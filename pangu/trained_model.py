@@ -126,12 +126,18 @@ _LONGEST = 8  # guesses, where their number is chosen for each pass
 
 
 def add_drafter(
-    engine: Engine, kind: str, tokens: int | str, draft: str, config: Config | None = None
+    engine: Engine,
+    kind: str,
+    tokens: int | str,
+    draft: str,
+    config: Config | None = None,
+    *,
+    branch: bool = False,
 ) -> None:
     """Let `engine` decode with guesses of `tokens` tokens: kind "none", "ngram", "draft" for those
     of the model in the folder `draft`, or "mtp" for those of the model's own leap heads or
     layers. "auto" makes as many as pay: until a pass was measured, by what the simulator expects
-    of `config`, if that names a machine. Collective.
+    of `config`, if that names a machine. With `branch`, guesses are trees of so many. Collective.
 
     Raises:
         ConfigError: there is no model in `draft`, it has other tokens, or there are no such layers.
@@ -139,6 +145,9 @@ def add_drafter(
     if kind == "none":
         return
     _add(engine, kind, _LONGEST if tokens == "auto" else int(tokens), draft)
+    if branch:
+        engine.draft_tokens = int(tokens)  # several for a place
+        engine.branch_drafts()
     if tokens == "auto":
         engine.adapt_drafts(_expected(config) if config and config.hardware else None)
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from pangu import backends
+from pangu.inference import tree
 from pangu.ops.attention import attention, attention_of_one
 
 _EVICTED_AT_ONCE = 16  # free pages that lie side by side are worth more than single ones
@@ -117,11 +118,34 @@ def page_name(before: bytes, tokens: Sequence[int]) -> bytes:
 
 @dataclass
 class Segment:
-    """Tokens of one sequence in a pass: positions `start` to `start + count`, in `pages`."""
+    """Tokens of one sequence in a pass: positions `start` to `start + count`, in `pages`.
+
+    With `parents`, the last of them are a tree of guesses (`pangu.inference.tree`), which lie in
+    the cache one after the other and stand at the positions of their depths.
+    """
 
     start: int
     count: int
     pages: Sequence[int]
+    parents: Sequence[int] = ()
+
+    def positions(self) -> torch.Tensor:
+        """`[count]`"""
+        found = torch.arange(self.start, self.start + self.count)
+        if self.parents:
+            root = self.start + self.count - len(self.parents) - 1
+            found[-len(self.parents) :] = root + torch.tensor(tree.depths(self.parents))
+        return found
+
+    def seen(self) -> torch.Tensor | None:
+        """What each token sees of its sequence, bool `[count, start + count]`; None: all that
+        comes before it."""
+        if not self.parents:
+            return None
+        nodes, length = len(self.parents), self.start + self.count
+        mask = torch.ones(self.count, length, dtype=torch.bool).tril(self.start)
+        mask[-nodes:, -nodes:] = tree.seen(self.parents)
+        return mask
 
 
 @dataclass
@@ -142,6 +166,12 @@ class KeyValues:
             )
         return self.layers[layer]
 
+    def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy what lies in some slots to others, in every layer."""
+        for stores in self.layers.values():
+            for store in stores:
+                store[:, targets] = store[:, sources]
+
 
 class CachedPass:
     """The segments of one pass of the model, which it is given in place of an attention mask."""
@@ -154,8 +184,9 @@ class CachedPass:
         device = backends.current().device
         self.hidden: torch.Tensor | None = None
         self.rows = torch.tensor(rows, dtype=torch.long, device=device)
-        positions = [torch.arange(s.start, s.start + s.count) for s in segments]
-        self.positions = torch.cat(positions).to(device)
+        self.positions = torch.cat([segment.positions() for segment in segments]).to(device)
+        masks = [segment.seen() for segment in segments]
+        self._seen = [mask.to(device) if mask is not None else None for mask in masks]
         places = [_places(segment, page_size) for segment in segments]
         written = [
             place[-segment.count :]
@@ -182,7 +213,7 @@ class CachedPass:
         values.index_copy_(1, self._written, value[:tokens, 0].transpose(0, 1))
         out = query.new_zeros(*query.shape[:3], value.size(3))
         first = 0
-        for segment, place in zip(self._segments, self._places, strict=True):
+        for segment, place, seen in zip(self._segments, self._places, self._seen, strict=True):
             held_keys, held_values = keys[:, place], values[:, place]
             if segment.count == 1:
                 out[first, 0] = attention_of_one(
@@ -194,7 +225,7 @@ class CachedPass:
                     held_keys.transpose(0, 1)[:, None],
                     held_values.transpose(0, 1)[:, None],
                 )
-                out[part] = attention(query[part], *seq_first, scale=scale)
+                out[part] = attention(query[part], *seq_first, scale=scale, seen=seen)
             first += segment.count
         return out
 

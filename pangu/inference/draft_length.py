@@ -100,6 +100,24 @@ class Measured:
         return row
 
 
+@dataclass
+class Counts:
+    """Of passes, tokens drawn, and guesses by their place in a draft: made, and found to hold."""
+
+    passes: int = 0
+    tokens: int = 0
+    guessed: Counter[int] = field(default_factory=Counter)
+    held: Counter[int] = field(default_factory=Counter)
+    measured: Measured = field(default_factory=Measured)
+
+    def add(self, guesses: int, tokens: int) -> None:
+        """A sequence's part of a pass: all tokens but the last were guesses that held."""
+        self.tokens += tokens
+        self.guessed.update(range(guesses))
+        self.held.update(range(tokens - 1))
+        self.measured.saw_draft(guesses, tokens - 1)
+
+
 class DraftLength:
     """γ for a batch: the one that brings most tokens a second, 0 where guesses do not pay.
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -20,12 +19,13 @@ from pangu.data.tokenizer import Tokenizer
 from pangu.inference import batching
 from pangu.inference.batching import Request, Scheduler, Work
 from pangu.inference.cache import CachedPass, KeyValues, PagePool, Segment
-from pangu.inference.draft_length import DraftLength, Measured, Prior
+from pangu.inference.draft_length import Counts, DraftLength, Prior
 from pangu.inference.forward import Forward, of_rank_0
 from pangu.inference.leap_drafts import LeapDrafter
-from pangu.inference.speculative import Draft, Drafter, MtpDrafter, verified
+from pangu.inference.speculative import Draft, Drafter, MtpDrafter, followed, verified
 from pangu.inference.text import StoppedText
 from pangu.inference.touched_experts import TouchedExperts
+from pangu.inference.tree import WIDTH, Accuracies, grown
 
 _NO_TOKEN, _NOTHING = -1, -2  # no number is finite; a guess did not hold
 
@@ -62,31 +62,13 @@ class Update:
     reused: int = 0
 
 
-@dataclass
-class Counts:
-    """Of passes, tokens drawn, and guesses by their place in a draft: made, and found to hold."""
-
-    passes: int = 0
-    tokens: int = 0
-    guessed: Counter[int] = field(default_factory=Counter)
-    held: Counter[int] = field(default_factory=Counter)
-    measured: Measured = field(default_factory=Measured)
-
-    def add(self, guesses: int, tokens: int) -> None:
-        """A sequence's part of a pass: all tokens but the last were guesses that held."""
-        self.tokens += tokens
-        self.guessed.update(range(guesses))
-        self.held.update(range(tokens - 1))
-        self.measured.saw_draft(guesses, tokens - 1)
-
-
 class Engine:
     """Decodes for a model; the calls must be the same on all ranks.
 
     `drafter` guesses `draft_tokens` tokens for each sequence and pass, when it is set; with
     `draft_length`, as many as that says pay. Guesses whose number depends on the clock must not
     draw from a request's random numbers: then `drafter.draws` is False. `touched_experts` counts
-    the experts of rounds, when it is set.
+    the experts of rounds, and with `tree` drafts branch, when these are set.
 
     Args:
         vocab_size: tokens from there on, which fill up the model's vocabulary, are never drawn.
@@ -124,6 +106,7 @@ class Engine:
         self.draft_tokens = 0
         self.draft_length: DraftLength | None = None
         self.touched_experts: TouchedExperts | None = None
+        self.tree: Accuracies | None = None
         self.counts = Counts()
 
     @property
@@ -150,6 +133,12 @@ class Engine:
     def count_experts(self) -> None:
         """Count the experts that rounds of decoding touch."""
         self.touched_experts = TouchedExperts(self._forward.model)
+
+    def branch_drafts(self) -> None:
+        """Let drafts be trees of `draft_tokens` guesses, the likeliest by what has held."""
+        assert self.drafter is not None
+        self.drafter.draws, self.drafter.width = False, WIDTH
+        self.tree = Accuracies()
 
     def adapt_drafts(self, prior: Prior | None = None) -> None:
         """Choose the number of guesses for each pass, up to `draft_tokens`, by what passes take;
@@ -196,16 +185,21 @@ class Engine:
             return []
         if self.touched_experts:
             self.touched_experts.take()  # those of layers that guess
-        logits = self._logits(works).split([_rows(work) for work in works])
+        guesses = [drafts.get(w.sequence, Draft()).cut(len(w.draft)) for w in works]
+        cached = self._pass_of(works, guesses)
+        tokens = [token for work in works for token in work.tokens]
+        logits = self._forward(tokens, cached)[:, : self._vocab_size]
+        rows_of = logits.split([_rows(work) for work in works])
         passed = time.perf_counter()
-        drawn = self._drawn(works, logits, drafts)
+        drawn = self._drawn(works, rows_of, guesses)
+        self._keep(works, guesses, drawn, cached)
         self._measure(works, drawn, (started, drafted, passed, time.perf_counter()))
         updates = []
-        for work, rows, tokens in zip(works, logits, drawn, strict=True):
+        for work, draft, rows, tokens in zip(works, guesses, rows_of, drawn, strict=True):
             sequence = work.sequence
             self.scheduler.advance(sequence, len(work.tokens) - len(work.draft))
             if work.last:
-                self.counts.add(len(work.draft), len(tokens))
+                self.counts.add(len(draft), len(tokens))
                 updates.append(self._updated(sequence, tokens, rows))
                 if not updates[-1].finish:
                     self.scheduler.advance(sequence, len(tokens) - 1)
@@ -242,17 +236,26 @@ class Engine:
         most = self.draft_tokens
         if self.draft_length and decoding:
             (most,) = of_rank_0([self.draft_length.choose(len(decoding))])
-        counts = {
-            sequence: min(most, sequence.request.max_new_tokens - sequence.new_tokens - 1)
-            for sequence in decoding
+        shape: Sequence[tuple[int, int, int]] = ()
+        if self.tree is not None:
+            shape = self.tree.tree(most, most, self.drafter.independent)
+            most = max(depth for depth, _, _ in shape)
+        room = {s: s.request.max_new_tokens - s.new_tokens - 1 for s in decoding}
+        found = self.drafter.propose({s: min(most, left) for s, left in room.items() if left > 0})
+        if self.tree is None:
+            return found
+        return {
+            sequence: replace(draft, tokens=tokens, parents=parents).cut(room[sequence])
+            for sequence, draft in found.items()
+            for tokens, parents in [grown(shape, draft.candidates)]
         }
-        return self.drafter.propose({s: count for s, count in counts.items() if count > 0})
 
-    def _logits(self, works: Sequence[Work]) -> torch.Tensor:
-        """`[rows, vocab]`: of each sequence whose end the pass reaches, before each guess and
-        behind the last."""
+    def _pass_of(self, works: Sequence[Work], drafts: Sequence[Draft]) -> CachedPass:
+        """The pass that computes the works: its logits are those of each sequence whose end it
+        reaches, before all guesses and behind each."""
         segments = [
-            Segment(work.sequence.computed, len(work.tokens), work.sequence.pages) for work in works
+            Segment(work.sequence.computed, len(work.tokens), work.sequence.pages, draft.parents)
+            for work, draft in zip(works, drafts, strict=True)
         ]
         ends = itertools.accumulate(len(work.tokens) for work in works)
         rows = [
@@ -260,29 +263,47 @@ class Engine:
             for work, end in zip(works, ends, strict=True)
             for row in range(end - _rows(work), end)
         ]
-        page_size = self.scheduler.pool.page_size
-        cached = CachedPass(self._store, page_size, segments, rows)
-        tokens = [token for work in works for token in work.tokens]
-        logits = self._forward(tokens, cached)[:, : self._vocab_size]
-        if self.drafter and cached.hidden is not None:
-            self.drafter.saw(works, cached.hidden)
-        return logits
+        return CachedPass(self._store, self.scheduler.pool.page_size, segments, rows)
+
+    def _keep(
+        self,
+        works: Sequence[Work],
+        drafts: Sequence[Draft],
+        drawn: Sequence[Sequence[int]],
+        cached: CachedPass,
+    ) -> None:
+        """Let the guesses that held stand behind the text, in the cache and for the drafter."""
+        if self.drafter is None or cached.hidden is None:
+            return
+        hidden, first = [], 0
+        for work, draft, tokens in zip(works, drafts, drawn, strict=True):
+            certain = len(work.tokens) - len(work.draft)
+            path = draft.path(tokens[:-1])
+            rows = [*range(certain), *(certain + node for node in path)]
+            hidden.append(cached.hidden[[first + row for row in rows]])
+            first += len(work.tokens)
+            start = work.sequence.computed
+            if rows != list(range(len(rows))):
+                sources, targets = ([start + r for r in some] for some in (rows, range(len(rows))))
+                self._store.move(*(self._slots(work.sequence, part) for part in (sources, targets)))
+            if self.tree is not None and draft.candidates:
+                self.tree.saw(draft.candidates, tokens, self.drafter.independent)
+        self.drafter.saw(works, hidden)
+
+    def _slots(self, sequence: batching.Sequence, positions: Sequence[int]) -> list[int]:
+        size = self.scheduler.pool.page_size
+        return [sequence.pages[at // size] * size + at % size for at in positions]
 
     def _drawn(
         self,
         works: Sequence[Work],
         logits: Sequence[torch.Tensor],
-        drafts: dict[batching.Sequence, Draft],
+        drafts: Sequence[Draft],
     ) -> list[list[int]]:
         """What follows for each work that reaches its sequence's end, the same on all ranks."""
         drawn = []
-        for work, rows in zip(works, logits, strict=True):
-            tokens: list[int] = []
-            if work.last:
-                draft = drafts.get(work.sequence, Draft())
-                guesses = Draft(work.draft, draft.chances[: len(work.draft)])
-                tokens = self._next(work.sequence, guesses, rows)
-            drawn.append(tokens)
+        for work, draft, rows in zip(works, drafts, logits, strict=True):
+            drawn.append(self._next(work.sequence, draft, rows) if work.last else [])
         filled = [
             token
             for work, tokens in zip(works, drawn, strict=True)
@@ -299,9 +320,7 @@ class Engine:
         if not sampling.greedy:
             return verified(draft, logits.cpu(), sampling, sequence.draws, sequence.tokens)
         most_likely = logits.argmax(dim=1).tolist()
-        pairs = zip(draft.tokens, most_likely, strict=False)
-        held = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-        return most_likely[: held + 1]
+        return followed(draft, lambda row, before: most_likely[row])
 
     def _updated(
         self, sequence: batching.Sequence, tokens: Sequence[int], logits: torch.Tensor

@@ -31,6 +31,8 @@ class LeapDrafter(Drafter):
     """k(n - 1) guesses of a sequence, once the states of its last k positions are known: prefixes
     from the cache and preempted sequences have none for a few tokens."""
 
+    independent = True
+
     def __init__(self, forward: Forward, vocab_size: int) -> None:
         self._forward, self._vocab_size = forward, vocab_size
         self.heads, self.stride = forward.leaps
@@ -42,16 +44,14 @@ class LeapDrafter(Drafter):
         """Guesses at a time."""
         return self.stride * (self.heads - 1)
 
-    def saw(self, works: SequenceOf[Work], hidden: torch.Tensor) -> None:
-        parts = hidden.split([len(work.tokens) for work in works])
-        for work, part in zip(works, parts, strict=True):
+    def saw(self, works: SequenceOf[Work], hidden: SequenceOf[torch.Tensor]) -> None:
+        for work, part in zip(works, hidden, strict=True):
             start = work.sequence.computed
             first, known = self._states.get(work.sequence, (start, part[:0]))
             if not first <= start <= first + len(known):
                 first, known = start, part[:0]
             known = torch.cat([known[: start - first], part])
-            # Guesses may not hold: what stands before them stays.
-            kept = max(0, len(known) - len(work.draft) - self.stride)
+            kept = max(0, len(known) - self.stride)
             self._states[work.sequence] = (first + kept, known[kept:])
 
     def propose(self, counts: dict[Sequence, int]) -> dict[Sequence, Draft]:
@@ -69,7 +69,7 @@ class LeapDrafter(Drafter):
             if head not in logits:
                 rows = self._forward.leap(head, torch.cat(list(states.values())))
                 logits[head] = rows[:, : self._vocab_size].unflatten(0, (-1, self.stride))
-            guess(found, logits[head][:, self.stride - 1 - back], self.draws)
+            guess(found, logits[head][:, self.stride - 1 - back], self)
         for sequence, draft in found.items():
-            del draft.tokens[counts[sequence] :], draft.chances[counts[sequence] :]
+            found[sequence] = draft.cut(counts[sequence])
         return found

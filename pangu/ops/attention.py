@@ -19,15 +19,17 @@ def attention(
     *,
     scale: float,
     document_ids: torch.Tensor | None = None,
+    seen: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """query `[s, b, n, d]`, key `[t, b, g, d]`, value `[t, b, g, e]` → `[s, b, n, e]`.
 
     Query i sees keys up to t - s + i (t > s: the first keys come from a cache). `document_ids`
-    `[b, t]` (any integer dtype) hides keys of other documents.
+    `[b, t]` (any integer dtype) hides keys of other documents. `seen` bool `[s, t]` takes the place
+    of both where it is given: what each query sees.
     """
     variants = {"sdpa": attention_sdpa, "npu": attention_npu}
     variant = variants[backends.current().operators.attention]
-    return variant(query, key, value, scale=scale, document_ids=document_ids)
+    return variant(query, key, value, scale=scale, document_ids=document_ids, seen=seen)
 
 
 def attention_of_one(
@@ -64,12 +66,13 @@ def attention_reference(
     *,
     scale: float,
     document_ids: torch.Tensor | None = None,
+    seen: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Every score, in the open."""
     repeat = query.size(2) // key.size(2)
     key, value = key.repeat_interleave(repeat, 2), value.repeat_interleave(repeat, 2)
     scores = torch.einsum("sbnd,tbnd->bnst", query, key) * scale
-    mask = visible(query.size(0), key.size(0), document_ids, query.device)
+    mask = visible(query.size(0), key.size(0), document_ids, query.device) if seen is None else seen
     probs = scores.masked_fill(~mask, float("-inf")).softmax(-1)
     return torch.einsum("bnst,tbne->sbne", probs, value)
 
@@ -87,12 +90,13 @@ def attention_sdpa(
     *,
     scale: float,
     document_ids: torch.Tensor | None = None,
+    seen: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """torch's fused attention (flash on CPU and CUDA)."""
     queries, keys = query.size(0), key.size(0)
-    causal = queries == keys and document_ids is None
-    mask = None
-    if not causal and (queries > 1 or document_ids is not None):
+    causal = queries == keys and document_ids is None and seen is None
+    mask = seen
+    if mask is None and not causal and (queries > 1 or document_ids is not None):
         mask = visible(queries, keys, document_ids, query.device)
     width = value.size(3)
     value = _as_wide(value, query)
@@ -115,6 +119,7 @@ def attention_npu(
     *,
     scale: float,
     document_ids: torch.Tensor | None = None,
+    seen: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """torch-npu's fused attention in layout BNSD. Not run on an NPU."""
     import torch_npu
@@ -122,7 +127,8 @@ def attention_npu(
     queries, keys = query.size(0), key.size(0)
     width = value.size(3)
     value = _as_wide(value, query)
-    hidden = ~visible(queries, keys, document_ids, query.device)  # True = masked out
+    shown = visible(queries, keys, document_ids, query.device)
+    hidden = ~shown if seen is None else ~seen[None, None]  # True = masked out
     out = torch_npu.npu_fusion_attention(
         query.permute(1, 2, 0, 3).contiguous(),
         key.permute(1, 2, 0, 3).contiguous(),

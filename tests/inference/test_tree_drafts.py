@@ -1,0 +1,129 @@
+"""Drafts that branch are verified in one pass, and the text stays that of plain decoding."""
+
+import itertools
+
+import pytest
+import torch
+from test_leap_drafts import leaping
+from test_speculative import SMALLER, make, requests
+from tiny_models import KINDS, build, decode, whole_forward
+
+from pangu.inference import tree
+from pangu.inference.cache import CachedPass, KeyValues, Segment
+from pangu.inference.forward import Forward
+from pangu.inference.tree import Accuracies, depths, grown, seen
+
+
+def branching(model, draft, tokens=6, **settings):
+    engine = make(model, draft, tokens, **settings)
+    engine.draft_tokens = tokens
+    engine.branch_drafts()
+    return engine
+
+
+@pytest.mark.parametrize("kind", ["moge", "top_k", "dense", "mla", "learned"])
+@pytest.mark.parametrize("draft", ["ngram", "model", "layers", "leaps"])
+def test_the_text_is_that_of_plain_decoding(kind, draft):
+    """Whoever guesses, heads of random numbers too; greedy, and sampled with the same seed."""
+    model = {
+        "ngram": lambda: build(*KINDS[kind]),
+        "model": lambda: build(*KINDS[kind]),
+        "layers": lambda: build(*KINDS[kind], "model.mtp_num_layers=2"),
+        "leaps": lambda: leaping(kind, 3, 2),
+    }[draft]()
+    small = {"ngram": "ngram", "model": None, "layers": "mtp", "leaps": "mtp"}[draft]
+    small = small or build(*KINDS[kind], *SMALLER, "seed=7")
+    for temperature in (0, 0.8):
+        expected = decode(make(model), requests(temperature))
+        engine = branching(model, small)
+        assert decode(engine, requests(temperature)) == expected
+        assert engine.counts.guessed[0] > 0
+        assert engine.scheduler.pool.used == 0
+    crowded = {"cache_tokens": 68, "max_batch_tokens": 7, "max_sequences": 4}
+    engine = branching(model, small, **crowded)
+    assert decode(engine, requests(0)) == decode(make(model), requests(0))
+    assert engine.scheduler.preemptions > 0 or draft == "model"  # whose pages are spare ones
+
+
+def test_branches_that_hold_are_kept():
+    """A draft model that is the model itself, its guesses put second: only branches hold."""
+    model = build()
+    engine = branching(model, model)
+    expected = decode(make(model), requests(0))
+    propose = engine.drafter.propose
+
+    def second(counts):
+        found = propose(counts)
+        for draft in found.values():
+            for place in draft.candidates:
+                place[0], place[1] = place[1], place[0]
+        return found
+
+    engine.drafter.propose = second
+    assert decode(engine, requests(0)) == expected
+    assert engine.counts.held[0] > 0.9 * engine.counts.guessed[0]
+
+
+@pytest.mark.parametrize("kind", ["moge", "mla"])
+def test_each_node_sees_its_own_branch_alone(kind):
+    """Logits of a tree in one pass are those of whole passes over each branch."""
+    model = build(*KINDS[kind], "moe.top_k=8", "moe.num_expert_groups=1")
+    text, nodes, parents = [5, 9, 2, 11], [3, 7, 3, 20, 1, 8], [-1, -1, 0, 0, 1, 3]
+    store = KeyValues(32)
+    segment = Segment(0, 10, [0, 1, 2, 3], parents)
+    cached = CachedPass(store, 4, [segment], list(range(3, 10)))
+    found = Forward(model)([*text, *nodes], cached)
+    for node in range(-1, 6):
+        branch, at = [], node
+        while at >= 0:
+            branch.insert(0, nodes[at])
+            at = parents[at]
+        expected = whole_forward(model, [*text, *branch])[-1]
+        assert torch.allclose(found[node + 1], expected, atol=1e-4)
+
+
+def test_ancestors_are_seen():
+    parents = [-1, 0, 0, 2, -1, 3]
+    assert depths(parents) == [1, 2, 2, 3, 1, 4]
+    expected = [{0}, {0, 1}, {0, 2}, {0, 2, 3}, {4}, {0, 2, 3, 5}]
+    assert [set(row.nonzero().flatten().tolist()) for row in seen(parents)] == expected
+
+
+def probability(known, path):
+    found = 1.0
+    for depth, rank in enumerate(path, start=1):
+        found *= known.of(depth, rank)
+    return found
+
+
+@pytest.mark.parametrize("independent", [True, False])
+def test_the_tree_has_the_most_probable_paths(independent):
+    known = Accuracies()
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(200):
+        candidates = [[0, 1, 2, 3]] * 3
+        known.saw(candidates, torch.randint(6, (3,), generator=generator).tolist(), independent)
+    shape = known.tree(9, 3, independent)
+    paths = []
+    for _, rank, parent in shape:
+        paths.append([*(paths[parent] if parent >= 0 else []), rank])
+    every = [
+        path
+        for length in (1, 2, 3)
+        for path in itertools.product(range(tree.WIDTH), repeat=length)
+        if independent or not any(path[:-1])
+    ]
+    best = sorted((probability(known, path) for path in every), reverse=True)[:9]
+    found = sorted((probability(known, path) for path in paths), reverse=True)
+    assert found == pytest.approx(best)
+    tokens, parents = grown(shape, [[10, 11, 12, 13], [20, 21]])
+    assert len(tokens) == len(parents) < 9  # no candidates of a third place, two of the second
+    assert all(parent < node for node, parent in enumerate(parents))
+
+
+def test_accuracies_are_those_counted():
+    known = Accuracies()
+    for token in (1, 1, 2, 9):
+        known.saw([[1, 2], [5, 6]], [token, 6], independent=False)
+    assert known._right == {(1, 0): 2, (1, 1): 1, (2, 1): 2}
+    assert known._asked == {1: 4, 2: 2}  # behind another than the likeliest nothing is known
