@@ -154,8 +154,8 @@ class Engine:
             ValueError: it has neither, or ranks have parts of sequences.
         """
         if self._forward.leaps[0]:
-            drafter = LeapDrafter(self._forward, self._vocab_size)
-            self.drafter, self.draft_tokens = drafter, drafter.most
+            self.drafter = LeapDrafter(self._forward, self._vocab_size)
+            self.draft_tokens = self.drafter.deepest
             return
         depths = self._forward.depths
         if not depths:
@@ -238,7 +238,8 @@ class Engine:
             (most,) = of_rank_0([self.draft_length.choose(len(decoding))])
         shape: Sequence[tuple[int, int, int]] = ()
         if self.tree is not None:
-            shape = self.tree.tree(most, most, self.drafter.independent)
+            deepest = min(most, self.drafter.deepest)
+            shape = self.tree.tree(most, deepest, self.drafter.independent)
             most = max(depth for depth, _, _ in shape)
         room = {s: s.request.max_new_tokens - s.new_tokens - 1 for s in decoding}
         found = self.drafter.propose({s: min(most, left) for s, left in room.items() if left > 0})

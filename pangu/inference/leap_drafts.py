@@ -35,14 +35,10 @@ class LeapDrafter(Drafter):
 
     def __init__(self, forward: Forward, vocab_size: int) -> None:
         self._forward, self._vocab_size = forward, vocab_size
-        self.heads, self.stride = forward.leaps
+        heads, self.stride = forward.leaps
+        self.deepest = self.stride * (heads - 1)
         # The states of the last positions, and the position of the first of them.
         self._states: WeakKeyDictionary[Sequence, tuple[int, torch.Tensor]] = WeakKeyDictionary()
-
-    @property
-    def most(self) -> int:
-        """Guesses at a time."""
-        return self.stride * (self.heads - 1)
 
     def saw(self, works: SequenceOf[Work], hidden: SequenceOf[torch.Tensor]) -> None:
         for work, part in zip(works, hidden, strict=True):
@@ -64,7 +60,7 @@ class LeapDrafter(Drafter):
         found = {sequence: Draft() for sequence in states}
         longest = max((counts[sequence] for sequence in found), default=0)
         logits: dict[int, torch.Tensor] = {}  # of each head: [sequences, states, vocab]
-        for number in range(1, min(longest, self.most) + 1):
+        for number in range(1, min(longest, self.deepest) + 1):
             head, back = head_and_state(number, self.stride)
             if head not in logits:
                 rows = self._forward.leap(head, torch.cat(list(states.values())))

@@ -71,10 +71,13 @@ class Draft:
 class Drafter(ABC):
     """Guesses the next tokens of sequences of which one token is pending. Where `draws`, guesses of
     sampled requests are drawn from their random numbers; else they are the most likely tokens.
-    `width`: candidates for each place. They are `independent` where they stand whatever comes
-    before them, and not for the likeliest tokens there alone."""
+
+    `deepest`: guesses in a row at most. `width`: candidates for each place. They are `independent`
+    where they stand whatever comes before them, and not for the likeliest tokens there alone.
+    """
 
     draws = True
+    deepest = 64
     width = 1
     independent = False
 
@@ -249,6 +252,7 @@ class MtpDrafter(Drafter):
         self, forward: Forward, store: KeyValues, scheduler: Scheduler, vocab_size: int
     ) -> None:
         self._forward, self._store = forward, store
+        self.deepest = forward.depths
         self._page_size, self._vocab_size = scheduler.pool.page_size, vocab_size
         # Hidden states of a position and those behind it; how many positions are in the cache.
         self._hidden: WeakKeyDictionary[Sequence, tuple[int, torch.Tensor]] = WeakKeyDictionary()
