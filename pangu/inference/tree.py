@@ -60,21 +60,32 @@ class Accuracies:
             if not independent and token != place[0]:
                 return
 
+    def _order(self, depth: int) -> list[int]:
+        """Ranks, the one that is right most often first."""
+        return sorted(range(WIDTH), key=lambda rank: -self.of(depth, rank))
+
     def tree(self, nodes: int, deepest: int, independent: bool) -> list[tuple[int, int, int]]:
         """The most probable `nodes` paths of candidates, greedily: depth, rank and parent of each
         node. Where candidates are not `independent` of those before them, only the likeliest of
         a place has others behind it."""
         found: list[tuple[int, int, int]] = []
-        waiting = [(-self.of(1, 0), 1, 0, -1, 1.0)]  # with the probability of the parent
+        waiting: list[tuple[float, int, int, int, float]] = []
+
+        def offer(depth: int, place: int, parent: int, before: float) -> None:
+            """A node's `place`-th best candidate, behind a path of probability `before`."""
+            if depth <= deepest and place < WIDTH:
+                rank = self._order(depth)[place]
+                chance = before * self.of(depth, rank)
+                heapq.heappush(waiting, (-chance, depth, place, parent, before))
+
+        offer(1, 0, -1, 1.0)
         while waiting and len(found) < nodes:
-            chance, depth, rank, parent, before = heapq.heappop(waiting)
+            chance, depth, place, parent, before = heapq.heappop(waiting)
+            rank = self._order(depth)[place]
             found.append((depth, rank, parent))
-            if rank + 1 < WIDTH:
-                beside = before * self.of(depth, rank + 1)
-                heapq.heappush(waiting, (-beside, depth, rank + 1, parent, before))
-            if depth < deepest and (independent or rank == 0):
-                behind = -chance * self.of(depth + 1, 0)
-                heapq.heappush(waiting, (-behind, depth + 1, 0, len(found) - 1, -chance))
+            offer(depth, place + 1, parent, before)
+            if independent or rank == 0:
+                offer(depth + 1, 0, len(found) - 1, -chance)
         return found
 
 
