@@ -327,6 +327,14 @@ class CheckpointConfig:
 
 
 @dataclass
+class WatchConfig:
+    """Who is told of a run beside the files in its folder. Rank 0 tells."""
+
+    # Where rank 0 answers Prometheus at /metrics, on all its addresses; null: nowhere
+    prometheus_port: Annotated[int, Limits(1, 65535)] | None = None
+
+
+@dataclass
 class Config:
     """The whole tree. `devices` is the size of a planned cluster; a real run knows its own."""
 
@@ -340,6 +348,7 @@ class Config:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     hardware: dict[str, Any] | None = None  # a preset of configs/hardware, read by the simulator

@@ -17,6 +17,7 @@ from configs.change_rules import changes, refused
 from configs.compose import read_file
 from configs.schema import Config
 from configs.violation import ConfigError, Violation
+from launch import port
 from launch.environment import STARTED_BY, ProcessEnvironment
 from pangu import machine_check
 from pangu.checkpoint import manifest
@@ -66,6 +67,7 @@ def examine(
     found += another_model(config)
     if process.rank == 0:
         found += unusable_folders(config)
+        found += taken_port(config)
     if sound:
         found += too_large(config, here)
     return config, found
@@ -134,6 +136,15 @@ def unusable_folders(config: Config) -> list[Violation]:
             reason = f"{folder} cannot be written to: {getattr(error, 'strerror', None) or error}"
             found.append(Violation(key, wanted[0], reason, "another folder"))
     return found
+
+
+def taken_port(config: Config) -> list[Violation]:
+    """Where rank 0 could not answer Prometheus."""
+    number = config.watch.prometheus_port
+    if number is None or not (why := port.obstacle(number)):
+        return []
+    hint = f"watch.prometheus_port={port.free_port()}"
+    return [Violation("watch.prometheus_port", number, why, hint)]
 
 
 def _try_to_make(folder: Path) -> None:

@@ -2,7 +2,7 @@
 that was measured is like.
 
 - before a run: `predict` (a `Forecast`), `pipeline_ranks` where no machine is named;
-- behind MFU and reports: `model_flops_per_token`, `count_parameters`, `fill_page`;
+- behind MFU and reports: `model_flops_per_token`, `count_parameters`, `fill_page`, `serve_page`;
 - for drafts: `decoding_seconds`, `active_experts`;
 - for calibration: `Hardware` and its parts, `load_hardware`, `operator_seconds`, `count_layer`.
 """
@@ -51,6 +51,7 @@ __all__ = [
     "operator_seconds",
     "pipeline_ranks",
     "predict",
+    "serve_page",
 ]
 
 _SECONDS: dict[str, Callable[..., Any]] = {
@@ -58,6 +59,17 @@ _SECONDS: dict[str, Callable[..., Any]] = {
     "grouped_matmul": operators.grouped_matmul_seconds,
     "attention": operators.attention_seconds,
 }
+
+
+def serve_page(port: int, get: Callable[[str], tuple[str, str]]) -> None:
+    """Serve on this machine alone, until Ctrl-C: `get` turns a path into media type and text.
+
+    Raises:
+        ConfigError: the port cannot be listened on.
+    """
+    from simulator.local_server import LocalServer, serve  # http's own: only where it is served
+
+    serve(port, lambda port: LocalServer(port, lambda address: get(address.path)))
 
 
 def operator_seconds(hardware: Hardware, kind: str, *, dtype: str, **shape: Any) -> Any:

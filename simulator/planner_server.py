@@ -1,92 +1,45 @@
-"""The planner page over HTTP, on this machine alone.
+"""The planner page over HTTP:
 
-    GET  /                       the page
-    POST /search {"overrides"}   ranking and Pareto front
-    GET  /layout?o=key=value&…   the page of one layout
-
-Anything else is a 4xx with a sentence. A page of another site cannot ask: its requests carry
-another host's name or origin.
+GET  /                       the page
+POST /search {"overrides"}   ranking and Pareto front
+GET  /layout?o=key=value&…   the page of one layout
 """
 
 from __future__ import annotations
 
 import json
-import sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock
-from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import SplitResult, parse_qs
 
-from configs.violation import ConfigError, Violation
+from simulator.local_server import Answer, LocalServer, Refused
 from simulator.page import fill
 from simulator.planner import Planner, checked, options
 
 TEMPLATE = Path(__file__).with_name("planner.html")
-HOST = "127.0.0.1"
-LONGEST_BODY = 64 * 1024
-POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline';"
-    " connect-src 'self'; frame-src 'self'; frame-ancestors 'self'; base-uri 'none'"
-)
 
 
-class Refused(Exception):
-    """A request that is answered with `status` and a sentence."""
-
-    def __init__(self, status: int, sentence: str) -> None:
-        super().__init__(sentence)
-        self.status = status
-
-
-class PlannerServer(ThreadingHTTPServer):
+class PlannerServer(LocalServer):
     """One planner for all requests, which takes one at a time: composing a configuration is not
     for threads."""
 
-    daemon_threads = True
-
     def __init__(self, port: int) -> None:
-        super().__init__((HOST, port), _Handler)
+        super().__init__(port, self._get, self._post)
         self.planner = Planner()
         self.lock = Lock()
         self.page = fill(TEMPLATE, options())
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What a browser calls this server."""
-        return tuple(f"{name}:{self.server_address[1]}" for name in (HOST, "localhost"))
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that went away is no news."""
-        if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
-            super().handle_error(request, client_address)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: PlannerServer
-    protocol_version = "HTTP/1.1"
-    timeout = 10  # seconds for a request to arrive
-    server_version, sys_version = "planner", ""
-
-    def do_GET(self) -> None:
-        self._answer(self._get)
-
-    def do_POST(self) -> None:
-        self._answer(self._post)
-
-    def _get(self) -> tuple[str, str]:
-        address = urlsplit(self.path)
+    def _get(self, address: SplitResult) -> Answer:
         if address.path == "/":
-            return "text/html", self.server.page
+            return "text/html", self.page
         if address.path != "/layout":
             raise Refused(404, "there is /, /search and /layout")
         overrides = checked(parse_qs(address.query, max_num_fields=100).get("o", []))
-        with self.server.lock:
-            return "text/html", self.server.planner.page(overrides)
+        with self.lock:
+            return "text/html", self.planner.page(overrides)
 
-    def _post(self) -> tuple[str, str]:
-        body = self._body()
-        if urlsplit(self.path).path != "/search":
+    def _post(self, path: str, body: bytes) -> Answer:
+        if path != "/search":
             raise Refused(404, "there is /search to post to")
         try:
             asked = json.loads(body)
@@ -95,66 +48,6 @@ class _Handler(BaseHTTPRequestHandler):
         if not isinstance(asked, dict) or set(asked) != {"overrides"}:
             raise Refused(400, 'the body is not {"overrides": [key=value, …]}')
         overrides = checked(asked["overrides"])
-        with self.server.lock:
-            found = self.server.planner.search(overrides)
+        with self.lock:
+            found = self.planner.search(overrides)
         return "application/json", json.dumps(found, allow_nan=False)
-
-    def _body(self) -> bytes:
-        try:
-            length = int(self.headers.get("Content-Length", ""))
-        except ValueError:
-            raise Refused(411, "a body needs its length") from None
-        if not 0 <= length <= LONGEST_BODY:
-            raise Refused(413, f"a body has at most {LONGEST_BODY} bytes")
-        return self.rfile.read(length)
-
-    def _answer(self, work: Any) -> None:
-        try:
-            self._refuse_strangers()
-            kind, text = work()
-            self._send(200, kind, text)
-        except Refused as refused:
-            self.close_connection = True  # a body may be left unread
-            self._send(refused.status, "application/json", _sentence(str(refused)))
-        except ConfigError as error:
-            self._send(422, "application/json", _sentence(str(error), error.violations))
-        except (ValueError, OverflowError, MemoryError, ArithmeticError) as error:
-            self.close_connection = True
-            words = f"that cannot be planned: {' '.join(str(error).split())[:300]}"
-            self._send(400, "application/json", _sentence(words))
-
-    def _refuse_strangers(self) -> None:
-        names = self.server.names
-        if self.headers.get("Host") not in names:
-            raise Refused(421, f"this server is {names[0]}")
-        origin = self.headers.get("Origin")
-        if origin is not None and origin not in tuple(f"http://{name}" for name in names):
-            raise Refused(403, "another site's page may not ask")
-
-    def _send(self, status: int, kind: str, text: str) -> None:
-        body = text.encode()
-        self.send_response(status)
-        self.send_header("Content-Type", f"{kind}; charset=utf-8")
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("Content-Security-Policy", POLICY)
-        self.send_header("X-Content-Type-Options", "nosniff")
-        self.send_header("Cache-Control", "no-store")
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
-        self.wfile.write(body)
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the library refuses itself: methods, malformed and overlong requests."""
-        status = 405 if code == 501 else code
-        self.close_connection = True
-        self.request_version = self.protocol_version  # an answer to nonsense has a head, too
-        self._send(status, "application/json", _sentence(message or "the request is malformed"))
-
-    def log_message(self, format: str, *arguments: Any) -> None:
-        """Quiet: the page shows what happens."""
-
-
-def _sentence(words: str, violations: list[Violation] | None = None) -> str:
-    keys = [one.key for one in violations or []]
-    return json.dumps({"error": words, "keys": keys})

@@ -1,25 +1,34 @@
-"""Plots and page of a run: `python -m pangu.report RUN_DIR`, at any time."""
+"""Plots and page of a run, at any time; with --serve, a page that follows it."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from configs.violation import ConfigError
-from pangu.report.run_data import ReportError, read_run
+import typer
+
+from pangu.command_line import run as run_app
+
+app = typer.Typer(add_completion=False, help=__doc__)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """The exit code: 0 written, 2 nothing to report on."""
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m pangu.report RUN_DIR", file=sys.stderr)
-        return 0 if {"-h", "--help"} & set(arguments) else 2
-    try:
-        run = read_run(Path(arguments[0]))
-    except (ReportError, ConfigError) as error:
-        print(error, file=sys.stderr)
-        return 2
+@app.command(help=__doc__)
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="a run folder")],
+    serve: Annotated[
+        bool, typer.Option("--serve", help="serve the page here, drawn anew while the run goes on")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of 127.0.0.1; 0: any free.")] = 8766,
+) -> None:
+    from pangu.report.run_data import ReportError, read_run
+
+    if serve:
+        from pangu.report import live
+
+        live.serve(run_dir, port)
+        return
+    run = read_run(run_dir)
     from pangu.report.page import write_page
     from pangu.report.plots import write_plots
 
@@ -27,9 +36,15 @@ def main(arguments: Sequence[str]) -> int:
         for path in [*write_plots(run), write_page(run)]:
             print(path)
     except OSError as error:
-        print(f"the report cannot be written: {error}", file=sys.stderr)
-        return 2
-    return 0
+        raise ReportError(f"the report cannot be written: {error}") from None
+
+
+def main(arguments: list[str]) -> int:
+    """The exit code: 0 done, 2 nothing to report on."""
+    from configs.violation import ConfigError
+    from pangu.report.run_data import ReportError
+
+    return run_app(app, arguments, ReportError, ConfigError)
 
 
 if __name__ == "__main__":

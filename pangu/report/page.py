@@ -32,8 +32,13 @@ _CURVES = {
 def write_page(run: RunData) -> Path:
     """Write `<run_dir>/report.html`."""
     path = run.folder / "report.html"
-    path.write_text(fill_page(TEMPLATE, _data(run)), encoding="utf-8")
+    path.write_text(page(run), encoding="utf-8")
     return path
+
+
+def page(run: RunData, refresh: int = 0) -> str:
+    """The page's text. Where it is served, it looks every `refresh` seconds for news at `/news`."""
+    return fill_page(TEMPLATE, _data(run) | {"refresh": refresh})
 
 
 def _data(run: RunData) -> dict[str, Any]:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pangu.checkpoint.restore import Found
     from pangu.checkpoint.run_state import RunState
     from pangu.training.loop import Trainer
+    from pangu.training.prometheus import Exporter
     from pangu.training.schedule import PhaseAt
 
 
@@ -197,10 +198,28 @@ def build_trainer(config: Config, stop: StopSignal) -> Trainer:
         phase=phase,
         datasets=datasets,
         state=state,
-        metrics=MetricsFile(folder, active=first),
+        metrics=MetricsFile(folder, active=first, exporter=_exporter(config) if first else None),
         load=LoadWindow(folder, config.moe, active=first),
         stop=stop,
     )
+
+
+def _exporter(config: Config) -> Exporter | None:
+    """Who answers Prometheus, where `watch.prometheus_port` asks for it.
+
+    Raises:
+        ConfigError: another has taken the port since it was looked at.
+    """
+    from pangu.training.prometheus import Exporter
+
+    number = config.watch.prometheus_port
+    if number is None:
+        return None
+    try:
+        return Exporter(number, model=config.model.name, run=Path(config.run_dir).name)
+    except OSError as error:
+        reason = f"cannot be listened on: {error.strerror}"
+        raise ConfigError([Violation("watch.prometheus_port", number, reason)]) from None
 
 
 def _start(config: Config, found: Found | None) -> tuple[RunState, PhaseAt]:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -234,3 +235,26 @@ def test_what_is_no_run_is_one_sentence_and_exit_code_2(folder, tmp_path, capsys
 def test_a_report_does_not_wait_for_torch():
     code = "import sys, pangu.report.__main__, pangu.report.page; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
+
+
+def test_a_served_page_follows_the_run(folder):
+    metrics = folder / "metrics.jsonl"
+    rows = metrics.read_bytes()
+    metrics.write_bytes(b"")
+    command = [sys.executable, "-m", "pangu.report", str(folder), "--serve", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        address = process.stdout.readline().split()[0]
+
+        def get(path: str) -> str:
+            with urlopen(address + path, timeout=60) as answer:
+                return answer.read().decode()
+
+        assert "has no step in metrics.jsonl yet" in get("")
+        before = get("news")
+        metrics.write_bytes(rows)
+        assert get("news") != before
+        page = get("")
+        assert '"refresh": 3' in page
+        assert "40 of 900 steps" in page
+        process.terminate()
+    assert not (folder / "report.html").exists(), "serving writes nothing"

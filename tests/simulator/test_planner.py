@@ -19,7 +19,8 @@ from browser import drawn, needs_browser
 from typer.testing import CliRunner
 
 from simulator.__main__ import application
-from simulator.planner_server import LONGEST_BODY, PlannerServer
+from simulator.local_server import LONGEST_BODY
+from simulator.planner_server import PlannerServer
 
 PLAN = ["model=pangu_pro_moe", "hardware=ascend_910b_376t", "devices=16"]
 PLAN += ["train.global_batch_size=64", "train.seq_length=4096", "parallel.context_parallel_size=1"]
