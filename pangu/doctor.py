@@ -28,7 +28,7 @@ from simulator.api import Rank, count_parameters, pipeline_ranks
 
 # Keys whose violations leave intact what the model and its layout are.
 ELSEWHERE = {"backend", "data.blend", "data.validation_blend", "data.tokenizer", "data.cache_dir"}
-ELSEWHERE |= {"run_dir", "launch.processes"}
+ELSEWHERE |= {"run_dir", "launch.processes", "watch.prometheus_port"}
 
 GROUP_NAMES = {
     "tp": "tensor (TP)",
