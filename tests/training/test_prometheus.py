@@ -1,14 +1,14 @@
 """A run that Prometheus reads."""
 
-import json
 import socket
 from urllib.request import urlopen
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from test_resilience import finish, losses, start, wait_for
+from test_resilience import finish, losses, start, train, wait_for
 
 from launch.port import free_port
+from pangu.report.run_files import METRICS, read_metrics
 from pangu.training.prometheus import Exporter
 
 
@@ -41,17 +41,20 @@ def test_rank_0_of_a_run_answers_and_a_taken_port_is_refused(tmp_path):
     port = free_port()
     wanted = (f"watch.prometheus_port={port}", "launch.processes=2")
     process = start(tmp_path, "train.steps=100000", *wanted)
-    wait_for(process, lambda: len(losses(tmp_path)) >= 2)
-    found = scraped(port)
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    try:
+        wait_for(process, lambda: len(losses(tmp_path)) >= 2)
+        found = scraped(port)
+        code, output = train(tmp_path / "second", "train.steps=1", *wanted)
+    finally:
+        process.terminate()
+        first_code, _ = finish(process)
+    rows = read_metrics(tmp_path / METRICS)
     step, labels = found["pangu_train_step"]
     assert labels["run"] == tmp_path.name
     row = next(row for row in rows if row["step"] == step)
     assert found["pangu_train_loss"][0] == pytest.approx(row["loss"])
-    second = start(tmp_path / "second", "train.steps=1", *wanted)
-    code, output = finish(second)
+    assert first_code == 0
     assert code == 2
-    assert f"watch.prometheus_port={port}: is in use on this machine" in " ".join(output.split())
+    for words in ("watch.prometheus_port", str(port), "is in use on this machine"):
+        assert words in output
     assert not (tmp_path / "second").exists()
-    process.terminate()
-    assert finish(process)[0] == 0
