@@ -90,11 +90,16 @@ def is_last_stage() -> bool:
 
 
 def sum_over_losses(values: torch.Tensor) -> torch.Tensor:
-    """Sum of `values` over the ranks that see different tokens; same result on every rank.
+    """Sum of float64 `values` over the ranks that see different tokens; same result on every rank.
 
     Tensor-parallel ranks hold copies and earlier pipeline stages hold nothing: they add zero.
     """
     counts = is_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
     total = values if counts else torch.zeros_like(values)
-    dist.all_reduce(total)
-    return total
+    if backends.current().collective_library != "hccl":
+        dist.all_reduce(total)
+        return total
+    # HCCL reduces no float64: its bits are gathered, and added here.
+    every = total.new_empty(dist.get_world_size() * total.numel(), dtype=torch.int64)
+    dist.all_gather_into_tensor(every, total.flatten().view(torch.int64))
+    return every.view(torch.float64).view(-1, *total.shape).sum(0)

@@ -1,0 +1,98 @@
+"""The quick start through torch-npu's real device, process group and operators, without an NPU.
+
+    python -m tests.npu                      # two processes, beside one on the CPU
+    python -m tests.npu moe=top_k train.steps=4
+
+CANN's libraries are stood in for: its runtime by the host's memory (`acl.c`), HCCL by a shared file
+(`hccl.cpp`), every kernel by its CPU kernel or reference (`host_memory.py`, `operators.py`). What
+is real is what lies above: device names, the allocator, streams and events as torch-npu asks for
+them, pinned memory, schemas, dispatch, autograd and the types that HCCL's group takes. What it
+cannot show: kernels, their precision and limits, order between streams, speed. Needs cc, g++, nm
+and torch-npu in .torch-npu (`make .torch-npu/.installed`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+PACKAGE = ROOT / ".torch-npu"
+NAMES = ("hccl", "acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel")
+CANN_SYMBOL = ("acl", "rt", "Hccl", "hccl", "Msprof")
+COMPARED = ("loss", "grad_norm", "aux_loss")
+
+
+def symbols(kind: list[str], *files: Path) -> set[str]:
+    """Names that `files` define or want."""
+    listing = subprocess.run(["nm", *kind, *files], check=True, capture_output=True, text=True)
+    lines = [line.split() for line in listing.stdout.splitlines()]
+    return {words[-1] for words in lines if len(words) > 1 and words[-2] in "UT"}
+
+
+def build(folder: Path) -> None:
+    """One library with all that torch-npu wants from CANN, under every name it looks for."""
+    headers = PACKAGE / "torch_npu/include"
+    paths = [headers, headers / "third_party/acl/inc", headers / "third_party/hccl/inc"]
+    include = [f"-I{path}" for path in paths]
+    objects = []
+    for compiler, source in (("cc", "acl.c"), ("g++", "hccl.cpp")):
+        made = folder / f"{source}.o"
+        command = [compiler, "-w", "-O2", "-fPIC", "-c", *include, "-o", made, HERE / source]
+        subprocess.run(command, check=True)
+        objects.append(made)
+    wanted = symbols(["-D", "--undefined-only"], *(PACKAGE / "torch_npu/lib").glob("*.so"))
+    rest = {name for name in wanted if name.startswith(CANN_SYMBOL) and "@" not in name}
+    rest -= symbols(["--defined-only"], *objects)
+    source = "\n".join(f"int {name}(void) {{ return 0; }}" for name in sorted(rest))
+    command = ["cc", "-c", "-fPIC", "-x", "c", "-", "-o", folder / "rest.o"]
+    subprocess.run(command, input=source, text=True, check=True)
+    library = folder / "libascendcl.so"
+    subprocess.run(["g++", "-shared", *objects, folder / "rest.o", "-o", library], check=True)
+    for name in NAMES:
+        (folder / f"lib{name}.so").symlink_to(library.name)
+
+
+def run(folder: Path, words: list[str], environment: dict[str, str], launcher: list[str]) -> list:
+    """Rows of metrics of a run."""
+    common = ["experiment=quickstart", "train.steps=2", "train.validate_every=0"]
+    common += ["checkpoint.save_every=0", "backend.precision=fp32", f"run_dir={folder}"]
+    command = [sys.executable, *launcher, *common, *words]
+    subprocess.run(command, check=True, env=environment, cwd=ROOT)
+    return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+
+
+def main(words: list[str]) -> int:
+    """0: equal to 1e-5; 1: not."""
+    with tempfile.TemporaryDirectory() as work:
+        libraries = Path(work) / "lib"
+        libraries.mkdir()
+        build(libraries)
+        path = os.pathsep.join([str(libraries), str(Path(torch.__file__).parent / "lib")])
+        plain = os.environ | {"PYTHONPATH": str(ROOT), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+        # Launches are not queued for a thread of their own: the host reads what they have written.
+        npu = plain | {"LD_LIBRARY_PATH": path, "TASK_QUEUE_ENABLE": "0"}
+        npu["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(PACKAGE)])
+        alone = ["-m", "pangu.train", "launch.processes=1", "backend=cpu"]
+        expected = run(Path(work) / "cpu", words, plain, alone)
+        ranks = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "tests.npu.worker"]
+        found = run(Path(work) / "npu", words, npu, [*ranks, "backend=npu"])
+    worst = 0.0
+    print(f"{'step':6}{'':12}{'cpu':>16}{'npu path':>16}")
+    for ours, theirs in zip(expected, found, strict=True):
+        for key in COMPARED:
+            print(f"{ours['step']:<6}{key:12}{ours[key]:16.9f}{theirs[key]:16.9f}")
+            worst = max(worst, abs(ours[key] - theirs[key]) / abs(ours[key]))
+    print(f"largest relative difference {worst:.1e}")
+    return int(worst > 1e-5)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
