@@ -5,16 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pangu.compression.texts import (
-    Progress,
-    Texts,
-    judge,
-    move,
-    refuse_broken,
-    refuse_existing,
-    table,
-    workplace,
-)
+from pangu.compression.texts import MODEL, Progress, Texts, judge, new_model, refuse_broken, table
 from pangu.trained_model import Trained, loaded, read_run_config
 
 if TYPE_CHECKING:
@@ -39,22 +30,20 @@ def carve(
         WeightsError: there are no such experts, a weight is not finite, or `out` cannot be written;
             nothing is left there.
     """
-    refuse_existing(out)
-    config = read_run_config(folder)
-    from pangu.weights.carve import carved_config, parts_of
+    with new_model(out) as work:
+        config = read_run_config(folder)
+        from pangu.weights.carve import carved_config, parts_of
 
-    parts = parts_of(experts, groups)
-    carved_config(config, parts)  # before the model is read
-    with workplace(out) as work:
+        parts = parts_of(experts, groups)
+        carved_config(config, parts)  # before the model is read
         with loaded(folder, backend) as trained:
             refuse_broken(trained.model, folder)
             rows = [judge("before", trained, texts, progress)]
             carvings = measured(trained, parts, texts, progress)
-        write(folder, work / "carved", parts, carvings)
-        with loaded(work / "carved", backend) as trained:
+        write(folder, work / MODEL, parts, carvings)
+        with loaded(work / MODEL, backend) as trained:
             name = f"{experts}, {groups} groups" if groups > 1 else experts
             rows.append(judge(name, trained, texts, progress))
-        move(work / "carved", out)
     left = (parts.shared + parts.active) / parts.all
     return f"{table(rows, texts)}\na token runs through {left:.1%} of every MLP"
 

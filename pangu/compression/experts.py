@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.violation import ConfigError, Violation
 from pangu.compression.texts import (
+    MODEL,
     Progress,
     Row,
     Texts,
     judge,
-    move,
+    new_model,
     read,
     refuse_broken,
-    refuse_existing,
     table,
-    workplace,
 )
 from pangu.task_experts import AUTO, GENERALIST
 from pangu.trained_model import Trained, loaded
@@ -58,18 +58,16 @@ def prune(
             written; nothing is left at `out`.
     """
     _refuse(store, choice, tasks)
-    if out is not None:
-        refuse_existing(out)
-    before, scores = _listen(folder, store, choice, tasks, judged=out is not None,
-                             backend=backend, progress=progress)  # fmt: skip
+    listen = partial(_listen, folder, store, choice, tasks, backend=backend, progress=progress)
     if out is None:
+        listen(judged=False)
         return f"{', '.join(map(_name, tasks))}: added to {store}"
-    with workplace(out) as work:
-        write(folder, work / "pruned", scores, choice.keep)
-        with loaded(work / "pruned", backend) as trained:
+    with new_model(out) as work:
+        before, scores = listen(judged=True)
+        write(folder, work / MODEL, scores, choice.keep)
+        with loaded(work / MODEL, backend) as trained:
             name = f"{choice.score}, {trained.config.model.num_experts} experts"
             after = [judge(name, trained, texts, progress) for texts in _judges(tasks)]
-        move(work / "pruned", out)
     rows = zip(before, after, _judges(tasks), strict=True)
     return "\n".join(table([one, other], texts) for one, other, texts in rows)
 

@@ -7,16 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pangu.compression.texts import (
-    Progress,
-    Texts,
-    judge,
-    move,
-    refuse_broken,
-    refuse_existing,
-    table,
-    workplace,
-)
+from pangu.compression.texts import MODEL, Progress, Texts, judge, new_model, refuse_broken, table
 from pangu.trained_model import Trained, loaded
 
 if TYPE_CHECKING:
@@ -58,9 +49,8 @@ def prune(
         WeightsError: there is no such window of layers, a weight is not finite, or `out` cannot be
             written; nothing is left there.
     """
-    refuse_existing(out)
-    with workplace(out) as work:
-        pruned = work / "pruned"
+    with new_model(out) as work:
+        pruned = work / MODEL
         with loaded(folder, backend) as trained:
             from pangu.weights.prune_layers import check_window
 
@@ -77,7 +67,6 @@ def prune(
                 taught = learn(trained, texts, distillation, work, progress)
                 _replace(pruned, taught)
                 rows.append(judge("distilled", trained, texts, progress))
-        move(pruned, out)
     return table(rows, texts)
 
 

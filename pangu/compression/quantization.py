@@ -10,16 +10,7 @@ from typing import TYPE_CHECKING
 from configs.planning import Dtype, InferenceConfig
 from configs.schema import Config, KeyRounding
 from pangu.compression.own_text import own_text
-from pangu.compression.texts import (
-    Progress,
-    Texts,
-    judge,
-    move,
-    refuse_broken,
-    refuse_existing,
-    table,
-    workplace,
-)
+from pangu.compression.texts import MODEL, Progress, Texts, judge, new_model, refuse_broken, table
 from pangu.trained_model import Trained, loaded
 
 if TYPE_CHECKING:
@@ -55,8 +46,7 @@ def quantize(
         WeightsError: the scheme is unknown, a weight is not finite, or `out` cannot be written;
             nothing is left there.
     """
-    refuse_existing(out)
-    with workplace(out) as work:
+    with new_model(out) as work:
         if rounding.rotate:
             folder = rotated(folder, work / "rotated")
         with loaded(folder, backend) as trained:
@@ -70,11 +60,10 @@ def quantize(
                 texts = replace(texts, calibration=written)
             rows = [judge("before", trained, texts, progress)]
             quantizer = rounded(trained, folder, scheme, rounding.method, texts, progress)
-            write(folder, work / "quantised", trained.model, quantizer)
-        with loaded(work / "quantised", backend) as trained:
+            write(folder, work / MODEL, trained.model, quantizer)
+        with loaded(work / MODEL, backend) as trained:
             name = f"{scheme.name} {rounding.method}"
             rows.append(judge(name, trained, texts, progress))
-        move(work / "quantised", out)
     groups = f"groups of {scheme.group_size}" if scheme.group_size else "a scale a row"
     bits = f"{scheme.bits_per_weight:.2f} bits a weight of the layers' linears, {groups}"
     return f"{table(rows, named)}\n{bits}"

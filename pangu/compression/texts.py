@@ -109,13 +109,19 @@ def refuse_broken(model: GPTModel, folder: Path) -> None:
             raise ConfigError([Violation("MODEL", folder, reason)])
 
 
+MODEL = "model"  # of `new_model`'s folder: what becomes of it
+
+
 @contextlib.contextmanager
-def workplace(out: Path) -> Iterator[Path]:
-    """A folder beside `out` for what is on the way there, gone afterwards.
+def new_model(out: Path) -> Iterator[Path]:
+    """A folder beside `out` for what is on the way there. Its `MODEL` becomes `out` when the block
+    has not failed; the rest is gone.
 
     Raises:
-        ConfigError: there is no room for `out` in its place.
+        ConfigError: there is something at `out` already, or no room for it.
     """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError([Violation("--out", out, "exists: name a new folder")])
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -123,20 +129,8 @@ def workplace(out: Path) -> Iterator[Path]:
         raise ConfigError([Violation("--out", out, f"cannot be made: {error.strerror}")]) from None
     try:
         yield work
+        if out.is_dir():
+            out.rmdir()  # it is empty
+        (work / MODEL).rename(out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def move(finished: Path, out: Path) -> None:
-    """Give a whole model its final name."""
-    if out.is_dir():
-        out.rmdir()  # it is empty
-    finished.rename(out)
-
-
-def refuse_existing(out: Path) -> None:
-    """Raises:
-    ConfigError: there is something at `out` already.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError([Violation("--out", out, "exists: name a new folder")])
