@@ -123,6 +123,16 @@ def whole_logits(model: GPTModel, ids: torch.Tensor) -> torch.Tensor:
         return model(ids, positions, None).float()
 
 
+class Enough(Exception):
+    """Raised by a hook that has what it wants of a pass."""
+
+
+def until_enough(model: GPTModel, ids: torch.Tensor) -> None:
+    """`whole_logits` for hooks' sake alone, as far as the one that raises `Enough`."""
+    with torch.no_grad(), contextlib.suppress(Enough):
+        whole_logits(model, ids)
+
+
 @contextlib.contextmanager
 def for_inference(model: GPTModel) -> Iterator[None]:
     """Evaluation mode, without the multi-token prediction heads, which only train."""

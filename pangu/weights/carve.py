@@ -11,7 +11,6 @@ routed experts, H hidden, G groups.
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from megatron.core.models.gpt import GPTModel
 
 from configs.schema import Config, MoEConfig
 from pangu.checkpoint.tensor_files import Source, WeightsError
-from pangu.inference.forward import whole_logits
+from pangu.inference.forward import Enough, until_enough
 from pangu.inference.likelihood import windows
 from pangu.weights.balanced import balanced_assignment
 
@@ -114,10 +113,6 @@ def carved_config(config: Config, parts: Parts) -> Config:
     return replace(config, model=model, moe=moe)
 
 
-class _Reached(Exception):
-    """The last layer's activations are there."""
-
-
 def marks(
     model: GPTModel,
     ids: Sequence[int],
@@ -133,7 +128,7 @@ def marks(
         largest = h.detach().abs().flatten(0, -2).topk(min(MARKS, h.size(-1)), sorted=False)
         found[number].append(largest.indices.to(torch.int32).cpu().numpy())
         if number == last:
-            raise _Reached
+            raise Enough
 
     handles = [
         layer.mlp.linear_fc2.register_forward_pre_hook(
@@ -143,8 +138,7 @@ def marks(
     ]
     try:
         for part in progress(windows(ids, window)):
-            with torch.no_grad(), contextlib.suppress(_Reached):
-                whole_logits(model, torch.tensor([part]))
+            until_enough(model, torch.tensor([part]))
     finally:
         for handle in handles:
             handle.remove()

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pangu.checkpoint.tensor_files import WeightsError
-from pangu.inference.forward import whole_logits
+from pangu.inference.forward import Enough, until_enough
 from pangu.inference.likelihood import windows
 from pangu.moe.router import ExpertRouter
 from pangu.moe.routing import Routing
@@ -118,22 +118,17 @@ def run(
             model(rows, positions, None, labels=rows.roll(-1, dims=1))
 
 
-class _Reached(Exception):
-    """The forward pass need not go on."""
-
-
 def until_router(model: GPTModel, layer: str, ids: Sequence[int]) -> torch.Tensor:
     """What comes into the router of `layer`, `[T, H]`; nothing behind it is computed."""
     found: list[torch.Tensor] = []
 
     def stop(_: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
         found.append(args[0].flatten(0, 1))
-        raise _Reached
+        raise Enough
 
     handle = model.get_submodule(layer).register_forward_pre_hook(stop)
     try:
-        with torch.no_grad(), contextlib.suppress(_Reached):
-            whole_logits(model, torch.tensor([ids]))
+        until_enough(model, torch.tensor([ids]))
     finally:
         handle.remove()
     return found[0]

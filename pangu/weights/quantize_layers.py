@@ -15,7 +15,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-from pangu.inference.forward import whole_logits
+from pangu.inference.forward import Enough, until_enough
 from pangu.moe.experts import GroupedExperts
 from pangu.ops.grouped_matmul import grouped_matmul
 from pangu.ops.swiglu import swiglu
@@ -212,10 +212,6 @@ def _stacked(grids: list[Grid], layout: Callable[[Tensor], Tensor]) -> Grid:
     return Grid(scale, layout(torch.stack([grid.zero for grid in grids])))
 
 
-class _Reached(Exception):
-    """The first layer has its inputs."""
-
-
 def _call(model: GPTModel, ids_S: Tensor) -> dict[str, Any]:
     """What the first layer is called with."""
     found: dict[str, Any] = {}
@@ -224,12 +220,11 @@ def _call(model: GPTModel, ids_S: Tensor) -> dict[str, Any]:
         found.update(kwargs)
         if args:
             found["hidden_states"] = args[0]
-        raise _Reached
+        raise Enough
 
     handle = model.decoder.layers[0].register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        with contextlib.suppress(_Reached):
-            whole_logits(model, ids_S[None])
+        until_enough(model, ids_S[None])
     finally:
         handle.remove()
     return found
