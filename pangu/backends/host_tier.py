@@ -36,24 +36,33 @@ class HostTier(Protocol):
     def send(self, source: torch.Tensor) -> Parcel: ...
 
 
-class FileTier:
-    """A file without a name in `folder`, mapped into memory; a thread of its own copies. Pages that
-    were written or read leave this process's memory at once."""
+class MappedFile:
+    """A file without a name in `folder`, mapped into memory part by part."""
 
     def __init__(self, folder: Path) -> None:
         self._file = tempfile.TemporaryFile(dir=folder if folder.is_dir() else None)  # noqa: SIM115
         self._end = 0
+
+    def place(self, size: int) -> mmap.mmap:
+        """`size` bytes more of the file."""
+        start, unit = self._end, mmap.ALLOCATIONGRANULARITY
+        self._end += -(-size // unit) * unit
+        self._file.truncate(self._end)
+        return mmap.mmap(self._file.fileno(), size, offset=start)
+
+
+class FileTier:
+    """A `MappedFile` in `folder`; a thread of its own copies. Pages that were written or read leave
+    this process's memory at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = MappedFile(folder)
         self._free: dict[int, list[mmap.mmap]] = defaultdict(list)
         self._worker = ThreadPoolExecutor(1, "swap")
 
     def place(self, size: int) -> mmap.mmap:
         """`size` bytes of the file."""
-        if self._free[size]:
-            return self._free[size].pop()
-        start, unit = self._end, mmap.ALLOCATIONGRANULARITY
-        self._end += -(-size // unit) * unit
-        self._file.truncate(self._end)
-        return mmap.mmap(self._file.fileno(), size, offset=start)
+        return self._free[size].pop() if self._free[size] else self._file.place(size)
 
     def give_back(self, place: mmap.mmap) -> None:
         self._free[len(place)].append(place)

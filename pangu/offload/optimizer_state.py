@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import mmap
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+
+from pangu.backends.host_tier import MappedFile
 
 
 class StateFile:
@@ -18,8 +19,7 @@ class StateFile:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._file = tempfile.TemporaryFile(dir=folder if folder.is_dir() else None)  # noqa: SIM115
-        self._end = 0
+        self._file = MappedFile(folder)
         self._places: dict[int, mmap.mmap] = {}  # by address of the tensor in it
 
     def put_away(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
@@ -35,10 +35,7 @@ class StateFile:
     def _moved(self, value: torch.Tensor) -> torch.Tensor:
         if value.data_ptr() in self._places or not value.numel():
             return value
-        size, unit = value.nbytes, mmap.ALLOCATIONGRANULARITY
-        start, self._end = self._end, self._end + -(-size // unit) * unit
-        self._file.truncate(self._end)
-        place = mmap.mmap(self._file.fileno(), size, offset=start)
+        place = self._file.place(value.nbytes)
         moved = torch.frombuffer(place, dtype=value.dtype).view(value.shape)
         moved.copy_(value)
         self._places[moved.data_ptr()] = place
