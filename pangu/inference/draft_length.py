@@ -107,14 +107,16 @@ class Counts:
     passes: int = 0
     tokens: int = 0
     guessed: Counter[int] = field(default_factory=Counter)
-    held: Counter[int] = field(default_factory=Counter)
     measured: Measured = field(default_factory=Measured)
+
+    @property
+    def held(self) -> Counter[int]:
+        return self.measured.held
 
     def add(self, guesses: int, tokens: int) -> None:
         """A sequence's part of a pass: all tokens but the last were guesses that held."""
         self.tokens += tokens
         self.guessed.update(range(guesses))
-        self.held.update(range(tokens - 1))
         self.measured.saw_draft(guesses, tokens - 1)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from pangu.inference.batching import Sequence, Work
 from pangu.inference.forward import Forward
-from pangu.inference.speculative import Draft, Drafter, guess
+from pangu.inference.speculative import Draft, Drafter, guess, joined
 
 
 def head_and_state(guess: int, stride: int) -> tuple[int, int]:
@@ -42,11 +42,8 @@ class LeapDrafter(Drafter):
 
     def saw(self, works: SequenceOf[Work], hidden: SequenceOf[torch.Tensor]) -> None:
         for work, part in zip(works, hidden, strict=True):
-            start = work.sequence.computed
-            first, known = self._states.get(work.sequence, (start, part[:0]))
-            if not first <= start <= first + len(known):
-                first, known = start, part[:0]
-            known = torch.cat([known[: start - first], part])
+            before = self._states.get(work.sequence)
+            first, known = joined(before, work.sequence.computed, part)
             kept = max(0, len(known) - self.stride)
             self._states[work.sequence] = (first + kept, known[kept:])
 

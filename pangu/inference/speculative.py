@@ -163,8 +163,9 @@ class NgramDrafter(Drafter):
 
     def _add_candidates(self, draft: Draft, ends: _Ends, tokens: list[int]) -> None:
         """Beside each guess, what else has followed the tokens before it, the latest first."""
+        last = tokens[-self._sizes[0] :]  # no more is compared
         for place, guess in enumerate(draft.tokens):
-            before = [*tokens, *draft.tokens[:place]]
+            before = [*last, *draft.tokens[:place]]
             others = [tokens[end] for end in reversed(self._earlier(ends, before))]
             draft.candidates.append(list(dict.fromkeys([guess, *others]))[: self.width])
 
@@ -239,6 +240,16 @@ class ModelDrafter(Drafter):
         guess(drafts, logits[:, : self._vocab_size], self)
 
 
+def joined(
+    known: tuple[int, torch.Tensor] | None, start: int, part: torch.Tensor
+) -> tuple[int, torch.Tensor]:
+    """The position of the first, and hidden states of positions in a row: those `known`, as far as
+    they lead up to `start`, then those of `part` `[n, 1, H]`."""
+    if known is None or not known[0] <= start <= known[0] + len(known[1]):
+        return start, part
+    return known[0], torch.cat([known[1][: start - known[0]], part])
+
+
 class MtpDrafter(Drafter):
     """Guesses of the model's own layers of multi-token prediction, one for each layer. Their keys
     and values lie beside the model's, under layer numbers of their own.
@@ -261,10 +272,7 @@ class MtpDrafter(Drafter):
     def saw(self, works: SequenceOf[Work], hidden: SequenceOf[torch.Tensor]) -> None:
         for work, part in zip(works, hidden, strict=True):
             sequence, start = work.sequence, work.sequence.computed
-            first, known = self._hidden.get(sequence, (start, part[:0]))
-            if not first <= start <= first + len(known):
-                first, known = start, part[:0]
-            self._hidden[sequence] = (first, torch.cat([known[: start - first], part]))
+            self._hidden[sequence] = joined(self._hidden.get(sequence), start, part)
             self._done[sequence] = min(self._done.get(sequence, 0), start)
 
     def propose(self, counts: dict[Sequence, int]) -> dict[Sequence, Draft]:

@@ -127,8 +127,8 @@ def attention_npu(
     queries, keys = query.size(0), key.size(0)
     width = value.size(3)
     value = _as_wide(value, query)
-    shown = visible(queries, keys, document_ids, query.device)
-    hidden = ~shown if seen is None else ~seen[None, None]  # True = masked out
+    shown = visible(queries, keys, document_ids, query.device) if seen is None else seen[None, None]
+    hidden = ~shown  # True = masked out
     out = torch_npu.npu_fusion_attention(
         query.permute(1, 2, 0, 3).contiguous(),
         key.permute(1, 2, 0, 3).contiguous(),
