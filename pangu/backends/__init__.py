@@ -62,6 +62,8 @@ class Backend:
     peak_tflops: Callable[[str], float | None]
     # Whether a tensor may be freed once its send is issued: streams keep the order, gloo does not.
     sends_in_stream_order: bool
+    # Whether its collectives add float64 up: HCCL's do not.
+    reduces_float64: bool
     # Whether torch's AdamW has a fused step here; torch-npu brings an optimizer of its own.
     fused_adamw: bool
     # Whether a call returns before its work is done, which a device does behind the host.

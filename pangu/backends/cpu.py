@@ -133,6 +133,7 @@ def create(local_rank: int) -> Backend:
         description=f"{platform.processor() or platform.machine()} CPU",
         peak_tflops=lambda precision: None,
         sends_in_stream_order=False,
+        reduces_float64=True,
         fused_adamw=True,
         asynchronous=False,
         block_elements=2**18,

@@ -53,6 +53,7 @@ def create(local_rank: int) -> Backend:
         description=name,
         peak_tflops=peak,
         sends_in_stream_order=True,
+        reduces_float64=True,
         fused_adamw=True,
         asynchronous=True,
         block_elements=None,

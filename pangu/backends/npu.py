@@ -63,6 +63,7 @@ def create(local_rank: int) -> Backend:
         # 910B comes in three parts that share a name: the peak must be given by the user.
         peak_tflops=lambda precision: None,
         sends_in_stream_order=True,
+        reduces_float64=False,
         fused_adamw=False,
         asynchronous=True,
         block_elements=None,

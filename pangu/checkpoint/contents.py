@@ -31,6 +31,7 @@ from pangu.engines.ranks import from_rank_0
 from pangu.engines.state_parts import MAIN, MOMENTS, Part
 
 Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
+_Shapes: TypeAlias = dict[str, tuple[int, ...]]  # of whole tensors, by name
 _Put: TypeAlias = Callable[[torch.Tensor, torch.Tensor], None]  # into a weight, of a whole tensor
 OPTIMIZER_PREFIX = "optimizer."
 _RANDOM = "random_state"
@@ -100,10 +101,11 @@ def load(
         moments = moments and not model_files.holds_model(path)
         wanted = dict.fromkeys(MOMENTS, trained) if moments else {}
     begun: dict[str, Sharded] = {}
-    if not any(key.startswith(_LEAP) for key in from_rank_0(lambda: _saved_shapes(path))):
+    saved = from_rank_0(lambda: _saved_shapes(path))
+    if not any(key.startswith(_LEAP) for key in saved):
         begun = {name: entry for name, entry in entries.items() if _is_leap_head(entry)}
         entries = {name: entry for name, entry in entries.items() if name not in begun}
-    account(path, entries, wanted, weights_only=everything is None or not moments)
+    account(path, saved, entries, wanted, weights_only=everything is None or not moments)
 
     def put_weight(target: torch.Tensor, whole: torch.Tensor) -> None:
         with torch.no_grad():
@@ -112,7 +114,7 @@ def load(
             by_parameter[target].put(MAIN, whole)  # type: ignore[index]
 
     _load_into(path, entries, "", put_weight)
-    _copy_head(path, begun, put_weight)
+    _copy_head(path, saved, begun, put_weight)
     for moment, trained in wanted.items():
 
         def put_moment(target: torch.Tensor, whole: torch.Tensor, moment: str = moment) -> None:
@@ -148,14 +150,13 @@ def _is_leap_head(entry: Sharded) -> bool:
     return bool(entry.key.startswith(_LEAP))
 
 
-def _copy_head(path: Path, entries: dict[str, Sharded], put: _Put) -> None:
+def _copy_head(path: Path, saved: _Shapes, entries: dict[str, Sharded], put: _Put) -> None:
     """Fill the outputs of leap heads with the model's own head. Collective."""
     outputs = [e for e in entries.values() if e.key.endswith(".output_layer.weight")]
     here: list[bool] = [False] * dist.get_world_size()
     dist.all_gather_object(here, bool(outputs))
     if not any(here):
         return
-    saved = from_rank_0(lambda: _saved_shapes(path))
     head = next(key for key in _HEADS if key in saved)
 
     def put_all(target: torch.Tensor, whole: torch.Tensor) -> None:
@@ -217,16 +218,16 @@ def _alike(saved: Any, present: torch.Tensor) -> bool:
 
 def account(
     path: Path,
+    saved: _Shapes,
     entries: dict[str, Sharded],
     moments: dict[str, dict[str, Sharded]],
     *,
     weights_only: bool,
 ) -> None:
-    """Compare, over all ranks, what is needed with what the checkpoint holds.
+    """Compare, over all ranks, what is needed with what the checkpoint holds, `saved`.
 
     Raises:
         CheckpointMismatch: on every rank, naming all that is missing, extra or of another shape.
-        DamagedCheckpoint: on every rank, when the list of its tensors cannot be read.
     """
     needed = _shapes(entries, "")
     for moment, trained in moments.items():
@@ -237,7 +238,7 @@ def account(
         needed |= other
     saved = {
         key: shape
-        for key, shape in from_rank_0(lambda: _saved_shapes(path)).items()
+        for key, shape in saved.items()
         if not (weights_only and key.startswith(OPTIMIZER_PREFIX))
     }
     wrong = [
@@ -254,7 +255,7 @@ def account(
         raise CheckpointMismatch(f"{path} does not fit this model: {shown}")
 
 
-def _saved_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def _saved_shapes(path: Path) -> _Shapes:
     try:
         if model_files.holds_model(path):
             return model_files.shapes(path)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from configs.schema import Config
+from configs.schema import Config, MoEConfig
 from pangu.checkpoint.tensor_files import Source, WeightsError
 
 Kept = Mapping[str, list[int]]  # by layer (`decoder.layers.3.mlp`): experts, in order
@@ -25,6 +25,11 @@ def layer_and_part(name: str) -> tuple[str, str] | None:
     return (found["layer"], found["part"]) if found else None
 
 
+def _groups(moe: MoEConfig) -> int:
+    """Groups of experts that stay equally large."""
+    return moe.num_expert_groups if moe.router in ("moge", "group_limited") else 1
+
+
 def experts_left(config: Config, keep: float) -> int:
     """How many experts stay in every layer, of each group equally many.
 
@@ -36,11 +41,9 @@ def experts_left(config: Config, keep: float) -> int:
         raise WeightsError("the model has no experts")
     if moe.router in ("expert_choice", "forced_balance"):
         raise WeightsError(f"with moe.router={moe.router} no task has experts of its own")
-    groups, least = 1, moe.top_k
-    if moe.router == "moge":
-        groups, least = moe.num_expert_groups, moe.top_k // moe.num_expert_groups
-    elif moe.router == "group_limited":
-        groups, least = moe.num_expert_groups, -(-moe.top_k // moe.topk_group)
+    groups, least = _groups(moe), moe.top_k // moe.equal_groups
+    if moe.router == "group_limited":
+        least = -(-moe.top_k // moe.topk_group)
     size = model.num_experts // groups
     left = max(1, round(size * keep))
     if left < least:
@@ -57,8 +60,7 @@ def kept_experts(config: Config, scores: Mapping[str, torch.Tensor], keep: float
     Raises:
         WeightsError: see `experts_left`.
     """
-    groups = config.moe.num_expert_groups
-    groups = groups if config.moe.router in ("moge", "group_limited") else 1
+    groups = _groups(config.moe)
     each = experts_left(config, keep) // groups
     kept = {}
     for layer, scores_E in scores.items():

@@ -96,10 +96,10 @@ def sum_over_losses(values: torch.Tensor) -> torch.Tensor:
     """
     counts = is_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
     total = values if counts else torch.zeros_like(values)
-    if backends.current().collective_library != "hccl":
+    if backends.current().reduces_float64:
         dist.all_reduce(total)
         return total
-    # HCCL reduces no float64: its bits are gathered, and added here.
+    # Its bits are gathered, and added here.
     every = total.new_empty(dist.get_world_size() * total.numel(), dtype=torch.int64)
     dist.all_gather_into_tensor(every, total.flatten().view(torch.int64))
     return every.view(torch.float64).view(-1, *total.shape).sum(0)
