@@ -4,8 +4,7 @@ import gloo
 import numpy as np
 import pytest
 import torch
-from compression.test_prune_layers import load_ours, logits
-from compression.tiny import TEXT, VOCABULARY, compress, llama
+from compression.tiny import TEXT, VOCABULARY, compress, llama, load_ours, logits
 from gloo import leave
 from layouts import all_layouts
 

@@ -6,15 +6,13 @@ import gloo
 import numpy as np
 import pytest
 import torch
-from compression.tiny import SETTINGS, TEXT, compress, saved
-from gloo import single
+from compression.tiny import SETTINGS, TEXT, compress, load_ours, logits, saved
 from inference.tiny_models import TINY
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, DeepseekV3Config, MixtralConfig, Qwen3MoeConfig
 from weights.test_round_trip import pangu_pro, pangu_pro_logits
 
 from configs.compose import load, read_file
-from pangu.checkpoint import restore
 from pangu.checkpoint.tensor_files import Safetensors, WeightsError
 from pangu.compression.experts import write
 from pangu.data.tokenizer import load_tokenizer
@@ -60,18 +58,6 @@ def halves(pair):
     assert prune(folder, out, "--keep", "0.5", "--store", store) == 0
     with safe_open(store / "text.safetensors", framework="np") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, out  # noqa: SIM118
-
-
-def load_ours(path):
-    single()
-    chunks, _ = build_model(read_file(path / "config.yaml", "model"))
-    restore.load_model(path, chunks)
-    return chunks[0].eval()
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model(ids, torch.arange(ids.size(1)).expand_as(ids), None)
 
 
 def rows_of(folder):

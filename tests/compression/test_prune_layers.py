@@ -7,7 +7,7 @@ import gloo
 import numpy as np
 import pytest
 import torch
-from compression.tiny import TEXT, VOCABULARY, compress, llama
+from compression.tiny import TEXT, VOCABULARY, compress, llama, load_ours, logits
 from gloo import single
 from layouts import all_layouts
 from safetensors.torch import load_file, save_file
@@ -16,13 +16,11 @@ from transformers import AutoModelForCausalLM
 from configs.check import load_checked
 from configs.compose import load, read_file
 from configs.violation import ConfigError
-from pangu.checkpoint import restore
 from pangu.checkpoint.tensor_files import Safetensors
 from pangu.data.tokenizer import load_tokenizer
 from pangu.inference.batching import Request
 from pangu.inference.engine import Engine
 from pangu.inference.sampling import Sampling
-from pangu.model.build import build_model
 from pangu.weights.convert import export_model, import_model
 from pangu.weights.hadamard import hadamard
 from pangu.weights.prune_layers import measure, patch_matrix, pruned_config, pruned_tensors
@@ -38,18 +36,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def theirs(folder):
     return llama(folder)
-
-
-def load_ours(path):
-    single()
-    chunks, _ = build_model(read_file(path / "config.yaml", "model"))
-    restore.load_model(path, chunks)
-    return chunks[0].eval()
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model(ids, torch.arange(ids.size(1)).expand_as(ids), None)
 
 
 def ids_of(folder) -> list[int]:

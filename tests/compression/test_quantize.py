@@ -11,8 +11,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams
-from compression.tiny import SETTINGS, compress, llama, saved
-from gloo import single
+from compression.tiny import SETTINGS, compress, llama, load_ours, logits, saved
 from layouts import all_layouts
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, Qwen3MoeConfig
 
@@ -178,11 +177,7 @@ def quantise(folder, out, scheme, method="rtn", *options):
 
 
 def logits_of_ours(path):
-    single()
-    chunks, _ = build_model(read_file(path / "config.yaml", "model"))
-    restore.load_model(path, chunks)
-    with torch.no_grad():
-        return chunks[0].eval()(ROWS, torch.arange(24).expand(2, 24), None)
+    return logits(load_ours(path), ROWS)
 
 
 @pytest.mark.parametrize(

@@ -4,15 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from compression.tiny import SETTINGS, compress, saved
-from gloo import single
+from compression.tiny import SETTINGS, compress, load_ours, logits, saved
 from transformers import DeepseekV3Config, LlamaConfig, Qwen2Config, Qwen3MoeConfig
 
-from configs.compose import load, read_file
-from pangu.checkpoint import restore
+from configs.compose import load
 from pangu.checkpoint.tensor_files import Safetensors, WeightsError
 from pangu.compression.quantization import rotated
-from pangu.model.build import build_model
 from pangu.weights import prune_layers
 from pangu.weights.convert import export_model, import_model
 from pangu.weights.model_folder import opened, write
@@ -37,20 +34,16 @@ KINDS = {
 ROWS = torch.arange(2 * 24).view(2, 24) * 7 % 272
 
 
-def logits(path):
-    single()
-    chunks, _ = build_model(read_file(path / "config.yaml", "model"))
-    restore.load_model(path, chunks)
-    with torch.no_grad():
-        return chunks[0].eval()(ROWS, torch.arange(24).expand(2, 24), None)
+def logits_of_ours(path):
+    return logits(load_ours(path), ROWS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rotation_leaves_the_float_model_as_it_is(kind, tmp_path):
     theirs = saved(KINDS[kind], tmp_path)
-    before = logits(tmp_path / "ours")
+    before = logits_of_ours(tmp_path / "ours")
     out = rotated(tmp_path / "ours", tmp_path / "rotated")
-    assert (logits(out) - before).abs().max() <= 1e-4
+    assert (logits_of_ours(out) - before).abs().max() <= 1e-4
     one, other = Safetensors(tmp_path / "ours"), Safetensors(out)
     changed = [n for n in one.names() if not torch.equal(one.read(n), other.read(n))]
     assert any("embedding" in name for name in changed)
@@ -68,8 +61,10 @@ def test_a_patch_turns_with_the_stream(tmp_path):
     after = prune_layers.pruned_config(config, 1, 1, patched=True)
     tensors = prune_layers.pruned_tensors(source, 1, 1, patch)
     write(tmp_path / "patched", after, tensors, made_of=path)
-    before = logits(tmp_path / "patched")
-    assert (logits(rotated(tmp_path / "patched", tmp_path / "out")) - before).abs().max() <= 1e-4
+    before = logits_of_ours(tmp_path / "patched")
+    assert (
+        logits_of_ours(rotated(tmp_path / "patched", tmp_path / "out")) - before
+    ).abs().max() <= 1e-4
 
 
 def test_few_bits_of_activations_with_outliers_want_rotation(tmp_path, capsys):
@@ -81,12 +76,12 @@ def test_few_bits_of_activations_with_outliers_want_rotation(tmp_path, capsys):
                 weight[::16] *= 50
     theirs.save_pretrained(tmp_path / "theirs")
     import_model(tmp_path / "theirs", tmp_path / "wide")
-    plain = logits(tmp_path / "wide")
+    plain = logits_of_ours(tmp_path / "wide")
     words = ["quantize", tmp_path / "wide", "--scheme", "W8A4", "--calibration", tmp_path / "text"]
     words += ["--tokens", 128, "--window", 32, "--out"]
     assert compress([*words, tmp_path / "one"]) == 0
     assert compress([*words, tmp_path / "other", "--rotate"]) == 0
-    errors = [(logits(tmp_path / name) - plain).abs().mean() for name in ("one", "other")]
+    errors = [(logits_of_ours(tmp_path / name) - plain).abs().mean() for name in ("one", "other")]
     assert errors[1] < 0.8 * errors[0]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_speculative import PROMPTS, make, requests
+from test_speculative import PROMPTS, make, requests, watched
 from tiny_models import KINDS, build, decode
 
 from pangu.inference.batching import Request
@@ -50,14 +50,7 @@ def test_every_further_token_is_guessed_once_from_the_last_states(stride):
 def test_the_guesses_are_those_of_the_heads_on_whole_passes():
     model = leaping("moge", 3, 2)
     engine = make(model, "mtp", max_batch_tokens=9)
-    propose, seen = engine.drafter.propose, []
-
-    def watched(counts):
-        found = propose(counts)
-        seen.extend((list(s.tokens), list(draft.tokens)) for s, draft in found.items())
-        return found
-
-    engine.drafter.propose = watched
+    seen = watched(engine)
     decode(engine, requests(0))
     assert len(seen) > 20
     for tokens, guesses in seen[::5]:

@@ -107,18 +107,24 @@ def guesses_of_whole_passes(model, tokens, depths):
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_layers_guess_what_they_do_in_a_pass_over_the_whole_text(kind):
-    model = build(*KINDS[kind], "model.mtp_num_layers=3")
-    engine = make(model, "mtp", max_batch_tokens=9)
+def watched(engine):
+    """The text and the guesses of every draft from now on."""
     propose, seen = engine.drafter.propose, []
 
-    def watched(counts):
+    def watch(counts):
         found = propose(counts)
         seen.extend((list(s.tokens), list(draft.tokens)) for s, draft in found.items())
         return found
 
-    engine.drafter.propose = watched
+    engine.drafter.propose = watch
+    return seen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_layers_guess_what_they_do_in_a_pass_over_the_whole_text(kind):
+    model = build(*KINDS[kind], "model.mtp_num_layers=3")
+    engine = make(model, "mtp", max_batch_tokens=9)
+    seen = watched(engine)
     decode(engine, requests(0))
     assert len(seen) > 20
     for tokens, guesses in seen[::5]:

@@ -20,44 +20,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
+from tests.npu.standins import ROOT, build, environment
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-PACKAGE = ROOT / ".torch-npu"
-NAMES = ("hccl", "acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel")
-CANN_SYMBOL = ("acl", "rt", "Hccl", "hccl", "Msprof")
 COMPARED = ("loss", "grad_norm", "aux_loss")
-
-
-def symbols(kind: list[str], *files: Path) -> set[str]:
-    """Names that `files` define or want."""
-    listing = subprocess.run(["nm", *kind, *files], check=True, capture_output=True, text=True)
-    lines = [line.split() for line in listing.stdout.splitlines()]
-    return {words[-1] for words in lines if len(words) > 1 and words[-2] in "UT"}
-
-
-def build(folder: Path) -> None:
-    """One library with all that torch-npu wants from CANN, under every name it looks for."""
-    headers = PACKAGE / "torch_npu/include"
-    paths = [headers, headers / "third_party/acl/inc", headers / "third_party/hccl/inc"]
-    include = [f"-I{path}" for path in paths]
-    objects = []
-    for compiler, source in (("cc", "acl.c"), ("g++", "hccl.cpp")):
-        made = folder / f"{source}.o"
-        command = [compiler, "-w", "-O2", "-fPIC", "-c", *include, "-o", made, HERE / source]
-        subprocess.run(command, check=True)
-        objects.append(made)
-    wanted = symbols(["-D", "--undefined-only"], *(PACKAGE / "torch_npu/lib").glob("*.so"))
-    rest = {name for name in wanted if name.startswith(CANN_SYMBOL) and "@" not in name}
-    rest -= symbols(["--defined-only"], *objects)
-    source = "\n".join(f"int {name}(void) {{ return 0; }}" for name in sorted(rest))
-    command = ["cc", "-c", "-fPIC", "-x", "c", "-", "-o", folder / "rest.o"]
-    subprocess.run(command, input=source, text=True, check=True)
-    library = folder / "libascendcl.so"
-    subprocess.run(["g++", "-shared", *objects, folder / "rest.o", "-o", library], check=True)
-    for name in NAMES:
-        (folder / f"lib{name}.so").symlink_to(library.name)
 
 
 def run(folder: Path, words: list[str], environment: dict[str, str], launcher: list[str]) -> list:
@@ -75,11 +40,9 @@ def main(words: list[str]) -> int:
         libraries = Path(work) / "lib"
         libraries.mkdir()
         build(libraries)
-        path = os.pathsep.join([str(libraries), str(Path(torch.__file__).parent / "lib")])
         plain = os.environ | {"PYTHONPATH": str(ROOT), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
         # Launches are not queued for a thread of their own: the host reads what they have written.
-        npu = plain | {"LD_LIBRARY_PATH": path, "TASK_QUEUE_ENABLE": "0"}
-        npu["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(PACKAGE)])
+        npu = environment(libraries) | {"TASK_QUEUE_ENABLE": "0"}
         alone = ["-m", "pangu.train", "launch.processes=1", "backend=cpu"]
         expected = run(Path(work) / "cpu", words, plain, alone)
         ranks = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "tests.npu.worker"]

@@ -18,10 +18,12 @@ def npu_grouped_matmul(
     assert (split_item, rest["group_list_type"], group_list.dtype) == (3, 1, torch.int64)
     if group_type == 0:
         return [Loop.rows(x[0], weight[0], group_list)]
+    assert group_type == 2
     return [Loop.weights(x[0].t(), weight[0], group_list)]
 
 
 def npu_moe_token_permute(tokens: Tensor, indices: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    assert indices.dtype == torch.int32
     order = indices.flatten().argsort(stable=True)
     return tokens[order // indices.size(1)], order.argsort(stable=True).to(torch.int32)
 
@@ -33,6 +35,7 @@ def npu_moe_token_permute_grad_v2(
 
 
 def npu_moe_token_unpermute(rows: Tensor, sorted_indices: Tensor, probs: Any, *_: Any) -> Tensor:
+    assert sorted_indices.dtype == torch.int32
     return (rows[sorted_indices.long()].unflatten(0, probs.shape) * probs[..., None]).sum(1)
 
 

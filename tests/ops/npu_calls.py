@@ -14,54 +14,7 @@ from pangu.ops.permute import (
 )
 from pangu.ops.rms_norm import rms_norm_npu, rms_norm_reference
 from pangu.ops.swiglu import swiglu_npu, swiglu_reference
-
-library = torch.library.Library("npu", "IMPL")
-
-
-def fake_grouped_matmul(
-    x, weight, *, group_list=None, split_item=0, group_type=None, group_list_type=0, **rest
-):
-    assert split_item == 3
-    assert group_list_type == 1
-    assert group_list.dtype == torch.int64
-    if group_type == 0:
-        return [Loop.rows(x[0], weight[0], group_list)]
-    assert group_type == 2
-    return [Loop.weights(x[0].t(), weight[0], group_list)]
-
-
-def fake_permute(tokens, indices, num_out_tokens=None, padded_mode=False):
-    assert indices.dtype == torch.int32
-    order = indices.flatten().argsort(stable=True)
-    return tokens[order // indices.size(1)], order.argsort(stable=True).to(torch.int32)
-
-
-def fake_unpermute(
-    permuted_tokens, sorted_indices, probs=None, padded_mode=False, restore_shape=None
-):
-    assert sorted_indices.dtype == torch.int32
-    rows = permuted_tokens[sorted_indices.long()].unflatten(0, probs.shape)
-    return (rows * probs[..., None]).sum(1)
-
-
-def fake_swiglu(input, dim=-1):
-    gate, up = input.chunk(2, dim)
-    return torch.nn.functional.silu(gate) * up
-
-
-def fake_rms_norm(input, gamma, epsilon=1e-6):
-    factor = torch.rsqrt(input.square().mean(-1, keepdim=True) + epsilon)
-    return input * factor * gamma, factor
-
-
-for name, function in {
-    "npu_grouped_matmul": fake_grouped_matmul,
-    "npu_moe_token_permute": fake_permute,
-    "npu_moe_token_unpermute": fake_unpermute,
-    "npu_swiglu": fake_swiglu,
-    "npu_rms_norm": fake_rms_norm,
-}.items():
-    library.impl(name, function, "CPU")
+from tests.npu import operators  # noqa: F401 - registers kernels for the CPU
 
 backends.select("cpu")
 torch.manual_seed(0)
