@@ -20,7 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.npu.standins import ROOT, build, environment
+from tests.npu.standins import ROOT, build, environment, missing
 
 COMPARED = ("loss", "grad_norm", "aux_loss")
 
@@ -35,7 +35,10 @@ def run(folder: Path, words: list[str], environment: dict[str, str], launcher: l
 
 
 def main(words: list[str]) -> int:
-    """0: equal to 1e-5; 1: not."""
+    """0: equal to 1e-5; 1: not; 2: something is missing."""
+    if absent := missing():
+        print(f"error: needs {', '.join(absent)} (make .torch-npu/.installed)", file=sys.stderr)
+        return 2
     with tempfile.TemporaryDirectory() as work:
         libraries = Path(work) / "lib"
         libraries.mkdir()

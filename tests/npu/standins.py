@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,6 +14,13 @@ ROOT = HERE.parents[1]
 PACKAGE = ROOT / ".torch-npu"
 NAMES = ("hccl", "acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel")
 CANN_SYMBOL = ("acl", "rt", "Hccl", "hccl", "Msprof")
+
+
+def missing() -> list[str]:
+    """What is needed and not there."""
+    tools = [name for name in ("cc", "g++", "nm") if not shutil.which(name)]
+    package = [] if (PACKAGE / "torch_npu").is_dir() else ["torch-npu in .torch-npu"]
+    return tools + package
 
 
 def symbols(kind: list[str], *files: Path) -> set[str]:

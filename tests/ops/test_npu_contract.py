@@ -10,19 +10,16 @@ implementations for CPU tensors, so that the real NPU code path runs numerically
 """
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from npu.standins import PACKAGE, build, environment
-
-MISSING = not (PACKAGE / "torch_npu").is_dir() or not all(map(shutil.which, ("cc", "g++", "nm")))
+from npu.standins import build, environment, missing
 
 
 @pytest.mark.skipif(
-    MISSING and "CI" not in os.environ,  # a check that CI leaves out is none
+    missing() and "CI" not in os.environ,  # a check that CI leaves out is none
     reason="needs torch-npu in .torch-npu (see the module's docstring), cc, g++ and nm",
 )
 def test_calls_fit_the_operators(tmp_path):
