@@ -51,18 +51,18 @@ class MappedFile:
         return mmap.mmap(self._file.fileno(), size, offset=start)
 
 
-class FileTier:
-    """A `MappedFile` in `folder`; a thread of its own copies. Pages that were written or read leave
-    this process's memory at once."""
+class FileTier(MappedFile):
+    """A file whose places are used again; a thread of its own copies. Pages that were written or
+    read leave this process's memory at once."""
 
     def __init__(self, folder: Path) -> None:
-        self._file = MappedFile(folder)
+        super().__init__(folder)
         self._free: dict[int, list[mmap.mmap]] = defaultdict(list)
         self._worker = ThreadPoolExecutor(1, "swap")
 
     def place(self, size: int) -> mmap.mmap:
         """`size` bytes of the file."""
-        return self._free[size].pop() if self._free[size] else self._file.place(size)
+        return self._free[size].pop() if self._free[size] else super().place(size)
 
     def give_back(self, place: mmap.mmap) -> None:
         self._free[len(place)].append(place)

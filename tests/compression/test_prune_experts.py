@@ -6,7 +6,8 @@ import gloo
 import numpy as np
 import pytest
 import torch
-from compression.tiny import SETTINGS, TEXT, compress, load_ours, logits, saved
+from compression.ours import load_ours, logits
+from compression.tiny import SETTINGS, TEXT, compress, saved
 from inference.tiny_models import TINY
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, DeepseekV3Config, MixtralConfig, Qwen3MoeConfig

@@ -7,7 +7,8 @@ import gloo
 import numpy as np
 import pytest
 import torch
-from compression.tiny import TEXT, VOCABULARY, compress, llama, load_ours, logits
+from compression.ours import load_ours, logits
+from compression.tiny import TEXT, VOCABULARY, compress, llama
 from gloo import single
 from layouts import all_layouts
 from safetensors.torch import load_file, save_file

@@ -11,7 +11,8 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams
-from compression.tiny import SETTINGS, compress, llama, load_ours, logits, saved
+from compression.ours import load_ours, logits
+from compression.tiny import SETTINGS, compress, llama, saved
 from layouts import all_layouts
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, Qwen3MoeConfig
 

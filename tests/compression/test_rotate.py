@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from compression.tiny import SETTINGS, compress, load_ours, logits, saved
+from compression.ours import load_ours, logits
+from compression.tiny import SETTINGS, compress, saved
 from transformers import DeepseekV3Config, LlamaConfig, Qwen2Config, Qwen3MoeConfig
 
 from configs.compose import load

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from compression.test_prune_experts import KINDS, load_ours, logits, rows_of
+from compression.ours import load_ours, logits
+from compression.test_prune_experts import KINDS, rows_of
 from compression.tiny import TEXT, byte_tokenizer, compress, saved
 from gloo import leave, single
 from inference.tiny_models import TINY, build

@@ -7,7 +7,7 @@ import checkpoint_runs
 import gloo
 import pytest
 import torch
-from compression.test_prune_experts import logits
+from compression.ours import logits
 from compression.tiny import compress
 
 from pangu.checkpoint.run_tensors import RunTensors

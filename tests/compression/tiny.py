@@ -3,15 +3,11 @@
 from pathlib import Path
 
 import torch
-from gloo import leave, single
-from megatron.core.models.gpt import GPTModel
+from gloo import leave
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
-from configs.compose import read_file
-from pangu.checkpoint import restore
 from pangu.compress import main
-from pangu.model.build import build_model
 from pangu.weights.convert import import_model
 
 TEXT = Path(__file__).read_text() * 4
@@ -58,19 +54,6 @@ def saved(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
     import_model(folder / "theirs", folder / "ours")
     (folder / "text").write_text(TEXT)
     return model
-
-
-def load_ours(path: Path) -> GPTModel:
-    """A model of ours in a folder, in this process."""
-    single()
-    chunks, _ = build_model(read_file(path / "config.yaml", "model"))
-    restore.load_model(path, chunks)
-    return chunks[0].eval()
-
-
-def logits(model: GPTModel, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(ids, torch.arange(ids.size(1)).expand_as(ids), None)
 
 
 def compress(words: list[object]) -> int:
