@@ -32,6 +32,10 @@ def described(folder, **changes):
         {"export": {}},
     ]
     found = {"model": str(folder / "ours"), "out": str(folder / "out"), "text": text}
+    request = {"doc_id": 0, "label": 1}
+    answers = [{**request, "request": {"context": "a", "continuation": text}} for text in "bc"]
+    (folder / "task.jsonl").write_text("".join(json.dumps(line) + "\n" for line in answers))
+    found["tasks"] = [str(folder / "task.jsonl")]
     file = folder / "chain.yaml"
     file.write_text(
         yaml.safe_dump({**found, "tokens": 128, "window": 32, "steps": steps} | changes)
@@ -74,6 +78,7 @@ def test_prune_quantise_export_with_a_stop_in_between(folder, monkeypatch, capsy
     sizes = [row["bytes"] for row in rows]
     assert sizes[0] > sizes[1] > sizes[2] > 0
     assert len({row["perplexity"] for row in rows[:3]}) == 3
+    assert all(row["accuracies"].keys() == {"task.jsonl"} for row in rows[:3])
     assert (folder / "out" / "3-export" / "config.json").is_file()
     file = described(folder, steps=[{"prune-layers": {"layers": 2}}])
     assert compress(["chain", file]) == 2
