@@ -27,13 +27,15 @@ def carve(
 
     Raises:
         ConfigError: the model or a text cannot be used, or `out` exists.
-        WeightsError: there are no such experts, a weight is not finite, or `out` cannot be written;
-            nothing is left there.
+        WeightsError: there are no such experts, the model is quantised, a weight is not finite, or
+            `out` cannot be written; nothing is left there.
     """
     with new_model(out) as work:
         config = read_run_config(folder)
+        from pangu.weights import quantized_file
         from pangu.weights.carve import carved_config, parts_of
 
+        quantized_file.refuse(folder, "its codes do not fall into experts; carve, then quantise")
         parts = parts_of(experts, groups)
         carved_config(config, parts)  # before the model is read
         with loaded(folder, backend) as trained:

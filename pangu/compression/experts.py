@@ -150,7 +150,7 @@ def write(folder: Path, out: Path, scores: dict[str, torch.Tensor], keep: float)
     tensors = prune_experts.pruned_tensors(source, kept)
 
     def grids(target: Path) -> None:
-        quantized_file.copy(path, target, lambda name, grid: pruned(name, grid, kept))
+        quantized_file.copy(path, target, lambda name, grid: (name, pruned(name, grid, kept)))
 
     after = prune_experts.pruned_config(config, keep)
     model_folder.write(out, after, tensors, made_of=path, beside=grids)

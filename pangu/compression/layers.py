@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -111,16 +112,18 @@ def learn(
 
 def _replace(pruned: Path, taught: dict[str, torch.Tensor]) -> None:
     """Write the patches `taught` in the place of those of the model at `pruned`."""
-    from pangu.weights import model_folder
+    from pangu.weights import model_folder, quantized_file
 
     path, config, source = model_folder.opened(pruned)
     tensors = (
         (name, taught[name].to(before.dtype) if name in taught else before)
         for name, before in ((name, source.read(name)) for name in source.names())
     )
-    model_folder.write(pruned.with_name("distilled"), config, tensors, made_of=path)
+    distilled = pruned.with_name("distilled")
+    copy = partial(quantized_file.copy, path)
+    model_folder.write(distilled, config, tensors, made_of=path, beside=copy)
     shutil.rmtree(pruned)
-    pruned.with_name("distilled").rename(pruned)
+    distilled.rename(pruned)
 
 
 def measured(
@@ -160,11 +163,20 @@ def _say_scores(similarity: list[float], layers: int, start: int) -> None:
 
 
 def write(folder: Path, out: Path, choice: Choice, found: tuple[int, torch.Tensor | None]) -> None:
-    """Write the model of `folder` without the layers from `found[0]` on, with the patch."""
-    from pangu.weights import model_folder, prune_layers
+    """Write the model of `folder` without the layers from `found[0]` on, with the patch; of a
+    quantised one the codes of what stays."""
+    from pangu.weights import model_folder, prune_layers, quantized_file
 
     start, patch = found
     path, config, source = model_folder.opened(folder)
     after = prune_layers.pruned_config(config, start, choice.layers, patched=patch is not None)
     tensors = prune_layers.pruned_tensors(source, start, choice.layers, patch)
-    model_folder.write(out, after, tensors, made_of=path)
+
+    def grids(target: Path) -> None:
+        def kept(name: str, grid: torch.Tensor) -> tuple[str, torch.Tensor] | None:
+            new = prune_layers.pruned_name(name, start, choice.layers)
+            return (new, grid) if new else None
+
+        quantized_file.copy(path, target, kept)
+
+    model_folder.write(out, after, tensors, made_of=path, beside=grids)

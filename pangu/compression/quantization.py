@@ -43,10 +43,13 @@ def quantize(
 
     Raises:
         ConfigError: the model or a text cannot be used, or `out` exists.
-        WeightsError: the scheme is unknown, a weight is not finite, or `out` cannot be written;
-            nothing is left there.
+        WeightsError: the scheme is unknown, the model is quantised already, a weight is not finite,
+            or `out` cannot be written; nothing is left there.
     """
     with new_model(out) as work:
+        from pangu.weights import quantized_file
+
+        quantized_file.refuse(folder, "quantise the model that it was made of")
         if rounding.rotate:
             folder = rotated(folder, work / "rotated")
         with loaded(folder, backend) as trained:

@@ -141,6 +141,17 @@ def _inside(layer: int, start: int, layers: int) -> bool:
     return start <= layer < start + layers
 
 
+def pruned_name(name: str, start: int, layers: int) -> str | None:
+    """What a tensor is called when the layers are gone; None: it goes with them."""
+    match = _LAYER.fullmatch(name)
+    if match is None:
+        return name
+    number = int(match[1])
+    if _inside(number, start, layers):
+        return None
+    return f"decoder.layers.{number - layers * (number >= start)}.{match[2]}"
+
+
 def pruned_tensors(
     source: Source, start: int, layers: int, patch: torch.Tensor | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -149,19 +160,15 @@ def pruned_tensors(
     ours = None if patch is None else patch.T.contiguous()
     stored = torch.float32
     for name in source.names():
-        match = _LAYER.fullmatch(name)
-        if match is None:
-            yield name, source.read(name)
-            continue
-        number, rest = int(match[1]), match[2]
-        if _inside(number, start, layers):
+        new = pruned_name(name, start, layers)
+        if new is None:
             continue
         tensor = source.read(name)
-        if number == start + layers and rest == _PATCH and ours is not None:
+        if name == f"decoder.layers.{start + layers}.{_PATCH}" and ours is not None:
             ours = (tensor.double() @ ours.double()).to(tensor.dtype)
             continue
-        yield f"decoder.layers.{number - layers * (number >= start)}.{rest}", tensor
-        if number == start + layers and rest == "input_layernorm.weight":
+        yield new, tensor
+        if name == f"decoder.layers.{start + layers}.input_layernorm.weight":
             stored = tensor.dtype
     if ours is not None:
         yield f"decoder.layers.{start}.{_PATCH}", ours.to(stored)

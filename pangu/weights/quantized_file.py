@@ -35,15 +35,28 @@ def save(folder: Path, scheme: Scheme, grids: Mapping[str, Grid], stored: torch.
     save_file(tensors, folder / FILE, {key: str(value) for key, value in asdict(scheme).items()})
 
 
-def copy(source: Path, target: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
-    """Write the file of a model's folder `source` into `target`, each tensor as `change` makes it;
-    nothing where the model is not quantised."""
+def copy(
+    source: Path,
+    target: Path,
+    change: Callable[[str, torch.Tensor], tuple[str, torch.Tensor] | None] = lambda *same: same,
+) -> None:
+    """Write the file of a model's folder `source` into `target`, each tensor under the name and as
+    `change` makes it, or (None) not at all; nothing where the model is not quantised."""
     if not (source / FILE).is_file():
         return
     with safe_open(source / FILE, framework="pt") as file:
         header, names = file.metadata(), list(file.keys())
-        tensors = {name: change(name, file.get_tensor(name)).contiguous() for name in names}
+        changed = (change(name, file.get_tensor(name)) for name in names)
+        tensors = {name: tensor.contiguous() for name, tensor in filter(None, changed)}
     save_file(tensors, target / FILE, header)
+
+
+def refuse(folder: Path, reason: str) -> None:
+    """Raises:
+    WeightsError: the model in `folder` is quantised, which `reason` says why it may not be.
+    """
+    if (codes := Quantized.of(folder)) is not None:
+        raise WeightsError(f"{folder} is quantised already ({codes.scheme.name}): {reason}")
 
 
 class Quantized:

@@ -288,18 +288,22 @@ def test_divergence_over_the_largest_logits():
 
 @pytest.mark.parametrize("scheme", ["", "W4A16"])
 def test_a_patched_model_goes_out_with_its_class_and_comes_back(scheme, folder, theirs, tmp_path):
-    """Pruned, perhaps quantised, exported: the same logits in transformers, which asks for leave to
-    run the class; and what is not quantised comes back to the last bit."""
-    words = ["prune-layers", folder / "ours", "--layers", 2, "--calibration", folder / "text"]
-    words += ["--tokens", 256, "--window", 32, "--out", tmp_path / "small"]
-    assert compress(words) == 0
-    small = tmp_path / "small"
+    """Perhaps quantised, pruned, exported: the same logits in transformers, which asks for leave to
+    run the class; what is not quantised comes back to the last bit, and codes go out packed, those
+    of the layers that stay."""
+    common = ["--calibration", folder / "text", "--tokens", 256, "--window", 32, "--out"]
+    model, small = folder / "ours", tmp_path / "small"
     if scheme:
-        words = ["quantize", small, "--scheme", scheme, "--calibration", folder / "text"]
-        words += ["--tokens", 256, "--window", 32, "--group-size", 16]
-        assert compress([*words, "--out", tmp_path / "smaller"]) == 0
-        small = tmp_path / "smaller"
+        model = tmp_path / scheme
+        words = ["quantize", folder / "ours", "--scheme", scheme, "--group-size", 16]
+        assert compress([*words, *common, model]) == 0
+    words = ["prune-layers", model, "--layers", 2, *common, small]
+    words += ["--distill", "--distill-tokens", 64, "--top", 4] if scheme else []
+    assert compress(words) == 0
     export_model(small, tmp_path / "out")
+    if scheme:
+        codes = [name for name in Safetensors(tmp_path / "out").names() if "packed" in name]
+        assert len(codes) == 4 * 7
     rows = torch.tensor(ids_of(folder)).view(-1, WINDOW)
     expected = logits(load_ours(small), rows)
     with pytest.raises(ValueError, match=r"trust_remote_code|patched_llama"):

@@ -262,11 +262,20 @@ def test_eight_bit_activations(folder, theirs, tmp_path):
     assert 1e-3 < (found - expected).abs().mean() < 0.1 * expected.std()
 
 
-def test_what_has_no_layout_is_not_exported(folder, theirs, tmp_path):
-    assert quantise(folder, tmp_path / "small", "W4A8") == 0
+def test_what_cannot_be_made_of_a_quantised_model(folder, theirs, tmp_path, capsys):
+    small, out = tmp_path / "small", tmp_path / "out"
+    assert quantise(folder, small, "W4A8") == 0
     with pytest.raises(WeightsError, match="W4A8 has no layout that other programs read"):
-        export_model(tmp_path / "small", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        export_model(small, out)
+    common = ["--calibration", folder / "text", "--out", out]
+    for words, message in (
+        (["quantize", small, "--scheme", "W8A8"], "quantise the model that it was made of"),
+        (["carve", small, "--experts", "S1A1E2"], "its codes do not fall into experts"),
+    ):
+        assert compress([*words, *common]) == 2
+        error = " ".join(capsys.readouterr().err.split())
+        assert f"is quantised already (W4A8): {message}" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 
 def test_an_unknown_scheme(folder, theirs, tmp_path, capsys):
