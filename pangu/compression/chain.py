@@ -16,6 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from configs.violation import ConfigError, Violation
 
 DONE = "steps.json"
+STEPS = ("prune-layers", "carve", "prune-experts", "quantize", "export")
 
 
 @dataclass
@@ -57,6 +58,8 @@ def read_chain(file: Path) -> Chain:
         raise ConfigError([Violation(k, e["input"], e["msg"].lower()) for k, e in wrong]) from None
     if any(len(step) != 1 for step in chain.steps):
         raise ConfigError([Violation("steps", file, "each is one command with its options")])
+    if unknown := [name for step in chain.steps for name in step if name not in STEPS]:
+        raise ConfigError([Violation("steps", unknown[0], f"is none of {', '.join(STEPS)}")])
     return chain
 
 
@@ -93,10 +96,12 @@ def _commands(chain: Chain) -> list[tuple[str, list[str]]]:
         tool = "pangu.convert" if name == "export" else "pangu.compress"
         words = [tool, name, str(_folder(chain, number))]
         for key, value in (options or {}).items():
-            if value is False:
+            flag = "--" + key.replace("_", "-")
+            if isinstance(value, bool):
+                words += [flag] * value
                 continue
-            words.append("--" + key.replace("_", "-"))
-            words += [] if value is True else [str(value)]
+            for one in value if isinstance(value, list) else [value]:  # several tasks
+                words += [flag, str(one)]
         found.append((name, [*words, "--out"]))
     return found
 

@@ -49,7 +49,9 @@ ARCHITECTURES = {
 }
 
 
-PATCHED = "Patched"  # before the name of a class: with a linear before some layers
+# Before the name of a class that goes out with its code: with a linear before some layers; with
+# experts carved out of its MLPs, and perhaps such linears too.
+PATCHED, CARVED = "Patched", "Carved"
 
 
 def architecture_of(fields: Fields) -> Architecture:
@@ -60,7 +62,7 @@ def architecture_of(fields: Fields) -> Architecture:
     """
     named = fields.get("architectures") or []
     for name in named if isinstance(named, list) else []:
-        known = str(name).removeprefix(PATCHED)
+        known = str(name).removeprefix(PATCHED).removeprefix(CARVED)
         if known in ARCHITECTURES:
             return ARCHITECTURES[known]
     raise WeightsError(
@@ -78,6 +80,8 @@ def model_of(fields: Fields, name: str) -> tuple[ModelConfig, MoEConfig]:
     _refuse_unsupported(fields)
     try:
         model, moe = _model(fields, kind, name), _routing(fields, kind)
+        if carved := fields.get("carved"):
+            moe = _carved(model, carved)
     except (KeyError, TypeError) as error:
         raise WeightsError(f"config.json lacks {error}, or holds what is no number") from None
     try:  # types and names, as of any configuration
@@ -196,6 +200,21 @@ def _routing(f: Fields, kind: str) -> MoEConfig:
     return MoEConfig()
 
 
+def _carved(model: ModelConfig, f: Fields) -> MoEConfig:
+    """Experts in the place of the MLPs of `model`, and how they are chosen (CMoE)."""
+    model.num_experts, model.ffn_hidden_size = f["num_experts"], 0
+    model.moe_ffn_hidden_size = f["expert_width"]
+    model.shared_expert_ffn_hidden_size = f["shared_width"]
+    return MoEConfig(
+        "moge" if f["groups"] > 1 else "top_k",
+        top_k=f["experts_per_token"],
+        num_expert_groups=f["groups"],
+        score_function="gated",
+        router_scale=True,
+        expert_bias=True,
+    )
+
+
 def fields_of(config: Config) -> Fields:
     """The config.json of the class that computes what `config` describes.
 
@@ -255,8 +274,10 @@ def _normal(part: Any) -> Fields:
 
 def _fields(config: Config, kind: Architecture) -> Fields:
     model, moe = config.model, config.moe
+    carved = bool(model.num_experts) and moe.score_function == "gated"
+    own = CARVED if carved else PATCHED if model.patched_layers else ""
     fields: Fields = {
-        "architectures": [PATCHED + kind.name if model.patched_layers else kind.name],
+        "architectures": [own + kind.name],
         "model_type": kind.model_type,
         "hidden_act": "silu",
         "hidden_size": model.hidden_size,
@@ -276,7 +297,9 @@ def _fields(config: Config, kind: Architecture) -> Fields:
     }
     if model.attention == "gqa":
         fields["head_dim"] = model.kv_channels or model.hidden_size // model.num_attention_heads
-    if model.num_experts:
+    if carved:
+        fields |= _carved_fields(config)
+    elif model.num_experts:
         fields |= _expert_fields(config, kind)
     if model.patched_layers:
         fields["patched_layers"] = list(model.patched_layers)
@@ -296,6 +319,19 @@ def _fields(config: Config, kind: Architecture) -> Fields:
         }
         fields["num_key_value_heads"] = model.num_attention_heads
     return fields
+
+
+def _carved_fields(config: Config) -> Fields:
+    model, moe = config.model, config.moe
+    shared, width = model.shared_expert_ffn_hidden_size, model.moe_ffn_hidden_size
+    carved = {
+        "num_experts": model.num_experts,
+        "experts_per_token": moe.top_k,
+        "groups": moe.equal_groups,
+        "expert_width": width,
+        "shared_width": shared,
+    }
+    return {"intermediate_size": shared + model.num_experts * width, "carved": carved}
 
 
 def _expert_fields(config: Config, kind: Architecture) -> Fields:

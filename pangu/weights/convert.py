@@ -162,8 +162,7 @@ def export_model(
                 folder.add(name, part.clone())
         folder.finish()
         _write_companions(path, folder.partial)
-        if config.model.patched_layers:
-            fields |= remote_code.write(folder.partial, kind)
+        fields |= remote_code.write(folder.partial, kind, fields)
         _write_config(folder.partial, fields, written)
     return kind
 

@@ -130,6 +130,8 @@ def _moe(
 ) -> list[Link]:
     model, moe = config.model, config.moe
     found = [same(f"{ours}router.weight", f"{theirs}{kind.router}.weight")]
+    if moe.score_function == "gated":
+        found.append(same(f"{ours}router.up_weight", f"{theirs}{kind.router}.up_weight"))
     if moe.expert_bias:
         bias = f"{theirs}{kind.router}.e_score_correction_bias"
         found.append(same(f"{ours}router.expert_bias", bias))

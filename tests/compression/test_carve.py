@@ -8,11 +8,12 @@ import torch
 from compression.ours import load_ours, logits
 from compression.tiny import TEXT, VOCABULARY, compress, llama
 from gloo import leave
+from transformers import AutoModelForCausalLM
 
 from configs.check import load_checked
 from configs.compose import read_file
 from configs.violation import ConfigError
-from pangu.checkpoint.tensor_files import Safetensors, WeightsError
+from pangu.checkpoint.tensor_files import Safetensors
 from pangu.compression.quantization import rotated
 from pangu.data.tokenizer import load_tokenizer
 from pangu.inference.batching import Request
@@ -20,8 +21,8 @@ from pangu.inference.engine import Engine
 from pangu.inference.sampling import Sampling
 from pangu.weights.balanced import balanced_assignment
 from pangu.weights.carve import carving_of, grouped, mark_costs, parts_of
-from pangu.weights.convert import export_model
-from pangu.weights.model_folder import opened
+from pangu.weights.convert import export_model, import_model
+from pangu.weights.model_folder import opened, write
 from pangu.weights.quantize import Scheme
 from pangu.weights.quantize_layers import Quantizer
 from simulator.parameters import count_parameters
@@ -44,6 +45,14 @@ def carve(folder, name, *words):
     command = ["carve", folder / "ours", *words, "--calibration", folder / "text"]
     command += ["--tokens", TOKENS, "--window", WINDOW, "--out", folder / name, "--backend", "cpu"]
     return compress(command)
+
+
+def carve_once(folder, name, groups=1):
+    """The folder of the model carved so, which other tests may have made."""
+    out = folder / f"{name}-{groups}"
+    if not out.exists():
+        assert carve(folder, out.name, "--experts", name, "--groups", groups) == 0
+    return out
 
 
 def rows_of(folder):
@@ -124,8 +133,7 @@ WAYS = [("S2A4E6", 1), ("S3A3E8", 1), ("S0A2E4", 2), ("S2A2E6", 2)]
 
 @pytest.mark.parametrize(("name", "groups"), WAYS)
 def test_a_carved_model_computes_what_the_paper_says(name, groups, folder, theirs):
-    out = folder / f"{name}-{groups}"
-    assert carve(folder, out.name, "--experts", name, "--groups", groups) == 0
+    out = carve_once(folder, name, groups)
     parts, rows, inputs = parts_of(name, groups), rows_of(folder), []
     mlps = [layer.mlp for layer in theirs.model.layers]
     handles = [mlp.down_proj.register_forward_pre_hook(
@@ -166,8 +174,7 @@ def test_a_carved_model_computes_what_the_paper_says(name, groups, folder, their
 
 
 def test_generation_is_the_same_with_a_cache(folder, theirs):
-    carve(folder, "decoding", "--experts", "S1A2E4")
-    ours, ids = load_ours(folder / "decoding"), rows_of(folder)[0, :7].tolist()
+    ours, ids = load_ours(carve_once(folder, "S1A2E4")), rows_of(folder)[0, :7].tolist()
     likeliest = []
     for _ in range(5):
         likeliest.append(int(logits(ours, torch.tensor([ids + likeliest]))[0, -1].argmax()))
@@ -233,27 +240,45 @@ def test_gated_scores_have_no_losses(key):
 
 def test_both_matrices_of_the_router_are_turned_and_scaled(folder, theirs, monkeypatch):
     """By QuaRot and by AWQ, here without rounding: the same function."""
-    carve(folder, "first", "--experts", "S1A2E4")
-    rows = rows_of(folder)
-    before = logits(load_ours(folder / "first"), rows)
+    carved, rows = carve_once(folder, "S1A2E4"), rows_of(folder)
+    before = logits(load_ours(carved), rows)
     leave()
-    turned = logits(load_ours(rotated(folder / "first", folder / "turned")), rows)
+    turned = logits(load_ours(rotated(carved, folder / "turned")), rows)
     assert (turned - before).abs().max() <= 1e-4
     monkeypatch.setattr(Quantizer, "_round", lambda *_: None)
-    model = load_ours(folder / "first")
+    model = load_ours(carved)
     Quantizer("smoothquant", Scheme("", 4, 0, 32), torch.float32).run(model, list(rows))
     assert (logits(model, rows) - before).abs().max() <= 1e-4
     assert not torch.equal(
         model.decoder.layers[0].mlp.router.up_weight,
-        Safetensors(folder / "first").read("decoder.layers.0.mlp.router.up_weight"),
+        Safetensors(carved).read("decoder.layers.0.mlp.router.up_weight"),
     )
 
 
-def test_no_class_of_others_computes_it(folder, theirs):
-    carve(folder, "leaving", "--experts", "S1A2E4")
-    with pytest.raises(WeightsError, match="score_function=gated"):
-        export_model(folder / "leaving", folder / "out")
-    assert not (folder / "out").exists()
+@pytest.mark.parametrize(("name", "groups"), [("S1A2E4", 1), ("S0A2E4", 2)])
+def test_it_goes_out_with_its_class_and_comes_back(name, groups, folder, theirs, tmp_path):
+    """With a scale and a bias, as training leaves them."""
+    carved = carve_once(folder, name, groups)
+    numbers = torch.Generator().manual_seed(1)
+
+    def trained(key, tensor):
+        learned = key.endswith(("router_scale", "expert_bias"))
+        return tensor + 0.3 * torch.randn(tensor.shape, generator=numbers) * learned
+
+    path, config, source = opened(carved)
+    tensors = ((key, trained(key, source.read(key))) for key in source.names())
+    write(tmp_path / "ours", config, tensors, made_of=path)
+    export_model(tmp_path / "ours", tmp_path / "out")
+    options = {"dtype": torch.float32, "trust_remote_code": True}
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **options).eval()
+    rows = rows_of(folder)
+    with torch.no_grad():
+        found = read(rows, use_cache=False).logits
+    assert (found - logits(load_ours(tmp_path / "ours"), rows)).abs().max() <= 1e-4
+    import_model(tmp_path / "out", tmp_path / "back")
+    one, other = Safetensors(tmp_path / "ours"), Safetensors(tmp_path / "back")
+    assert set(one.names()) == set(other.names())
+    assert all(torch.equal(one.read(key), other.read(key)) for key in one.names())
 
 
 MISTAKES = {
@@ -273,7 +298,13 @@ def test_mistakes_are_a_sentence(words, folder, theirs, capsys):
 
 
 def test_experts_are_not_carved_again(folder, theirs, capsys):
-    carve(folder, "once", "--experts", "S1A2E4")
-    words = ["carve", folder / "once", "--experts", "S1A1E2", "--calibration", folder / "text"]
+    words = [
+        "carve",
+        carve_once(folder, "S1A2E4"),
+        "--experts",
+        "S1A1E2",
+        "--calibration",
+        folder / "text",
+    ]
     assert compress([*words, "--out", folder / "twice"]) == 2
     assert "has experts already" in capsys.readouterr().err

@@ -7,10 +7,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from compression.tiny import compress, llama
+from compression.ours import load_ours, logits
+from compression.tiny import VOCABULARY, compress, llama
 from gloo import leave
+from transformers import AutoModelForCausalLM
 
+from configs.violation import ConfigError
 from pangu.checkpoint.tensor_files import Safetensors
 from pangu.compression import chain
 from pangu.weights.quantized_file import Quantized, weight_bytes
@@ -24,18 +28,20 @@ def folder(tmp_path_factory):
 
 
 def described(folder, **changes):
-    text = str(folder / "text")
+    text, task = str(folder / "text"), str(folder / "task.jsonl")
     common = {"calibration": text, "tokens": 128, "window": 32}
     steps = [
-        {"prune-layers": {"layers": 1, "patch": "none", **common}},
+        {"prune-layers": {"layers": 1, "patch": "diagonal", **common}},
+        {"carve": {"experts": "S1A2E4", **common}},
+        {"prune-experts": {"keep": 0.7, "task": [text, task], "tokens": 128, "window": 32}},
         {"quantize": {"scheme": "W4A16", "group_size": 32, **common}},
         {"export": {}},
     ]
     found = {"model": str(folder / "ours"), "out": str(folder / "out"), "text": text}
     request = {"doc_id": 0, "label": 1}
     answers = [{**request, "request": {"context": "a", "continuation": text}} for text in "bc"]
-    (folder / "task.jsonl").write_text("".join(json.dumps(line) + "\n" for line in answers))
-    found["tasks"] = [str(folder / "task.jsonl")]
+    Path(task).write_text("".join(json.dumps(line) + "\n" for line in answers))
+    found["tasks"] = [task]
     file = folder / "chain.yaml"
     file.write_text(
         yaml.safe_dump({**found, "tokens": 128, "window": 32, "steps": steps} | changes)
@@ -52,7 +58,10 @@ def in_this_process(words):
     return printed.getvalue()
 
 
-def test_prune_quantise_export_with_a_stop_in_between(folder, monkeypatch, capsys):
+NAMES = ["as it was", *chain.STEPS]
+
+
+def test_all_methods_one_after_the_other_with_a_stop_in_between(folder, monkeypatch, capsys):
     ran, run = [], chain._run
 
     def stops(words):
@@ -68,18 +77,18 @@ def test_prune_quantise_export_with_a_stop_in_between(folder, monkeypatch, capsy
     assert compress(["chain", described(folder)]) == 0
     assert ran[first:] == ["export"]  # the rest was done
     lines = capsys.readouterr().out.splitlines()
-    assert [line[:16].strip() for line in lines[1:-1]] == [
-        "as it was",
-        "prune-layers",
-        "quantize",
-        "export",
-    ]
+    assert [line[:16].strip() for line in lines[1:-1]] == NAMES
     rows = json.loads((folder / "out" / chain.DONE).read_text())
     sizes = [row["bytes"] for row in rows]
-    assert sizes[0] > sizes[1] > sizes[2] > 0
-    assert len({row["perplexity"] for row in rows[:3]}) == 3
-    assert all(row["accuracies"].keys() == {"task.jsonl"} for row in rows[:3])
-    assert (folder / "out" / "3-export" / "config.json").is_file()
+    assert sizes[0] > sizes[1] < sizes[2] > sizes[3] > sizes[4] > 0  # carving adds a router
+    assert len({row["perplexity"] for row in rows[:5]}) == 5
+    assert all(row["accuracies"].keys() == {"task.jsonl"} for row in rows[:5])
+    options = {"dtype": torch.float32, "trust_remote_code": True}
+    read = AutoModelForCausalLM.from_pretrained(folder / "out" / "5-export", **options).eval()
+    ids = torch.arange(2 * 24).view(2, 24) * 7 % VOCABULARY
+    with torch.no_grad():
+        found = read(ids, use_cache=False).logits
+    assert (found - logits(load_ours(folder / "out" / "4-quantize"), ids)).abs().max() <= 1e-4
     file = described(folder, steps=[{"prune-layers": {"layers": 2}}])
     assert compress(["chain", file]) == 2
     assert "step 1 was another one" in capsys.readouterr().err
@@ -87,24 +96,27 @@ def test_prune_quantise_export_with_a_stop_in_between(folder, monkeypatch, capsy
 
 def test_bytes_of_weights(folder):
     """Every weight by hand."""
-    found, source = folder / "out" / "2-quantize", Safetensors(folder / "out" / "2-quantize")
+    found = folder / "out" / "4-quantize"
+    source = Safetensors(found)
     codes, total = Quantized.of(found).weights, 0
     for name in source.names():
         count = source.read(name).numel()
-        total += count * (4 + 16 / 32) / 8 if name in codes else 4 * count
+        total += count * (4 + 16 / 16) / 8 if name in codes else 4 * count  # a scale each 16
     assert weight_bytes(found) == total
 
 
-def test_mistakes(folder, tmp_path, capsys):
+def test_mistakes(folder, capsys):
     for changes, message in (
         ({"steps": []}, "steps="),
         ({"steps": [{"quantize": {}, "export": {}}]}, "each is one command"),
-        ({"steps": [{"quantise": {}}], "out": str(tmp_path / "x")}, "exit code 2"),
+        ({"steps": [{"quantise": {}}]}, "is none of prune-layers, carve"),
     ):
         assert compress(["chain", described(folder, **changes)]) == 2
         assert message in capsys.readouterr().err.replace("\n", " ")
     assert compress(["chain", Path("nowhere.yaml")]) == 2
     assert "cannot be read" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="exit code 1"):
+        chain._run(["no_such_module"])
 
 
 def test_the_model_writes_its_own_calibration_text(folder, tmp_path, capsys):
