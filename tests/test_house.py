@@ -20,7 +20,7 @@ HOUSE = (
     {"pangu/checkpoint", "pangu/inference"},
     {"pangu/report", "pangu/weights"},
     {"pangu/training", "pangu/serving", "pangu/calibration"},
-    {"pangu/preflight"},
+    {"pangu/preflight", "pangu/device_check"},
     {"pangu/sweep", "pangu/trained_model"},
     {"pangu/task_experts"},
     {"pangu/compression"},

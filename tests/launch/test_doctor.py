@@ -139,3 +139,11 @@ def test_variables_are_filled_in() -> None:
     assert rows["HCCL_EXEC_TIMEOUT"][0].recommended == "1800"
     assert "500 MB" in rows["HCCL_BUFFSIZE"][0].why
     assert rows["HCCL_BUFFSIZE"][1] == "100"
+
+
+def test_a_device_that_is_not_here_is_one_sentence() -> None:
+    result = doctor("backend=npu", "--device-check")
+    assert result.returncode == 2
+    assert "backend=npu: torch-npu" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert doctor("train.foo=1", "--device-check").returncode == 2

@@ -1,0 +1,241 @@
+"""`python -m pangu.doctor backend=… --device-check`: does a device compute what references do?
+
+Every operator of `pangu/ops` as the backend runs it, forward and backward, against its reference on
+the host; two steps of a small model against the same steps on the CPU; what the device's memory and
+its host's link carry. Tables in Markdown, to be pasted into an issue.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.box import MARKDOWN
+from rich.table import Table
+
+from pangu import backends
+from pangu.engines.megatron.fitting import select_backend
+from pangu.ops import attention, cross_entropy, grouped_matmul, permute, rms_norm, swiglu
+from pangu.violation_table import console
+
+Tensor = torch.Tensor
+# Largest difference from the reference in float64, relative to its largest value. Matrix units may
+# round float32 to fewer bits.
+TOLERANCES = {torch.float32: 5e-3, torch.bfloat16: 2e-2}
+STEPS = ("loss", "grad_norm", "aux_loss")
+STEP_TOLERANCE = 1e-3
+COPIED_BYTES = 1 << 28
+
+
+class Case(NamedTuple):
+    """An operator, its reference, and inputs in float64; integers are passed as they are."""
+
+    name: str
+    run: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    inputs: tuple[Tensor, ...]
+
+
+class Outcome(NamedTuple):
+    """`error`: of the output and of every gradient, the largest, relative; or what was raised."""
+
+    name: str
+    dtype: torch.dtype
+    error: float
+    raised: str
+
+    @property
+    def holds(self) -> bool:
+        return not self.raised and self.error <= TOLERANCES[self.dtype]
+
+
+def cases() -> Iterator[Case]:
+    """Every operator: groups of uneven sizes, one of them empty; GQA; two documents."""
+    normal = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=normal, dtype=torch.float64)
+
+    tokens, hidden, width, experts = 96, 64, 128, 4
+    counts = torch.tensor([40, 0, 23, 33])
+    rows, weights = randn(tokens, hidden), randn(experts, hidden, width) / hidden**0.5
+    yield Case(
+        "grouped_matmul",
+        lambda x, w: grouped_matmul.grouped_matmul(x, w, counts.to(x.device)),
+        lambda x, w: grouped_matmul.grouped_matmul(x, w, counts, grouped_matmul.Loop),
+        (rows, weights),
+    )
+    chosen = randn(tokens, experts).topk(2).indices
+    plan = permute.plan(chosen, experts)
+    yield Case(
+        "permute",
+        lambda x: permute.permute(x, permute.plan(chosen.to(x.device), experts)),
+        lambda x: permute.permute_reference(x, plan),
+        (rows,),
+    )
+    yield Case(
+        "unpermute",
+        lambda x: permute.unpermute(x, permute.plan(chosen.to(x.device), experts)),
+        lambda x: permute.unpermute_reference(x, plan),
+        (randn(2 * tokens, hidden),),
+    )
+    gates = (randn(tokens, 2 * width), randn(tokens).abs())
+    yield Case("swiglu", swiglu.swiglu, swiglu.swiglu_reference, gates)
+    norm = (rows, randn(hidden).abs())
+    yield Case(
+        "rms_norm",
+        lambda x, w: rms_norm.rms_norm(x, w, 1e-5),
+        lambda x, w: rms_norm.rms_norm_reference(x, w, 1e-5),
+        norm,
+    )
+    heads, documents = randn(tokens, 2, 4, 16), torch.arange(tokens).expand(2, -1) // 60
+    keys = (randn(tokens, 2, 2, 16), randn(tokens, 2, 2, 16))
+    for name, ids in (("attention", None), ("attention, documents", documents)):
+        yield Case(
+            name,
+            lambda q, k, v, ids=ids: attention.attention(
+                q, k, v, scale=0.25, document_ids=None if ids is None else ids.to(q.device)
+            ),
+            lambda q, k, v, ids=ids: attention.attention_reference(
+                q, k, v, scale=0.25, document_ids=ids
+            ),
+            (heads, *keys),
+        )
+    labels = torch.arange(tokens)
+    yield Case(
+        "cross_entropy",  # takes float32 alone, and uses its input up
+        lambda x: cross_entropy.cross_entropy(x.float().clone(), labels.to(x.device)),
+        lambda x: cross_entropy.cross_entropy_reference(x, labels),
+        (randn(tokens, width),),
+    )
+
+
+def compared(case: Case, dtype: torch.dtype) -> Outcome:
+    """The backend's operator in `dtype` against the reference in float64 on the host, which is
+    given the same rounded inputs."""
+    device = backends.current().device
+    given = [each.to(dtype).to(device) for each in case.inputs]
+    wide = [each.cpu().double().requires_grad_() for each in given]
+    expected = case.reference(*wide)
+    upstream = torch.ones_like(expected) + torch.arange(expected.size(0)).view(
+        -1, *[1] * (expected.dim() - 1)
+    ) / expected.size(0)
+    gradients = torch.autograd.grad(expected, wide, upstream)
+    inputs = [each.requires_grad_() for each in given]
+    try:
+        found = case.run(*inputs)
+        theirs = torch.autograd.grad(found, inputs, upstream.to(found.dtype).to(device))
+        backends.current().synchronize()
+    except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
+        return Outcome(case.name, dtype, float("nan"), str(error).strip().splitlines()[0])
+    pairs = zip((found, *theirs), (expected, *gradients), strict=True)
+    return Outcome(case.name, dtype, max(_difference(*pair) for pair in pairs), "")
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    off = (found.detach().cpu().double() - expected.detach()).abs().max()
+    return float(off / expected.detach().abs().max())
+
+
+def steps(name: str) -> list[tuple[int, str, float, float]]:
+    """(step, what, on the CPU, on the device) of two steps of a small model, each in a process."""
+    rows: list[list[dict[str, float]]] = []
+    for backend in ("cpu", name):
+        with tempfile.TemporaryDirectory() as folder:
+            run = f"{folder}/run"
+            words = [
+                "experiment=quickstart",
+                "data=synthetic",
+                "train.steps=2",
+                "train.micro_batch_size=4",
+            ]
+            words += ["launch.processes=1", "train.global_batch_size=4", "train.validate_every=0"]
+            words += ["checkpoint.save_every=0", "backend.precision=fp32", f"run_dir={run}"]
+            command = [sys.executable, "-m", "pangu.train", *words, f"backend={backend}"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError("\n".join(done.stderr.strip().splitlines()[-3:]))
+            lines = (Path(run) / "metrics.jsonl").read_text().splitlines()
+            rows.append([json.loads(line) for line in lines])
+    return [
+        (int(ours["step"]), key, ours[key], theirs[key])
+        for ours, theirs in zip(*rows, strict=True)
+        for key in STEPS
+    ]
+
+
+def bandwidths() -> dict[str, float]:
+    """GB/s of a copy of 256 MB, the best of five: within the device (read and written), and where
+    it has memory of its own, from pinned memory of the host and back."""
+    backend = backends.current()
+    there = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=backend.device)
+    copies = {"within the device": (torch.empty_like(there), there, 2)}
+    if backend.asynchronous:
+        here = torch.empty(COPIED_BYTES, dtype=torch.uint8, pin_memory=True)
+        copies["host to device"] = (there, here, 1)
+        copies["device to host"] = (here, there, 1)
+    found = {}
+    for name, (target, source, passes) in copies.items():
+        seconds = []
+        for _ in range(5):
+            backend.synchronize()
+            start = time.perf_counter()
+            target.copy_(source, non_blocking=True)
+            backend.synchronize()
+            seconds.append(time.perf_counter() - start)
+        found[name] = passes * COPIED_BYTES / min(seconds) / 1e9
+    return found
+
+
+def main(name: str) -> int:
+    """Print the tables. 2: this machine has not the backend, 1: something differs, else 0."""
+    try:
+        backend = select_backend(name)
+    except RuntimeError as error:
+        print(f"error: backend={name}: {error}", file=sys.stderr)
+        return 2
+    print(f"{backend.description}, torch {torch.__version__}\n")
+    outcomes = [compared(case, dtype) for case in cases() for dtype in TOLERANCES]
+    table = _table("operator", "dtype", "largest error", "allowed", "")
+    for each in outcomes:
+        off, verdict = f"{each.error:.1e}", "ok" if each.holds else each.raised or "DIFFERS"
+        dtype = str(each.dtype).removeprefix("torch.")
+        table.add_row(each.name, dtype, off, f"{TOLERANCES[each.dtype]:.0e}", verdict)
+    console().print(table)
+    holds = all(each.holds for each in outcomes)
+    try:
+        holds &= _show_steps(steps(backend.name))
+    except RuntimeError as error:
+        print(f"error: two steps on {backend.name}: {error}", file=sys.stderr)
+        holds = False
+    table = _table("copy of 256 MB", "GB/s")
+    for what, speed in bandwidths().items():
+        table.add_row(what, f"{speed:.1f}")
+    console().print(table)
+    return 0 if holds else 1
+
+
+def _show_steps(rows: list[tuple[int, str, float, float]]) -> bool:
+    table = _table("step", "", "cpu", "device", "")
+    holds = True
+    for step, what, ours, theirs in rows:
+        fits = abs(ours - theirs) <= STEP_TOLERANCE * abs(ours)
+        holds &= fits
+        verdict = "ok" if fits else "DIFFERS"
+        table.add_row(str(step), what, f"{ours:.7f}", f"{theirs:.7f}", verdict)
+    console().print(table)
+    return holds
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=MARKDOWN)
+    for heading in headings:
+        table.add_column(heading)
+    return table

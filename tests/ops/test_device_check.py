@@ -1,0 +1,35 @@
+"""The doctor's check of a device: right operators hold, wrong ones and failing ones are named."""
+
+import torch
+
+from pangu import device_check
+from pangu.device_check import cases, compared
+
+
+def test_every_operator_of_this_machine_holds():
+    outcomes = [compared(case, dtype) for case in cases() for dtype in device_check.TOLERANCES]
+    assert len(outcomes) == 16
+    assert [outcome for outcome in outcomes if not outcome.holds] == []
+
+
+def test_a_wrong_gradient_and_a_missing_kernel_are_found():
+    case = next(case for case in cases() if case.name == "swiglu")
+
+    def without_gradient_of_the_weights(x, weights):
+        return case.run(x, weights.detach()) + 0 * weights[:, None]
+
+    def missing(x, weights):
+        raise NotImplementedError("no kernel\nand where to look for one")
+
+    wrong = compared(case._replace(run=without_gradient_of_the_weights), torch.float32)
+    assert not wrong.holds
+    assert wrong.error == 1
+    absent = compared(case._replace(run=missing), torch.float32)
+    assert not absent.holds
+    assert absent.raised == "no kernel"
+
+
+def test_steps_that_differ_end_in_failure(capsys):
+    assert device_check._show_steps([(1, "loss", 6.95, 6.9501)])
+    assert not device_check._show_steps([(1, "loss", 6.95, 6.95), (2, "loss", 6.94, 6.90)])
+    assert capsys.readouterr().out.count("DIFFERS") == 1
