@@ -31,11 +31,12 @@ _KEYS: dict[Kind, str] = {
         model.activation model.add_mlp_bias model.normalization model.tie_embeddings
         model.num_experts model.moe_ffn_hidden_size model.shared_expert_ffn_hidden_size
         model.num_dense_layers model.mtp_num_layers model.leap_heads model.sandwich_norm
-        model.patched_layers model.key_rounding
+        model.patched_layers model.key_rounding model.lora_rank model.lora_modules
         moe.router_scale moe.expert_bias
     """,
     "function": """
         model.rotary_base model.norm_epsilon model.activation_bits model.kv_bits model.leap_stride
+        model.lora_alpha
         moe.router moe.top_k moe.num_expert_groups moe.topk_group moe.score_function
         moe.softmax_after_top_k moe.renormalize moe.scaling_factor
     """,
@@ -66,6 +67,8 @@ _APPLIES: dict[str, Callable[[Config], bool]] = {
     "moe": lambda config: config.model.num_experts > 0,
     "model.max_position_embeddings": lambda config: config.model.position_embedding == "learned",
     "model.leap_stride": lambda config: config.model.leap_heads > 0,
+    "model.lora_alpha": lambda config: config.model.lora_rank > 0,
+    "model.lora_modules": lambda config: config.model.lora_rank > 0,
     "model.rotary_base": lambda config: config.model.position_embedding == "rope",
 }
 _LONGEST = 60  # characters of a value that are shown
@@ -103,12 +106,17 @@ def kind_of(key: str) -> Kind:
 def changes(then: Config, now: Config) -> list[Change]:
     """What the run that wrote a checkpoint did differently, `free` keys left out."""
     before = dict(leaves(then))
-    begun = then.model.leap_heads == 0  # heads begin as copies of the model's own
+    begun, said = set(), set()  # what may be added to a model that has none
+    if then.model.leap_heads == 0:  # heads begin as copies of the model's own
+        begun, said = {"model.leap_heads", "model.leap_stride"}, {"model.leap_heads"}
+    if then.model.lora_rank == 0:  # adapters begin at zero
+        begun |= {"model.lora_rank", "model.lora_alpha", "model.lora_modules"}
+        said |= {"model.lora_rank"}
     return [
-        Change(key, "schedule" if begun and key == "model.leap_heads" else kind, before[key], value)
+        Change(key, "schedule" if key in begun else kind, before[key], value)
         for key, value in leaves(now)
         if (kind := kind_of(key)) != "free"
-        and not (begun and key == "model.leap_stride")
+        and not (key in begun and key not in said)
         and before[key] != value
         and (_applies(key, then) or _applies(key, now))
     ]
@@ -116,11 +124,12 @@ def changes(then: Config, now: Config) -> list[Change]:
 
 def begins_stage(then: Config, now: Config) -> bool:
     """Whether other weights are trained than before: L-MTP's heads where there were none, or
-    alone, or no longer alone. The optimizer then starts from nothing."""
-    return (then.model.leap_heads, then.train.leap_heads_only) != (
-        now.model.leap_heads,
-        now.train.leap_heads_only,
-    )
+    alone, or no longer alone; adapters. The optimizer then starts from nothing."""
+
+    def trained(config: Config) -> tuple[int, bool, int]:
+        return config.model.leap_heads, config.train.leap_heads_only, config.model.lora_rank
+
+    return trained(then) != trained(now)
 
 
 def refused(found: list[Change], allowed: list[str], checkpoint: str) -> list[Violation]:

@@ -17,7 +17,7 @@ from configs.layout_rules import batch, pipeline, ranks, sequence, widths
 from configs.problem import EP, Problem, get, with_value
 from configs.run_rules import bounds, data, memory, optimizer, trainer_limits
 from configs.schema import Config
-from configs.shape_rules import attention, experts, leap_heads, patches
+from configs.shape_rules import adapters, attention, experts, leap_heads, patches
 from configs.violation import ConfigError, Violation
 
 Purpose = Literal["train", "plan"]
@@ -39,6 +39,7 @@ RULES = (
     attention,
     experts,
     patches,
+    adapters,
     leap_heads,
     ranks,
     widths,

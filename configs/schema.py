@@ -26,6 +26,12 @@ from configs.limits import (
 from configs.planning import InferenceConfig, SimulationConfig
 
 KeyRounding = Literal["token", "channel"]
+# megatron-core's names of a layer's linears; gate and up are `linear_fc1`, and an MoE layer's are
+# its shared expert's.
+LoraModule = Literal[
+    "linear_qkv", "linear_q_proj", "linear_q_down_proj", "linear_q_up_proj",
+    "linear_kv_down_proj", "linear_kv_up_proj", "linear_proj", "linear_fc1", "linear_fc2",
+]  # fmt: skip
 
 
 @dataclass
@@ -89,6 +95,14 @@ class ModelConfig:
     # before it, between limits that are a part of the model (KVQuant; not with latent attention).
     kv_bits: Annotated[int, Limits(0, 8)] = 0
     key_rounding: KeyRounding = "token"
+
+    # LoRA: beside each of these linears a product of two matrices of this rank, times
+    # lora_alpha / lora_rank, and nothing else is trained; 0: none.
+    lora_rank: Width = 0
+    lora_alpha: Positive = 16.0
+    lora_modules: list[LoraModule] = field(
+        default_factory=lambda: ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+    )
 
     # Depth-scaled sandwich norm (Pangu Ultra): a second norm after each sublayer, whose gain
     # starts at c/sqrt(num_layers).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from configs.problem import Problem, divides, divisors, multiples
 from configs.schema import Config
@@ -46,6 +47,27 @@ def patches(config: Config) -> Iterator[Problem]:
     if model.patched_layers != wanted:
         reason = f"wants numbers of layers from 0 to {model.num_layers - 1}, each once, in order"
         yield Problem("patched layers", key, model.patched_layers, reason, {key: [wanted]})
+
+
+def adapters(config: Config) -> Iterator[Problem]:
+    """LoRA, where there is any."""
+    model, key = config.model, "model.lora_modules"
+    if not model.lora_rank:
+        return
+    query = ["linear_q_down_proj", "linear_q_up_proj"] if model.q_lora_rank else ["linear_q_proj"]
+    latent = [*query, "linear_kv_down_proj", "linear_kv_up_proj"]
+    there = [*(latent if model.attention == "mla" else ["linear_qkv"]), "linear_proj"]
+    if not model.num_experts or model.num_dense_layers or model.shared_expert_ffn_hidden_size:
+        there += ["linear_fc1", "linear_fc2"]
+    if wrong := [name for name in model.lora_modules if name not in there]:
+        reason = f"this model has no {', '.join(wrong)} beside which adapters could stand"
+        yield Problem("adapters", key, model.lora_modules, reason, {key: [there]})
+    elif not model.lora_modules:
+        yield Problem("no adapters", key, [], "adapters of no module learn nothing", {key: [there]})
+    if config.train.leap_heads_only:
+        reason = "leap heads are trained alone, and so are adapters: one after the other"
+        options: dict[str, list[Any]] = {"model.lora_rank": [0], "train.leap_heads_only": [False]}
+        yield Problem("two stages", "model.lora_rank", model.lora_rank, reason, options)
 
 
 def leap_heads(config: Config) -> Iterator[Problem]:

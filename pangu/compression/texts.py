@@ -101,8 +101,11 @@ def refuse_broken(model: GPTModel, folder: Path) -> None:
     """Look at every weight before hours are spent on them.
 
     Raises:
-        ConfigError: one is not finite.
+        ConfigError: one is not finite, or has an adapter beside it.
     """
+    if any(".lora_" in name for name, _ in model.named_parameters()):
+        reason = "has adapters: `pangu.convert export` merges them, and `import` takes the result"
+        raise ConfigError([Violation("MODEL", folder, reason)])
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             reason = f"{name} holds numbers that are not finite"

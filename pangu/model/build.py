@@ -141,10 +141,12 @@ def build_model(config: Config) -> tuple[list[GPTModel], PanguTransformerConfig]
     stages: list[int | None] = [None] if virtual is None else list(range(virtual))
     chunks = [_build_chunk(config, settings, stage) for stage in stages]
     initialize(chunks, config.model, config.seed)
-    if config.train.leap_heads_only:
-        for chunk in chunks:
-            for name, parameter in chunk.named_parameters():
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if config.train.leap_heads_only:
                 parameter.requires_grad_(name.startswith("leap_heads."))
+            elif config.model.lora_rank:
+                parameter.requires_grad_(".lora_" in name)
     return chunks, settings
 
 

@@ -19,7 +19,8 @@ from megatron.core.transformer.module import MegatronModule
 from configs.schema import ModelConfig
 
 IDENTITIES = ("layer_patch.weight",)  # a patch that does nothing yet
-ZEROS = ("leap_weight",)  # a leap head that says what the model's head says
+# A leap head that says what the model's head says, an adapter that does nothing yet.
+ZEROS = ("leap_weight", "lora_b")
 _LEAP_OUTPUT = re.compile(r"leap_heads\.\d+\.(output_layer\.weight)")
 # The residual branches' last matrices, scaled down with depth in the "normal" scheme.
 OUTPUTS = ("linear_proj.weight", "linear_fc2.weight", "experts.w2")

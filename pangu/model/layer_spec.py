@@ -28,13 +28,14 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from configs.schema import ModelConfig
+from configs.schema import LoraModule, ModelConfig
 from pangu.model.attention import CoreAttention, RoundedKeysAttention
 from pangu.model.norm import Norm, SandwichResidual
 from pangu.model.patched_layer import PatchedLayer
 from pangu.model.transformer_config import PanguTransformerConfig
 from pangu.moe.layer import moe_layer_spec
-from pangu.ops.rounded_linear import RoundedRow, column, row
+from pangu.ops.lora_linear import LoraRow, column, row
+from pangu.ops.rounded_linear import RoundedRow
 
 
 class BiasedRowParallelLinear(RowParallelLinear):
@@ -46,6 +47,13 @@ class BiasedRowParallelLinear(RowParallelLinear):
 
 class RoundedBiasedRow(RoundedRow):
     """`BiasedRowParallelLinear` of a rounded input."""
+
+    def __init__(self, *args: Any, bias: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, bias=True, **kwargs)
+
+
+class AdaptedBiasedRow(LoraRow):
+    """`BiasedRowParallelLinear` with an adapter."""
 
     def __init__(self, *args: Any, bias: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, bias=True, **kwargs)
@@ -90,9 +98,23 @@ def _residual(config: PanguTransformerConfig, gain: float) -> Any:
 
 
 def _output_projection(model: ModelConfig) -> type:
-    if model.add_attention_output_bias:
-        return RoundedBiasedRow if model.activation_bits else BiasedRowParallelLinear
-    return row(model.activation_bits)
+    if not model.add_attention_output_bias:
+        return _row(model, "linear_proj")
+    if _adapted(model, "linear_proj"):
+        return AdaptedBiasedRow
+    return RoundedBiasedRow if model.activation_bits else BiasedRowParallelLinear
+
+
+def _adapted(model: ModelConfig, name: LoraModule) -> bool:
+    return model.lora_rank > 0 and name in model.lora_modules
+
+
+def _column(model: ModelConfig, name: LoraModule) -> type:
+    return column(model.activation_bits, lora=_adapted(model, name))
+
+
+def _row(model: ModelConfig, name: LoraModule) -> type:
+    return row(model.activation_bits, lora=_adapted(model, name))
 
 
 def _gqa(model: ModelConfig) -> ModuleSpec:
@@ -102,7 +124,7 @@ def _gqa(model: ModelConfig) -> ModuleSpec:
         module=RoundedKeysAttention if by_channel else SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=column(model.activation_bits),
+            linear_qkv=_column(model, "linear_qkv"),
             core_attention=CoreAttention,
             linear_proj=_output_projection(model),
             q_layernorm=qk_norm,
@@ -117,11 +139,11 @@ def _mla(model: ModelConfig) -> ModuleSpec:
         module=MLASelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=MLASelfAttentionSubmodules(
-            linear_q_proj=column(model.activation_bits),
-            linear_q_down_proj=column(model.activation_bits),
-            linear_q_up_proj=column(model.activation_bits),
-            linear_kv_down_proj=column(model.activation_bits),
-            linear_kv_up_proj=column(model.activation_bits),
+            linear_q_proj=_column(model, "linear_q_proj"),
+            linear_q_down_proj=_column(model, "linear_q_down_proj"),
+            linear_q_up_proj=_column(model, "linear_q_up_proj"),
+            linear_kv_down_proj=_column(model, "linear_kv_down_proj"),
+            linear_kv_up_proj=_column(model, "linear_kv_up_proj"),
             core_attention=CoreAttention,
             linear_proj=_output_projection(model),
             q_layernorm=qk_norm,
@@ -134,7 +156,7 @@ def _dense_mlp(model: ModelConfig) -> ModuleSpec:
     return ModuleSpec(
         module=MLP,
         submodules=MLPSubmodules(
-            linear_fc1=column(model.activation_bits), linear_fc2=row(model.activation_bits)
+            linear_fc1=_column(model, "linear_fc1"), linear_fc2=_row(model, "linear_fc2")
         ),
     )
 

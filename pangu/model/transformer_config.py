@@ -35,12 +35,15 @@ def transformer_config(config: Config) -> PanguTransformerConfig:
     moe = config.moe
     if model.num_experts:
         moe = replace(moe, dispatcher=resolved(config))
-    if config.train.leap_heads_only:  # the balancing bias keeps its bits too
+    if config.train.leap_heads_only or model.lora_rank:  # the balancing bias keeps its bits too
         moe = replace(moe, expert_bias_update_rate=0.0)
     return PanguTransformerConfig(
         model=model,
         moe=moe,
         activation_bits=model.activation_bits,
+        lora_rank=model.lora_rank,
+        lora_alpha=model.lora_alpha,
+        lora_modules=frozenset(model.lora_modules if model.lora_rank else ()),
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size or model.moe_ffn_hidden_size,

@@ -21,7 +21,7 @@ from pangu.moe.dispatch.choices import choices_per_token
 from pangu.moe.dispatch.dispatcher import DispatchRecord
 from pangu.moe.experts import GroupedExperts
 from pangu.moe.router import ExpertRouter
-from pangu.ops.rounded_linear import column, row
+from pangu.ops.lora_linear import column, row
 
 
 class ExpertLayer(MoELayer):
@@ -106,10 +106,13 @@ class ExpertLayer(MoELayer):
 
 def moe_layer_spec(config: MoETransformerConfig) -> ModuleSpec:
     """What takes the place of the MLP in an MoE layer of `config`."""
-    bits = config.activation_bits
+    bits, adapted = config.activation_bits, config.lora_modules
     shared = ModuleSpec(
         module=SharedExpertMLP,
-        submodules=MLPSubmodules(linear_fc1=column(bits), linear_fc2=row(bits)),
+        submodules=MLPSubmodules(
+            linear_fc1=column(bits, lora="linear_fc1" in adapted),
+            linear_fc2=row(bits, lora="linear_fc2" in adapted),
+        ),
     )
     return ModuleSpec(
         module=ExpertLayer,

@@ -44,13 +44,3 @@ class RoundedRow(RowParallelLinear):
 
     def forward(self, input_: torch.Tensor) -> Any:
         return super().forward(round_tokens(input_, self.config.activation_bits, self.tp_group))
-
-
-def column(bits: int) -> type[ColumnParallelLinear]:
-    """The linear for inputs of `bits` bits, cut by its outputs."""
-    return RoundedColumn if bits else ColumnParallelLinear
-
-
-def row(bits: int) -> type[RowParallelLinear]:
-    """The linear for inputs of `bits` bits, cut by its inputs."""
-    return RoundedRow if bits else RowParallelLinear

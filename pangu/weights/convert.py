@@ -27,6 +27,7 @@ from pangu.weights import (
 from pangu.weights.architectures import Architecture
 from pangu.weights.gguf_file import Gguf
 from pangu.weights.links import Link
+from pangu.weights.lora import merged
 from pangu.weights.quantized_file import Quantized
 from pangu.weights.writer import ModelFolder, finite
 
@@ -129,12 +130,14 @@ def export_model(
     path: Path, out: Path, progress: Progress = iter, dtype: torch.dtype | None = None
 ) -> Architecture:
     """Write a folder of ours, or the newest sound checkpoint of a run, as a Hugging Face model; see
-    `import_model`. Floating-point weights become `dtype`, or stay as they are stored.
+    `import_model`. Adapters are merged into the weights beside them. Floating-point weights become
+    `dtype`, or stay as they are stored.
 
     Raises:
         WeightsError: it is no folder of ours, or no class of Hugging Face computes its model.
     """
     path, config, source = model_folder.opened(path)
+    config, source = merged(config, source)
     codes = Quantized.of(path)
     if codes is not None:  # bits of activations stand in the description of the layout
         model = replace(config.model, activation_bits=0, kv_bits=0, key_rounding="token")

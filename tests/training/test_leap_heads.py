@@ -127,7 +127,7 @@ def test_every_layout_trains_heads_as_one_process_does():
     both = {name: leap + rest for name, rest in {**two, **alone, **untied}.items()}
     single = {"": leap, "alone": leap + ALONE}
     single["untied"] = [*single["alone"], "model.tie_embeddings=false"]
-    expected = gloo.run(1, all_layouts, single, 1, 3)[0]
+    expected = gloo.alone(all_layouts, single, 1, 3)
     found = gloo.run(2, all_layouts, both, 2, 3)[0]
     assert len({round(values[2], 4) for values in expected[""]}) == 3
     for name, values in found.items():

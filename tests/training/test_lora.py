@@ -1,0 +1,152 @@
+"""LoRA in training: against plain torch, over layouts, saved, gone on with, merged."""
+
+import checkpoint_runs
+import gloo
+import pytest
+import torch
+from compression.ours import logits
+from compression.tiny import compress
+from gloo import leave
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+from trained_model import EVERYTHING, build, micro_batch
+from transformers import AutoModelForCausalLM
+
+from configs.check import examine
+from configs.compose import load
+from pangu.model.build import build_model
+from pangu.trained_model import loaded
+from pangu.weights.convert import export_model
+from pangu.weights.model_folder import opened
+
+LORA = ["model.lora_rank=4", "model.lora_alpha=8"]
+WITHOUT = ["model.mtp_num_layers=0", "optimizer.clip_grad=0", "backend.precision=fp64"]
+
+
+def in_plain_torch(net, adapters, batch):
+    """The loss of a micro-batch with W + alpha/r B A in the place of each W."""
+    weights = dict(net.named_parameters())
+    for name in adapters:
+        if name.endswith(".lora_a"):
+            linear = name.removesuffix(".lora_a")
+            product = adapters[f"{linear}.lora_b"] @ adapters[name]
+            weights[f"{linear}.weight"] = weights[f"{linear}.weight"].detach() + 2.0 * product
+    found = functional_call(net, weights, (batch["tokens"], batch["position_ids"], None))
+    losses = cross_entropy(found.flatten(0, 1), batch["labels"].flatten(), reduction="none")
+    return (losses * batch["loss_mask"].flatten()).sum() / batch["loss_mask"].sum()
+
+
+def test_adapters_train_as_in_plain_torch_and_nothing_else_moves():
+    """Dense layer, experts and shared expert; torch's own AdamW."""
+    gloo.single()
+    model = build([*WITHOUT, *LORA])
+    before = {name: value.detach().clone() for name, value in model.parameters().items()}
+    buffers = {name: value.clone() for name, value in model.chunks[0].module.named_buffers()}
+    adapters = {name: value.clone() for name, value in before.items() if ".lora_" in name}
+    assert len(adapters) == 2 * 4 * 2  # layers, linears, matrices
+    net = build_model(load([*EVERYTHING, "launch.processes=1", *WITHOUT]))[0][0].train()
+    options = model.config.optimizer
+    adam = torch.optim.AdamW(
+        [value.requires_grad_() for value in adapters.values()],
+        lr=options.lr,
+        betas=(options.adam_beta1, options.adam_beta2),
+        eps=options.adam_eps,
+        weight_decay=options.weight_decay,
+    )
+    for seed in range(3):
+        batch = micro_batch(seed, 0.8, size=2)
+        loss = in_plain_torch(net, adapters, batch)
+        assert model.step([batch]).loss == pytest.approx(loss.item(), rel=1e-9)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    for name, value in model.parameters().items():
+        if name in adapters:
+            assert torch.allclose(value, adapters[name], rtol=1e-6, atol=1e-9), name
+            assert not torch.equal(value, before[name])
+        else:
+            assert torch.equal(value, before[name]), name
+    for name, value in model.chunks[0].module.named_buffers():
+        assert "expert_bias" not in name or torch.equal(value, buffers[name])
+
+
+DENSE = ["model.num_layers=2", "model.num_experts=0", "model.ffn_hidden_size=64"]
+SAVED = ["checkpoint.async_save=false", "checkpoint.keep_last=1"]
+TP2 = ["parallel.tensor_model_parallel_size=2"]
+LAYOUTS = {
+    "tp": TP2,
+    "tp_whole_sequences": [*TP2, "parallel.sequence_parallel=false"],
+    "pp": ["parallel.pipeline_model_parallel_size=2"],
+}
+
+
+def trained_on(folder, start, steps, layouts):
+    """(loss, gradient norm) by step, of adapters from the run `start` on, by layout."""
+    words = [*DENSE, *LORA, *SAVED, f"checkpoint.resume={folder / start}", f"train.steps={steps}"]
+    return {
+        name: checkpoint_runs.train(folder / name, [*words, *layout])[0]
+        for name, layout in layouts.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with a run `base`, and `one`, which trains adapters of it for four steps; and what
+    each of them gave."""
+    folder = tmp_path_factory.mktemp("lora")
+    gloo.alone(checkpoint_runs.train, folder / "base", [*DENSE, *SAVED, "train.steps=2"])
+    return folder, gloo.alone(trained_on, folder, "base", 6, {"one": []})["one"]
+
+
+@pytest.mark.distributed
+def test_every_layout_trains_adapters_as_one_process_does(runs):
+    """From a run without adapters on; and what two ranks have saved, one goes on with."""
+    folder, one = runs
+    assert list(one) == [3, 4, 5, 6]
+    for name, steps in gloo.run(2, trained_on, folder, "base", 4, LAYOUTS)[0].items():
+        for step, found in steps.items():
+            assert found == pytest.approx(one[step], rel=1e-5), name
+    steps = gloo.alone(trained_on, folder, "tp", 6, {"on": []})["on"]
+    assert list(steps) == [5, 6]
+    for step, found in steps.items():
+        assert found == pytest.approx(one[step], rel=1e-5)
+    plain, adapted = opened(folder / "base")[2], opened(folder / "tp")[2]
+    assert set(plain.names()) < set(adapted.names())
+    for name in adapted.names():
+        if ".lora_" not in name:
+            assert torch.equal(plain.read(name), adapted.read(name)), name
+
+
+def test_export_merges_adapters(runs, tmp_path, capsys):
+    folder, _ = runs
+    rows = torch.arange(2 * 16).view(2, 16) * 7 % 256
+    found = {}
+    for name in ("base", "one"):
+        leave()
+        with loaded(folder / name, "cpu") as (model, _, _):
+            found[name] = logits(model, rows)
+    export_model(folder / "one", tmp_path / "out")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert (read(rows).logits - found["one"]).abs().max() <= 1e-5
+    assert (found["base"] - found["one"]).abs().max() > 1e-4
+    (tmp_path / "text").write_text("1 2 3")
+    words = ["carve", folder / "one", "--experts", "S1A2E4", "--out", tmp_path / "carved"]
+    assert compress([*words, "--calibration", tmp_path / "text"]) == 2
+    assert "has adapters: `pangu.convert export` merges" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["model.num_experts=8", "model.shared_expert_ffn_hidden_size=0"], "model.lora_modules"),
+        (["model.lora_modules=[linear_q_proj]"], "model.lora_modules"),
+        (["model.lora_modules=[]"], "model.lora_modules"),
+        (["model.leap_heads=4", "train.leap_heads_only=true"], "model.lora_rank"),
+    ],
+)
+def test_what_cannot_work_is_named(overrides, key):
+    _, found = examine([*LORA, *overrides])
+    assert [violation.key for violation in found] == [key]
