@@ -14,7 +14,7 @@ import torch
 from configs.schema import Config
 from pangu.checkpoint.tensor_files import WeightsError
 from pangu.weights.architectures import Architecture
-from pangu.weights.quantize import Grid, Scheme, codes_of
+from pangu.weights.quantize import Grid, Scheme, codes_of, float_codes_of
 
 Tensor = torch.Tensor
 
@@ -35,6 +35,12 @@ def entries(
     """The tensors that stand for `name`, which ends with `.weight`."""
     base = name.removesuffix(".weight")
     grid = Grid(scale_RG.float(), zero_RG.float())
+    if scheme.floats:
+        codes = float_codes_of(weight_RC, grid, scheme).unflatten(1, (-1, 2))
+        yield f"{base}.weight_packed", codes[..., 0] | codes[..., 1] << 4
+        # The exponent of a power of two, from -127 on.
+        yield f"{base}.weight_scale", (grid.scale.log2() + 127).to(torch.uint8)
+        return
     codes = codes_of(weight_RC, grid, scheme)
     if packing(scheme):
         yield f"{base}.weight_packed", packed(codes, scheme.weight_bits)
@@ -47,8 +53,8 @@ def entries(
 
 
 def packing(scheme: Scheme) -> bool:
-    """Whether codes are packed into words; int8 weights beside int8 activations stand as they
-    are."""
+    """Whether codes are packed into words; beside int8 activations they stand as they are, a byte
+    each."""
     return not scheme.activation_bits
 
 
@@ -59,19 +65,24 @@ def description(scheme: Scheme, config: Config, kind: Architecture) -> dict[str,
         WeightsError: there is no layout of compressed-tensors for the scheme that others run.
     """
     bits = (scheme.weight_bits, scheme.activation_bits)
-    if scheme.kv_bits or scheme.floats or bits[0] > 8 or (bits[1] and bits != (8, 8)):
+    rounds = bits[1] and not (bits in ((8, 8), (4, 8)) and scheme.symmetric)
+    if scheme.kv_bits or bits[0] > 8 or rounds:
+        # Their caches have one scale a tensor, their 4-bit activations the steps -8 to 7.
         raise WeightsError(
-            f"{scheme.name} has no layout that other programs read: W8A8, or any with A16, "
+            f"{scheme.name} has no layout that other programs read: W8A8, W4A8, or any with A16, "
             "and keys and values as they are"
         )
     weights = {
         "num_bits": scheme.weight_bits,
-        "type": "int",
+        "type": "float" if scheme.floats else "int",
         "symmetric": scheme.symmetric,
         "strategy": "group" if scheme.group_size else "channel",
         "group_size": scheme.group_size or None,
         "dynamic": False,
     }
+    if scheme.floats:
+        weights |= {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
+    packed = "mxfp4-pack-quantized" if scheme.floats else "pack-quantized"
     activations = {
         "num_bits": 8,
         "type": "int",
@@ -84,7 +95,7 @@ def description(scheme: Scheme, config: Config, kind: Architecture) -> dict[str,
     gates = [f"re:.*\\.{kind.block}\\.{kind.router}$", f"re:.*\\.mlp\\.{kind.router}$"]
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized" if packing(scheme) else "int-quantized",
+        "format": packed if packing(scheme) else "int-quantized",
         "quantization_status": "compressed",
         "config_groups": {
             "group_0": {

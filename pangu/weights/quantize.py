@@ -160,6 +160,15 @@ def codes_of(weight_RC: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
     return nearest_code(weight_RC.float() / scale + zero, scheme).to(torch.int8)
 
 
+def float_codes_of(weight_RC: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
+    """Nearest 4-bit floats `[R, C]` as their bits, uint8: sign, exponent (2), mantissa (1)."""
+    scale, _ = grid.columns(weight_RC.size(1))
+    nearest = nearest_code(weight_RC.float() / scale, scheme)
+    positive = _FLOAT4[len(_FLOAT4) // 2 :].contiguous()
+    bits = torch.searchsorted(positive, nearest.abs()).to(torch.uint8)
+    return bits | (nearest < 0).to(torch.uint8) << 3
+
+
 def rounded(weight_RC: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
     """The nearest values on the grid, float32: what the codes stand for."""
     scale, zero = grid.columns(weight_RC.size(1))
