@@ -15,7 +15,7 @@ from configs.compose import compose_dict, from_dict
 from configs.layout import num_virtual_stages
 from configs.layout_rules import batch, pipeline, ranks, sequence, widths
 from configs.problem import EP, Problem, get, with_value
-from configs.run_rules import bounds, data, memory, optimizer, trainer_limits
+from configs.run_rules import bounds, data, memory, optimizer, profile, trainer_limits
 from configs.schema import Config
 from configs.shape_rules import adapters, attention, experts, leap_heads, patches
 from configs.violation import ConfigError, Violation
@@ -183,7 +183,7 @@ def _forget(tree: dict[str, Any], path: list[str]) -> None:
 def _problems(config: Config, purpose: Purpose) -> list[Problem]:
     config, found = bounds(config)  # with which the other rules can divide
     broken = {problem.key for problem in found}
-    for rule in (*RULES, trainer_limits) if purpose == "train" else RULES:
+    for rule in (*RULES, trainer_limits, profile) if purpose == "train" else RULES:
         found += [problem for problem in rule(config) if problem.key not in broken]
     return found
 

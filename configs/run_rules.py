@@ -215,3 +215,14 @@ def trainer_limits(config: Config) -> Iterator[Problem]:
             f"{', '.join(unknown)} cannot be allowed to change",
         )
         yield Problem("allow_changes", key, allowed, reason, hint=f"of {', '.join(ALLOWABLE)}")
+
+
+def profile(config: Config) -> Iterator[Problem]:
+    key, steps, count = "profile.steps", config.profile.steps, config.train.steps
+    if late := [step for step in steps if step > count]:
+        reason = f"a run of {count} steps has no step {late[0]}"
+        options: dict[str, list[Any]] = {key: [[s for s in steps if s <= count]]}
+        yield Problem("late profile", key, steps, reason, options)
+    if steps and config.backend.name in ("cuda", "npu"):
+        reason = "traces are taken of processes on CPUs; others have their vendor's profiler"
+        yield Problem("profiled device", key, steps, reason, {key: [[]], "backend.name": ["cpu"]})

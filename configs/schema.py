@@ -349,6 +349,13 @@ class WatchConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """A trace of what the ranks do: computing, communication inside and between nodes."""
+
+    steps: list[Steps] = field(default_factory=list)  # numbers of steps, the first is 1
+
+
+@dataclass
 class Config:
     """The whole tree. `devices` is the size of a planned cluster; a real run knows its own."""
 
@@ -363,6 +370,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     hardware: dict[str, Any] | None = None  # a preset of configs/hardware, read by the simulator

@@ -21,8 +21,9 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
 
+from pangu.backends.timeline import timeline
 from pangu.backends.whereabouts import here
 
 NAME = "shared_memory"
@@ -280,14 +282,35 @@ def _told(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         if here.inside:  # one of these calls another
             return call(self, *args, **kwargs)
         self._calls += 1
-        with here.at(self.group_desc or "a group", self._ranks, name, self._calls):
+        place = (self.group_desc or "a group", self._ranks, name, self._calls)
+        if timeline.recording:
+            return _timed(place, partial(call, self, *args, **kwargs), _waits(args))
+        with here.at(*place):
             work = call(self, *args, **kwargs)
-            # Whoever called waits for it right away.
-            if work is not DONE and getattr(args[-1] if args else None, "asyncOp", True) is False:
+            if work is not DONE and _waits(args):
                 work.wait()
         return work
 
     return told
+
+
+def _waits(args: tuple[Any, ...]) -> bool:
+    """Whether who calls waits for the work right away."""
+    return getattr(args[-1] if args else None, "asyncOp", True) is False
+
+
+def _timed(place: tuple[str, list[int], str, int], call: Callable[[], Any], waits: bool) -> Any:
+    """A call that is to be seen in a trace."""
+    group, ranks, name, number = place
+    span = timeline.collective(name, group, ranks, number)
+    with timeline.waiting() if waits else nullcontext(), here.at(*place):
+        work = call()
+        if not waits:
+            return timeline.watch(work, span)
+        if work is not DONE:
+            work.wait()
+    span.finish()
+    return work
 
 
 def _through_gloo(name: str) -> Callable[..., Any]:

@@ -27,6 +27,7 @@ from pangu.training.expert_load import LoadWindow
 from pangu.training.forecast import announce, compare, forecast
 from pangu.training.metrics import MetricsFile, describe_run, step_row
 from pangu.training.pace import Pace
+from pangu.training.profile import Profile
 from pangu.training.progress import Progress
 from pangu.training.resilience import Diverged, SkippedSteps, StopSignal
 from simulator.api import Forecast
@@ -55,6 +56,7 @@ class Trainer:
         self.leaving, self.save_error = False, ""
         self.last_validated = -1
         self.pace = Pace(self.engine.replicas())
+        self.profile = Profile(self.config)
 
     def train(self) -> int:
         """Run from the current state to the last step, or until told to stop; the exit code.
@@ -277,9 +279,10 @@ class Trainer:
         self.engine.set_learning_rate(lr)
         shape = self.shape()
         sequences = schedule.global_batch_size(self.config, self.phase.phase)
-        result = self.engine.train_step(train_batches, shape)
-        load = read_load(self.engine.chunks)
-        backends.current().synchronize()
+        with self.profile.of(self.state.step + 1):
+            result = self.engine.train_step(train_batches, shape)
+            load = read_load(self.engine.chunks)
+            backends.current().synchronize()
         seconds = time.perf_counter() - started
         self.pace.add(seconds - (here.waited - waited))
         self.state.step += 1
