@@ -66,9 +66,12 @@ class Profile:
         dist.gather_object(spans, everyone)
         if everyone is None:
             return
-        replace_text(self._path, json.dumps(trace(everyone)))
         steps = ", ".join(map(str, self._recorded))
-        say(f"trace of steps {steps}: {self._path} (opens in https://ui.perfetto.dev)")
+        try:
+            replace_text(self._path, json.dumps(trace(everyone)))
+            say(f"trace of steps {steps}: {self._path} (opens in https://ui.perfetto.dev)")
+        except OSError as error:  # a run does not end for its trace
+            say(f"warning: no trace of steps {steps}: {self._path}: {error.strerror}")
         for name, one in hidden(everyone).items():
             say(f"{name}: {one} behind computing of the same rank")
 
