@@ -303,13 +303,12 @@ def _timed(place: tuple[str, list[int], str, int], call: Callable[[], Any], wait
     """A call that is to be seen in a trace."""
     group, ranks, name, number = place
     span = timeline.collective(name, group, ranks, number)
-    with timeline.waiting() if waits else nullcontext(), here.at(*place):
+    with timeline.waiting(span, span.start) if waits else nullcontext(), here.at(*place):
         work = call()
         if not waits:
             return timeline.watch(work, span)
         if work is not DONE:
             work.wait()
-    span.finish()
     return work
 
 

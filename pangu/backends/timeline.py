@@ -70,10 +70,11 @@ class Timeline:
         return span
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Not computing."""
-        self._computed(_now())
+    def waiting(self, span: Span, since: int = 0) -> Iterator[None]:
+        """Not computing until `span` is over, from `since` or from now on."""
+        self._computed(since or _now())
         yield
+        span.finish()
         self._free_since = _now()
 
     def watch(self, work: Any, span: Span) -> Any:
@@ -100,10 +101,8 @@ class _Watched:
         return getattr(self._work, name)
 
     def wait(self, *args: Any) -> Any:
-        with timeline.waiting():
-            done = self._work.wait(*args)
-        self._span.finish()
-        return done
+        with timeline.waiting(self._span):
+            return self._work.wait(*args)
 
 
 def _now() -> int:

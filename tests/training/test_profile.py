@@ -68,7 +68,7 @@ def test_a_run_leaves_a_trace_of_all_ranks(tmp_path):
         # Exchanges that are waited for leave no time in which this rank does both.
         sent = [e for e in tracks[1] if e["name"] == "all_to_all_single"]
         ends = sorted((e["ts"], e["ts"] + e["dur"]) for e in [*tracks[0], *sent])
-        assert all(a[1] <= b[0] + 0.5 for a, b in pairwise(ends))
+        assert all(a[1] <= b[0] + 0.01 for a, b in pairwise(ends))
 
 
 @pytest.mark.distributed
