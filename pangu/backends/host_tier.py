@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
+from pangu.backends.timeline import timeline
+
 
 class Parcel(Protocol):
     """Bytes on their way out or back. Both ways begin when they are asked for and run beside
@@ -100,14 +102,16 @@ class _FileParcel:
 
 
 def _write(place: mmap.mmap, source: torch.Tensor) -> None:
-    torch.frombuffer(place, dtype=torch.uint8).copy_(source)
-    place.madvise(mmap.MADV_DONTNEED)  # the file keeps them
+    with timeline.swapping("out"):
+        torch.frombuffer(place, dtype=torch.uint8).copy_(source)
+        place.madvise(mmap.MADV_DONTNEED)  # the file keeps them
 
 
 def _read(place: mmap.mmap) -> torch.Tensor:
-    found = torch.frombuffer(place, dtype=torch.uint8).clone()
-    place.madvise(mmap.MADV_DONTNEED)
-    return found
+    with timeline.swapping("back"):
+        found = torch.frombuffer(place, dtype=torch.uint8).clone()
+        place.madvise(mmap.MADV_DONTNEED)
+        return found
 
 
 class PinnedTier:

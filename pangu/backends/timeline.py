@@ -77,6 +77,17 @@ class Timeline:
         span.finish()
         self._free_since = _now()
 
+    @contextlib.contextmanager
+    def swapping(self, name: str) -> Iterator[None]:
+        """A transfer to the host or back, by a thread of its own."""
+        if not self.recording:
+            yield
+            return
+        span = Span(SWAP, name, _now())
+        self.spans.append(span)
+        yield
+        span.finish()
+
     def watch(self, work: Any, span: Span) -> Any:
         """The work of an asynchronous call, whose end and whose waits are noted."""
         with contextlib.suppress(RuntimeError):  # a send's or a receive's has none

@@ -27,8 +27,8 @@ TRACE = "trace.json"
 
 @dataclass(frozen=True)
 class Hidden:
-    """Of a kind of communication: seconds that it lasts and seconds of those in which its rank
-    computes, mean over ranks."""
+    """Of a kind of communication, or of swap: seconds that it lasts and seconds of those in which
+    its rank computes, mean over ranks."""
 
     lasting: float
     hidden: float
@@ -77,8 +77,8 @@ class Profile:
 
 
 def hidden(ranks: Sequence[Sequence[Span]]) -> dict[str, Hidden]:
-    """Of all communication, of that between nodes and inside, and of experts': what is hidden.
-    Time in which two collectives of a rank are under way counts once."""
+    """Of all communication, of that between nodes and inside, of experts' and of swap, what is
+    hidden. Time in which two collectives of a rank are under way counts once."""
     kinds: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for spans in ranks:
         computing = _joined([span for span in spans if span.lane == COMPUTE])
@@ -87,6 +87,7 @@ def hidden(ranks: Sequence[Sequence[Span]]) -> dict[str, Hidden]:
             "communication": talk,
             **{lane: [span for span in talk if span.lane == lane] for lane in LANES[1:3]},
             "communication of experts": [span for span in talk if is_of_experts(span.group)],
+            SWAP: [span for span in spans if span.lane == SWAP],
         }
         for name, chosen in parts.items():
             joined = _joined(chosen)

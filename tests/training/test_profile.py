@@ -27,7 +27,8 @@ def of_two(folder):
     profile.say = lines.append
     overrides = ["launch.processes=2", "parallel.expert_model_parallel_size=2", f"run_dir={folder}"]
     overrides += ["train.steps=3", "profile.steps=[2,3]", "checkpoint.save_at_end=false"]
-    overrides += ["train.validate_every=0", "moe.dispatcher=alltoall"]
+    overrides += ["train.validate_every=0", "moe.dispatcher=alltoall", "train.seq_length=128"]
+    overrides += ["memory.swap=[core_attn,moe]"]
     config = load([*MODEL, *overrides])
     process_groups.initialize(config)
     build_trainer(config, StopSignal()).train()
@@ -55,6 +56,7 @@ def test_a_run_leaves_a_trace_of_all_ranks(tmp_path):
     assert left == 0
     assert str(tmp_path / TRACE) in lines[0]
     assert any("communication of experts" in line and "0% hidden" in line for line in lines)
+    assert any(line.startswith("swap: ") for line in lines)
     events = json.loads((tmp_path / TRACE).read_text())["traceEvents"]
     slices = [event for event in events if event["ph"] == "X"]
     names = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
@@ -64,6 +66,7 @@ def test_a_run_leaves_a_trace_of_all_ranks(tmp_path):
         assert {e["name"] for e in tracks[0]} == {"backward", "forward, optimizer"}
         assert "all_to_all_single" in {e["name"] for e in tracks[1]}
         assert not tracks[2]
+        assert {e["name"] for e in tracks[3]} == {"out", "back"}
         assert all(e["dur"] >= 0 for e in slices)
         # Exchanges that are waited for leave no time in which this rank does both.
         sent = [e for e in tracks[1] if e["name"] == "all_to_all_single"]
