@@ -21,11 +21,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
-from configs import yaml_file
+from configs import FOLDER, groups, yaml_file
 from configs.schema import Config
 from configs.violation import ConfigError, Violation
 
-ROOT = Path(__file__).parent
 # Keys that were, and where what they said is said now.
 MOVED = {
     "simulation.dispatch": "moe.dispatcher=alltoall, hierarchical or deduplicated"
@@ -48,15 +47,6 @@ OmegaConf.register_new_resolver("ranks_left", _ranks_left, replace=True)
 @cache
 def _adapter() -> TypeAdapter[Config]:
     return TypeAdapter(Config, config=None)
-
-
-def groups() -> dict[str, list[str]]:
-    """The configuration groups and their options."""
-    return {
-        folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
-        for folder in sorted(ROOT.iterdir())
-        if folder.is_dir() and not folder.name.startswith("_")
-    }
 
 
 def compose_dict(overrides: list[str], primary: str = "config") -> dict[str, Any]:
@@ -84,7 +74,7 @@ def compose_dict(overrides: list[str], primary: str = "config") -> dict[str, Any
         for override in parsed
     ]
     try:
-        with initialize_config_dir(str(ROOT), version_base="1.3"):
+        with initialize_config_dir(str(FOLDER), version_base="1.3"):
             tree = OmegaConf.to_container(compose(primary, overrides=lines), resolve=True)
     except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from configs.compose import load
 from configs.violation import ConfigError, Violation
 
 if TYPE_CHECKING:
@@ -59,6 +58,7 @@ def _configuration(overrides: list[str], out: Path) -> Config:
     for line in overrides:
         if not line.startswith(("backend=", "backend.")):
             raise ConfigError([Violation(line, "", "only backend=… and backend.… matter here")])
+    from configs.compose import load
     from pangu.machine_check import impossible
 
     config = load(["data=synthetic", *overrides])

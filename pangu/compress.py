@@ -186,7 +186,7 @@ def carve(
     text: Text = None,
     backend: Backend = "auto",
 ) -> None:
-    """CMoE: make experts of a dense model's MLPs, or parts of an MoE's experts, without training.
+    """CMoE: make experts of a dense model's MLPs, without training.
 
     Neurons that are among the ten most active ones of many tokens become the shared expert; the
     others fall into experts of equal size by the tokens that activate them, an exact balanced
@@ -242,7 +242,7 @@ def prune_experts(
 def main(arguments: list[str]) -> int:
     """The exit code: 0 done, 2 a mistake of the user's."""
     from configs.violation import ConfigError
-    from pangu.checkpoint.tensor_files import WeightsError
+    from pangu.checkpoint import WeightsError
 
     return run(app, arguments, ConfigError, WeightsError)
 

@@ -55,7 +55,7 @@ def export(
 
 def main(arguments: list[str]) -> int:
     """The exit code: 0 done, 2 a mistake of the user's."""
-    from pangu.checkpoint.tensor_files import WeightsError
+    from pangu.checkpoint import WeightsError
 
     return run(app, arguments, WeightsError)
 

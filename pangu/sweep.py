@@ -24,7 +24,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from rich.table import Table
 
-from configs.compose import groups, load
+from configs import groups
+from configs.compose import load
 from configs.schema import Config
 from configs.violation import ConfigError, Violation
 from launch.environment import ProcessEnvironment

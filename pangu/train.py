@@ -155,7 +155,7 @@ def _refuse(process: ProcessEnvironment, speaks: bool, why: Sequence[Violation] 
 
 
 def _groups() -> str:
-    from configs.compose import groups
+    from configs import groups
 
     return "\n".join(f"  {name}: {', '.join(options)}" for name, options in groups().items())
 

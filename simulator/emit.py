@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from configs.compose import groups
+from configs import groups
 from configs.schema import Config, ParallelConfig
 
 DECIDED = ("parallel", "memory")  # groups that a search decides on

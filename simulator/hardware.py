@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 from omegaconf import OmegaConf
 from pydantic import TypeAdapter, ValidationError
 
+from configs import FOLDER
 from configs.limits import (
     Amount,
     Count,
@@ -28,7 +29,7 @@ from configs.limits import (
 )
 from configs.violation import ConfigError, Violation
 
-PRESETS = Path(__file__).parent.parent / "configs" / "hardware"
+PRESETS = FOLDER / "hardware"
 
 GRADES = {
     "V": "vendor-written file",

@@ -12,7 +12,7 @@ import shlex
 from collections import OrderedDict
 from typing import Any
 
-from configs.compose import groups
+from configs import groups
 from configs.schema import Config
 from configs.violation import ConfigError, Violation
 from simulator.commands import load_plan

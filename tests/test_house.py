@@ -21,7 +21,7 @@ HOUSE = (
     {"pangu/report", "pangu/weights"},
     {"pangu/training", "pangu/serving", "pangu/calibration"},
     {"pangu/preflight", "pangu/device_check"},
-    {"pangu/sweep", "pangu/trained_model"},
+    {"pangu/sweep", "pangu/trained_model", "pangu/plan_tables"},
     {"pangu/task_experts"},
     {"pangu/compression"},
     {"entry points"},

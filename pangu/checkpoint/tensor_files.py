@@ -13,12 +13,10 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
+from pangu.checkpoint import WeightsError
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-
-
-class WeightsError(Exception):
-    """A model that cannot be read, understood or written; the message is one sentence."""
 
 
 class Source(Protocol):

@@ -7,7 +7,7 @@ a router is a `Routing`, and the kinds of routing differ in one line each of `ro
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -41,9 +41,7 @@ class Routing:
 
 
 def routing_for(moe: MoEConfig) -> Routing:
-    """The functions of a configured router; of experts with parts, among whole experts."""
-    if moe.expert_parts:
-        moe = replace(moe, top_k=moe.top_k // (moe.shared_parts + moe.active_parts))
+    """The functions of a configured router."""
     choices: dict[str, Choice] = {
         "moge": partial(moge, num_groups=moe.num_expert_groups, k=moe.top_k),
         "top_k": partial(top_k, k=moe.top_k),

@@ -21,7 +21,8 @@ def report(
     ] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of 127.0.0.1; 0: any free.")] = 8766,
 ) -> None:
-    from pangu.report.run_data import ReportError, read_run
+    from pangu.report import ReportError
+    from pangu.report.run_data import read_run
 
     if serve:
         from pangu.report import live
@@ -42,7 +43,7 @@ def report(
 def main(arguments: list[str]) -> int:
     """The exit code: 0 done, 2 nothing to report on."""
     from configs.violation import ConfigError
-    from pangu.report.run_data import ReportError
+    from pangu.report import ReportError
 
     return run_app(app, arguments, ReportError, ConfigError)
 

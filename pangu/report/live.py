@@ -6,8 +6,9 @@ from html import escape
 from pathlib import Path
 
 from configs.violation import ConfigError
+from pangu.report import ReportError
 from pangu.report.page import page
-from pangu.report.run_data import ReportError, read_run
+from pangu.report.run_data import read_run
 from pangu.report.run_files import BASELINES, CONFIG, EXPERT_LOAD, METRICS, SAMPLE
 from simulator.api import serve_page
 

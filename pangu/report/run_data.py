@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from configs.compose import read_file
 from configs.schema import Config
+from pangu.report import ReportError
 from pangu.report.run_files import (
     BASELINES,
     CONFIG,
@@ -29,10 +30,6 @@ RATES = ("tokens_per_second_per_device", "model_tflops_per_device", "mfu")
 
 
 T = TypeVar("T")
-
-
-class ReportError(Exception):
-    """A folder that cannot be reported on; the message says why, in one sentence."""
 
 
 @dataclass(frozen=True)

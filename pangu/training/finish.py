@@ -45,9 +45,10 @@ def finish(trainer: Trainer) -> None:
         run_dir = trainer.config.run_dir
         say(f"told to stop: no report was written; python -m pangu.report {run_dir} makes it")
         return
+    from pangu.report import ReportError
     from pangu.report.page import write_page
     from pangu.report.plots import write_plots
-    from pangu.report.run_data import ReportError, read_run
+    from pangu.report.run_data import read_run
     from pangu.report.summary import print_summary
 
     folder = Path(trainer.config.run_dir)

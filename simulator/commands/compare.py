@@ -53,7 +53,7 @@ def compare(
 
 def _check_names(models: list[str], machines: list[str]) -> None:
     """A misspelt name stops the comparison; a pair that does not work only leaves a gap."""
-    from configs.compose import groups
+    from configs import groups
     from configs.violation import ConfigError, Violation
 
     wrong = []

@@ -21,8 +21,9 @@ from pathlib import Path
 from types import FrameType
 from unittest import mock
 
+from configs import groups
 from configs.change_rules import leaves
-from configs.compose import groups, load
+from configs.compose import load
 from launch.environment import STARTED_BY
 from pangu import doctor, preflight, train
 

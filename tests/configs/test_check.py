@@ -8,8 +8,9 @@ import time
 import pytest
 import yaml
 
+from configs import groups
 from configs.check import load_checked, violations, warnings
-from configs.compose import groups, load
+from configs.compose import load
 from configs.problem import with_value
 from configs.violation import ConfigError
 
