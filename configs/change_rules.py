@@ -32,13 +32,13 @@ _KEYS: dict[Kind, str] = {
         model.num_experts model.moe_ffn_hidden_size model.shared_expert_ffn_hidden_size
         model.num_dense_layers model.mtp_num_layers model.leap_heads model.sandwich_norm
         model.patched_layers model.key_rounding model.lora_rank model.lora_modules
-        moe.router_scale moe.expert_bias
+        moe.router_scale moe.expert_bias moe.expert_parts moe.shared_parts
     """,
     "function": """
         model.rotary_base model.norm_epsilon model.activation_bits model.kv_bits model.leap_stride
         model.lora_alpha
         moe.router moe.top_k moe.num_expert_groups moe.topk_group moe.score_function
-        moe.softmax_after_top_k moe.renormalize moe.scaling_factor
+        moe.softmax_after_top_k moe.renormalize moe.scaling_factor moe.active_parts
     """,
     "data": """
         data.name data.blend data.validation_blend data.tokenizer data.reset_attention_mask
@@ -67,6 +67,8 @@ _APPLIES: dict[str, Callable[[Config], bool]] = {
     "moe": lambda config: config.model.num_experts > 0,
     "model.max_position_embeddings": lambda config: config.model.position_embedding == "learned",
     "model.leap_stride": lambda config: config.model.leap_heads > 0,
+    "moe.shared_parts": lambda config: config.moe.expert_parts > 0,
+    "moe.active_parts": lambda config: config.moe.expert_parts > 0,
     "model.lora_alpha": lambda config: config.model.lora_rank > 0,
     "model.lora_modules": lambda config: config.model.lora_rank > 0,
     "model.rotary_base": lambda config: config.model.position_embedding == "rope",

@@ -137,6 +137,12 @@ class MoEConfig:
     score_function: Literal["softmax", "sigmoid", "gated"] = "softmax"
     # top_k only: softmax over the chosen logits (the MoGE paper's baseline, Mixtral) or over all.
     softmax_after_top_k: bool = False
+    # CMoE inside experts: so many experts after each other are the parts of one, which the router
+    # chooses whole (0: experts have no parts). Of its parts the first `shared_parts` serve all its
+    # tokens, and each token `active_parts` of the others; top_k counts parts.
+    expert_parts: Experts = 0
+    shared_parts: Experts = 0
+    active_parts: Experts = 1
     renormalize: bool = False  # chosen weights sum to 1
     scaling_factor: Scale = 1.0  # multiplies the chosen weights
     # Learned factor per expert, initialised to 1 (released Pangu Pro); with gated scores to 0.
@@ -154,11 +160,6 @@ class MoEConfig:
     # token. Their gradients are not. On the way back rows travel and are summed in `combine_dtype`.
     dispatch_dtype: DispatchDtype = "model"
     combine_dtype: Literal["model", "bf16", "fp32"] = "model"
-
-    @property
-    def router_matrices(self) -> int:
-        """How many matrices `[E, H]` a router's scores are made from."""
-        return 2 if self.score_function == "gated" else 1
 
     @property
     def equal_groups(self) -> int:

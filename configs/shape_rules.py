@@ -112,6 +112,8 @@ def experts(config: Config) -> Iterator[Problem]:
     yield from _routing(config)
     if moe.score_function == "gated":
         yield from _gated(config)
+    if moe.expert_parts:
+        yield from _parts(config)
 
 
 def _routing(config: Config) -> Iterator[Problem]:
@@ -149,6 +151,35 @@ def _routing(config: Config) -> Iterator[Problem]:
     if moe.expert_bias and moe.router in ("expert_choice", "forced_balance"):
         reason = f"router={moe.router} is balanced without a bias"
         yield Problem("expert bias", "moe.expert_bias", True, reason, {"moe.expert_bias": [False]})
+
+
+def _parts(config: Config) -> Iterator[Problem]:
+    """Experts of several parts, which are chosen as one."""
+    model, moe, key = config.model, config.moe, "moe.expert_parts"
+    parts, each = moe.expert_parts, moe.shared_parts + moe.active_parts
+    if moe.router in ("expert_choice", "forced_balance") or moe.score_function == "gated":
+        reason = "parts are chosen inside experts that tokens choose by top_k, moge, group_limited"
+        yield Problem("router of parts", key, parts, reason, {key: [0]})
+    elif not moe.active_parts or each > parts:
+        reason = f"a token has {each} of {parts} parts of an expert, one of them by choice at least"
+        options: dict[str, list[Any]] = {"moe.active_parts": [1], key: [0]}
+        yield Problem("active parts", "moe.active_parts", moe.active_parts, reason, options)
+    elif moe.top_k % each:
+        options = {"moe.top_k": multiples(each, model.num_experts), key: [0]}
+        reason = f"counts parts, of which a chosen expert has {each}"
+        yield Problem("choices of parts", "moe.top_k", moe.top_k, reason, options)
+    groups = moe.num_expert_groups if moe.router in ("moge", "group_limited") else 1
+    if model.num_experts % (parts * groups):
+        reason = f"{model.num_experts} parts are no whole experts of {parts}"
+        reason += f", equally many in {groups} groups" if groups > 1 else ""
+        yield Problem("whole experts", key, parts, reason, {key: [0]})
+    ranks = config.parallel.expert_model_parallel_size
+    if model.num_experts % (parts * ranks):
+        reason = f"{ranks} ranks hold whole experts, with all {parts} parts"
+        options = {"parallel.expert_model_parallel_size": [1]}
+        yield Problem(
+            "parts of a rank", "parallel.expert_model_parallel_size", ranks, reason, options
+        )
 
 
 def _gated(config: Config) -> Iterator[Problem]:

@@ -186,7 +186,7 @@ def carve(
     text: Text = None,
     backend: Backend = "auto",
 ) -> None:
-    """CMoE: make experts of a dense model's MLPs, without training.
+    """CMoE: make experts of a dense model's MLPs, or parts of an MoE's experts, without training.
 
     Neurons that are among the ten most active ones of many tokens become the shared expert; the
     others fall into experts of equal size by the tokens that activate them, an exact balanced

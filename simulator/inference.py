@@ -29,6 +29,7 @@ from simulator.parameters import (
     mtp_kind,
     qk_size,
     query_groups,
+    router_rows,
     v_size,
 )
 from simulator.serving import Serving
@@ -289,7 +290,7 @@ def _experts(serving: Serving, tokens: Array) -> Array:
         products = products + grouped_matmul_seconds(
             hw, touched, rows / touched, outputs, inputs, dtype=dtype, weight_bytes=weight
         )
-    scores = model.num_experts * moe.router_matrices
+    scores = router_rows(model, moe)
     router = matmul_seconds(hw, tokens, scores, model.hidden_size, dtype=_plain(hw))
     # Softmax, choice inside groups, weights, casts; sorting, counting and cumulating the rows.
     choice = 10 * vector_seconds(hw, 4.0 * tokens * model.num_experts)

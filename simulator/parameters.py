@@ -150,6 +150,22 @@ class LayerParameters:
         return self.dense + self.experts
 
 
+def router_rows(model: ModelConfig, moe: MoEConfig) -> Array:
+    """Rows `[hidden]` of all matrices of a router: one an expert, two where scores are gated; with
+    parts one an expert, and two for each part that is chosen."""
+    if moe.expert_parts:
+        chosen = moe.expert_parts - moe.shared_parts
+        return model.num_experts // moe.expert_parts * (1 + 2 * chosen)
+    return model.num_experts * (2 if moe.score_function == "gated" else 1)
+
+
+def router_scales(model: ModelConfig, moe: MoEConfig) -> Array:
+    """Learned factors of a router: of experts, and of parts that are chosen."""
+    whole = model.num_experts // (moe.expert_parts or 1)
+    parts = whole * (moe.expert_parts - moe.shared_parts) if moe.expert_parts else 0
+    return parts + (whole if moe.router_scale else 0)
+
+
 def layer_parameters(
     model: ModelConfig,
     moe: MoEConfig,
@@ -164,8 +180,7 @@ def layer_parameters(
     if kind == "dense":
         mlp = sum(linear.parameters(tp) for linear in mlp_linears(model, model.ffn_hidden_size))
         return LayerParameters(attention, norms, mlp, 0, 0, 0)
-    router = model.num_experts * model.hidden_size * moe.router_matrices
-    router += model.num_experts if moe.router_scale else 0
+    router = router_rows(model, moe) * model.hidden_size + router_scales(model, moe)
     shared: Array = 0
     if width := model.shared_expert_ffn_hidden_size:
         shared = sum(linear.parameters(tp) for linear in mlp_linears(model, width))
@@ -269,7 +284,7 @@ def matmul_parameters_per_token(model: ModelConfig, moe: MoEConfig, kind: LayerK
     matrices = sum(linear.matrix() for linear in attention_linears(model))
     if kind == "dense":
         return matrices + sum(x.matrix() for x in mlp_linears(model, model.ffn_hidden_size))
-    matrices += model.num_experts * model.hidden_size * moe.router_matrices
+    matrices += router_rows(model, moe) * model.hidden_size
     if width := model.shared_expert_ffn_hidden_size:
         matrices += sum(x.matrix() for x in mlp_linears(model, width))
     expert = sum(x.matrix() for x in mlp_linears(model, model.moe_ffn_hidden_size))

@@ -11,7 +11,14 @@ import numpy as np
 from configs.schema import Config, ModelConfig
 from configs.violation import ConfigError, Violation
 from simulator.array import Array
-from simulator.parameters import attention_linears, layer_norms, mlp_linears, query_groups
+from simulator.parameters import (
+    attention_linears,
+    layer_norms,
+    mlp_linears,
+    query_groups,
+    router_rows,
+    router_scales,
+)
 from simulator.quality import expected_loss, model_loss, used
 
 MOST_SHAPES = 20_000_000
@@ -121,8 +128,7 @@ def parameters_of(config: Config, columns: dict[str, np.ndarray]) -> tuple[np.nd
     expert: Array = sum(
         linear.parameters() for linear in mlp_linears(model, model.moe_ffn_hidden_size)
     )
-    router = model.num_experts * hidden * config.moe.router_matrices
-    router += model.num_experts if config.moe.router_scale else 0
+    router = router_rows(model, config.moe) * hidden + router_scales(model, config.moe)
     dense: Array = sum(linear.parameters() for linear in mlp_linears(model, base.ffn_hidden_size))
     dense_layers = base.num_dense_layers
     moe_layers = model.num_layers - dense_layers

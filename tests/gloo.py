@@ -2,9 +2,11 @@
 what each rank returned."""
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -84,17 +86,42 @@ def alone(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def run(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`function(*arguments)` on `world_size` ranks; the results in order of rank."""
+    _start_server()
+    environment = dict(os.environ)
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_enter, (world_size, folder, function, arguments), nprocs=world_size)
+        mp.start_processes(
+            _enter,
+            (world_size, folder, environment, function, arguments),
+            nprocs=world_size,
+            start_method="forkserver",
+        )
         return [
             torch.load(Path(folder) / f"{rank}.pt", weights_only=False)
             for rank in range(world_size)
         ]
 
 
+def _start_server() -> None:
+    """The process that ranks are forked from: it has imported the engine, which takes seconds."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # it looks for the module there alone
+    forkserver.set_forkserver_preload(["engine_loaded"])
+    forkserver.ensure_running()
+    os.environ.pop("PYTHONPATH")
+    if before is not None:
+        os.environ["PYTHONPATH"] = before
+
+
 def _enter(
-    rank: int, world_size: int, folder: str, function: Callable[..., Any], arguments: tuple
+    rank: int,
+    world_size: int,
+    folder: str,
+    environment: dict[str, str],
+    function: Callable[..., Any],
+    arguments: tuple,
 ) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
     join(rank, world_size, os.path.join(folder, "store"))
     torch.save(function(*arguments), Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

@@ -16,6 +16,7 @@ from megatron.core.transformer.moe.router import Router
 from pangu.moe.config import MoETransformerConfig
 from pangu.moe.load import LayerLoad
 from pangu.moe.losses import Terms, attach, balance_gradient
+from pangu.moe.parts import ExpertParts
 from pangu.moe.routing import routing_for, softmax
 
 
@@ -47,6 +48,12 @@ class _RouterLogits(torch.autograd.Function):
         return grad_input.to(input_TH.dtype), grad_weight.to(weight_EH.dtype)
 
 
+def _gated(input_TH: torch.Tensor, gate_EH: torch.Tensor, up_EH: torch.Tensor) -> torch.Tensor:
+    """|SiLU(x·W)·(x·U)| `[T, E]`."""
+    gate_TE, up_TE = (_RouterLogits.apply(input_TH, weight) for weight in (gate_EH, up_EH))
+    return (torch.nn.functional.silu(gate_TE) * up_TE).abs()
+
+
 class ExpertRouter(Router):
     """Every kind of routing of `MoEConfig`, behind megatron-core's router contract:
     hidden states `[S, B, H]` → weights `[T, E]` (float32, 0 where unchosen) and map (bool).
@@ -55,17 +62,25 @@ class ExpertRouter(Router):
     """
 
     config: MoETransformerConfig
+    weight: torch.nn.Parameter
 
     def __init__(self, config: MoETransformerConfig, pg_collection: ProcessGroupCollection) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.bias = None  # no bias, whatever the model's other linear layers have
+        self.load = LayerLoad(self.num_experts)
+        self.parts: ExpertParts | None = None
+        if config.moe.expert_parts:  # what follows is about whole experts
+            self.parts = ExpertParts(config)
+            self.num_experts //= config.moe.expert_parts
+            whole: Any = torch.nn.Parameter(self.weight.data[: self.num_experts].clone())
+            whole.sequence_parallel = config.sequence_parallel
+            self.weight = whole
         self.functions = routing_for(config.moe)
         self.gated = config.moe.score_function == "gated"
         if self.gated:
             up: Any = torch.nn.Parameter(torch.empty_like(self.weight))
             up.sequence_parallel = config.sequence_parallel
             self.up_weight = up
-        self.load = LayerLoad(self.num_experts)
         self.ep_group = pg_collection.ep
         # The ranks over which the tokens of one micro-batch are spread.
         self.token_group = self.tp_cp_group if config.sequence_parallel else self.cp_group
@@ -101,11 +116,9 @@ class ExpertRouter(Router):
     def logits(self, input_TH: torch.Tensor) -> torch.Tensor:
         """`[T, E]`, at least float32: x·W, or gated |SiLU(x·W)·(x·U)|, which is how far the one
         neuron that speaks for an expert is activated (arXiv 2502.04416)."""
-        logits_TE = _RouterLogits.apply(input_TH, self.weight)
         if self.gated:
-            up_TE = _RouterLogits.apply(input_TH, self.up_weight)
-            logits_TE = (torch.nn.functional.silu(logits_TE) * up_TE).abs()
-        return logits_TE
+            return _gated(input_TH, self.weight, self.up_weight)
+        return _RouterLogits.apply(input_TH, self.weight)
 
     def forward(
         self, input: torch.Tensor, padding_mask: torch.Tensor | None = None
@@ -121,18 +134,23 @@ class ExpertRouter(Router):
         logits_TE = self.logits(input_TH)
         weights_TE, chosen_TE = self.routing(logits_TE)
         # Under recomputation the forward runs twice; the run with gradients is the one that counts.
-        if self.training and torch.is_grad_enabled():
+        counts = self.training and torch.is_grad_enabled()
+        whole_TE = chosen_TE
+        if counts:
             chosen_SBE = chosen_TE.unflatten(0, input.shape[:2])
-            self._record_choices(chosen_TE)
             weights_TE = self._with_losses(weights_TE, logits_TE, input_TH, chosen_SBE)
+        if self.parts is not None:
+            logits = _gated(input_TH, self.parts.weight, self.parts.up_weight)
+            weights_TE, chosen_TE = self.parts(logits, weights_TE, chosen_TE)
+        if counts:
+            self._record_choices(chosen_TE, whole_TE)
         return weights_TE, chosen_TE
 
-    def _record_choices(self, chosen_TE: torch.Tensor) -> None:
-        counts_E = chosen_TE.sum(dim=0)
-        self.load.counts += counts_E
+    def _record_choices(self, chosen_TE: torch.Tensor, whole_TE: torch.Tensor) -> None:
+        self.load.counts += chosen_TE.sum(dim=0)
         self.load.losses[2] += 1 / self.token_group.size()
         if self.local_tokens_per_expert is not None:
-            self.local_tokens_per_expert += counts_E
+            self.local_tokens_per_expert += whole_TE.sum(dim=0)
 
     def _with_losses(
         self,

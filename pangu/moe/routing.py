@@ -7,7 +7,7 @@ a router is a `Routing`, and the kinds of routing differ in one line each of `ro
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -41,7 +41,9 @@ class Routing:
 
 
 def routing_for(moe: MoEConfig) -> Routing:
-    """The functions of a configured router."""
+    """The functions of a configured router; of experts with parts, among whole experts."""
+    if moe.expert_parts:
+        moe = replace(moe, top_k=moe.top_k // (moe.shared_parts + moe.active_parts))
     choices: dict[str, Choice] = {
         "moge": partial(moge, num_groups=moe.num_expert_groups, k=moe.top_k),
         "top_k": partial(top_k, k=moe.top_k),

@@ -83,8 +83,6 @@ def carved_config(config: Config, parts: Parts) -> Config:
     """
     model = config.model
     width, rest = divmod(model.ffn_hidden_size, parts.all)
-    if model.num_experts:
-        raise WeightsError("the model has experts already: dense models are carved")
     if model.activation != "swiglu" or model.add_mlp_bias or model.mtp_num_layers:
         raise WeightsError(
             "carving takes SwiGLU without biases apart, and no layers of multi-token prediction"

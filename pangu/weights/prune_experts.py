@@ -41,6 +41,8 @@ def experts_left(config: Config, keep: float) -> int:
         raise WeightsError("the model has no experts")
     if moe.router in ("expert_choice", "forced_balance"):
         raise WeightsError(f"with moe.router={moe.router} no task has experts of its own")
+    if moe.expert_parts:
+        raise WeightsError("the model's experts are carved: prune the model that they come from")
     groups, least = _groups(moe), moe.top_k // moe.equal_groups
     if moe.router == "group_limited":
         least = -(-moe.top_k // moe.topk_group)

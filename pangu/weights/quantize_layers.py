@@ -131,6 +131,7 @@ class Quantizer:
             readers += [_rows_in(mlp.experts, number) for number in range(len(mlp.experts.w1))]
             router = mlp.router
             exact = [router.weight, router.up_weight] if router.gated else [router.weight]
+            exact += [router.parts.weight, router.parts.up_weight] if router.parts else []
         self._fold(layer.pre_mlp_layernorm, readers, exact, seen["mlp"])
         if self.method == "awq" and not exact and layer.config.gated_linear_unit:
             scales = self._scales([mlp.linear_fc2.weight], [], seen["mlp.linear_fc2"])

@@ -33,6 +33,8 @@ _READERS = {
     "mlp.shared_experts.linear_fc1.weight": "pre_mlp_layernorm.weight",
     "mlp.router.weight": "pre_mlp_layernorm.weight",
     "mlp.router.up_weight": "pre_mlp_layernorm.weight",
+    "mlp.router.parts.weight": "pre_mlp_layernorm.weight",
+    "mlp.router.parts.up_weight": "pre_mlp_layernorm.weight",
     "mlp.experts.w1": "pre_mlp_layernorm.weight",
 }
 # What is added to the stream, and the dimension of its outputs.
@@ -47,7 +49,8 @@ _WRITERS = {
 _UNTOUCHED = (
     "linear_qkv.bias", "linear_fc1.bias", "linear_q_up_proj.weight", "linear_kv_up_proj.weight",
     "q_layernorm.weight", "k_layernorm.weight", "kv_layernorm.weight", "router.expert_bias",
-    "router.router_scale", "self_attention.key_low", "self_attention.key_step",
+    "router.router_scale", "router.parts.scale", "self_attention.key_low",
+    "self_attention.key_step",
 )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from simulator.counts.records import (
     vector,
 )
 from simulator.counts.torch_kernels import SCAN_BYTES_PER_ROW, gathered, norm, summed
-from simulator.parameters import mlp_linears
+from simulator.parameters import mlp_linears, router_rows
 
 # The modules whose recomputation repeats the way to the experts, their first product, and the
 # activation function.
@@ -49,7 +49,7 @@ def moe(s: Shapes, load: Array = 1.0) -> Counts:
             Saved("moe.norm statistics", 4.0 * s.shard),
             Saved(
                 "moe.router scores",
-                8.0 * s.shard * s.model.num_experts * s.moe.router_matrices,
+                8.0 * s.shard * router_rows(s.model, s.moe),
                 ROUTE,
             ),
             *(
@@ -77,7 +77,7 @@ def _router(s: Shapes) -> list[Operator]:
     `[shard, experts]`. PyTorch's kernels are many short ones, with hidden states cast to float32
     for products that run outside the matrix units, and a scan of every row (of every group) that
     settles ties."""
-    width = s.model.num_experts * s.moe.router_matrices
+    width = router_rows(s.model, s.moe)
     scores = 4.0 * s.shard * s.model.num_experts
     shape = {
         "m": s.shard,

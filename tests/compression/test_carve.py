@@ -8,6 +8,7 @@ import torch
 from compression.ours import load_ours, logits
 from compression.tiny import TEXT, VOCABULARY, compress, llama
 from gloo import leave
+from layouts import all_layouts
 from transformers import AutoModelForCausalLM
 
 from configs.check import load_checked
@@ -213,6 +214,18 @@ def trained_on(folder, layouts):
     }
 
 
+# Two of the experts that tokens choose whole have four parts each, one of them shared.
+PARTS = ["moe.expert_parts=4", "moe.shared_parts=1", "moe.active_parts=2", "moe.top_k=6",
+         "moe.router_scale=true", "moe.expert_bias=true", "model.num_experts=16",
+         "model.num_layers=2"]  # fmt: skip
+
+
+def both(folder):
+    """Carved MLPs, and experts in parts."""
+    parts = {name: [*PARTS, *layout] for name, layout in LAYOUTS.items()}
+    return trained_on(folder, LAYOUTS), all_layouts(parts, 2, 3)
+
+
 @pytest.mark.distributed
 def test_a_run_is_carved_and_trained_on_alike_in_every_layout(tmp_path):
     begun = [*DENSE, "train.steps=2", "checkpoint.async_save=false"]
@@ -221,7 +234,11 @@ def test_a_run_is_carved_and_trained_on_alike_in_every_layout(tmp_path):
     words = ["carve", tmp_path / "dense", "--experts", "S4A2E8", "--out", tmp_path / "ours"]
     assert compress([*words, "--calibration", tmp_path / "text", "--window", 16]) == 0
     one = gloo.alone(trained_on, tmp_path, {"one": []})["one"]
-    for name, steps in gloo.run(2, trained_on, tmp_path, LAYOUTS)[0].items():
+    of_parts = gloo.alone(all_layouts, {"": PARTS}, 1, 3)[""]
+    carved, in_parts = gloo.run(2, both, tmp_path)[0]
+    for name, steps in in_parts.items():
+        assert np.array(steps) == pytest.approx(np.array(of_parts), rel=1e-5), name
+    for name, steps in carved.items():
         assert steps.keys() == one.keys()
         for step, found in steps.items():
             assert found == pytest.approx(one[step], rel=1e-5), name
@@ -307,4 +324,4 @@ def test_experts_are_not_carved_again(folder, theirs, capsys):
         folder / "text",
     ]
     assert compress([*words, "--out", folder / "twice"]) == 2
-    assert "has experts already" in capsys.readouterr().err
+    assert "experts are carved already" in capsys.readouterr().err
