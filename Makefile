@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 NPU := .torch-npu/.installed
 ARGS ?=
 
-.PHONY: help install train test check bench clean
+.PHONY: help install train test check bench sbom clean
 
 help:
 	@echo "make install   create .venv with pinned versions of all that training and tests need"
@@ -13,6 +13,7 @@ help:
 	@echo "make test      unit, distributed and end-to-end tests (ARGS='-k name ...')"
 	@echo "make check     lint, format and types"
 	@echo "make bench     benchmarks (what each is and takes: benchmarks/README.md)"
+	@echo "make sbom      what this project depends on: dist/sbom.json, docs/dependencies.md"
 	@echo "make clean     remove caches; .venv, data and runs stay"
 
 install: $(INSTALLED)
@@ -48,6 +49,16 @@ bench: $(INSTALLED)
 	@set -e; for file in $(filter-out benchmarks/routing_quality.py benchmarks/compression_ladder.py benchmarks/expert_pruning.py,$(sort $(wildcard benchmarks/*.py))); do \
 		echo "== $$file"; $(BIN)/python "$$file"; \
 	done
+
+# Of everything that `make install` installs, by tools that stay out of its environment.
+sbom: $(INSTALLED)
+	test -x .sbom/bin/python || $(PYTHON) -m venv .sbom
+	.sbom/bin/python -m pip install -qq --disable-pip-version-check \
+		cyclonedx-bom==7.2.1 pip-licenses==5.5.5
+	mkdir -p dist
+	.sbom/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml -o dist/sbom.json
+	.sbom/bin/pip-licenses --python $(BIN)/python --format=json --with-urls \
+		| $(BIN)/python docs/dependencies.py > docs/dependencies.md
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache
