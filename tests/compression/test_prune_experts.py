@@ -19,7 +19,7 @@ from pangu.compression.experts import write
 from pangu.data.tokenizer import load_tokenizer
 from pangu.model.build import build_model
 from pangu.weights.convert import export_model, import_model
-from pangu.weights.expert_patterns import Pattern, mean_pattern, mean_scores
+from pangu.weights.expert_patterns import Pattern, listening, mean_pattern, mean_scores, run
 from pangu.weights.prune_experts import (
     experts_left,
     kept_experts,
@@ -124,23 +124,23 @@ def numpy_scores(score, s_TE, chosen_TK):
     return sums / tokens
 
 
-@pytest.mark.parametrize("score", ["peu", "tcess", "frequency"])
-def test_scores_are_the_papers(score, pair):
+def test_scores_are_the_papers(pair, halves):
+    """PEU as the command stores it; the others of one pass."""
     folder, theirs = pair
-    store = folder / f"store-{score}"
-    words = ["prune-experts", folder / "ours", "--task", folder / "text", "--tokens", TOKENS]
-    words += ["--window", WINDOW, "--store", store, "--score", score, "--backend", "cpu"]
-    assert compress(words) == 0
-    with safe_open(store / "text.safetensors", framework="np") as file:
-        assert file.metadata()["score"] == score
-        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    model, rows = load_ours(folder / "ours"), rows_of(folder)
+    with listening(model) as choices:
+        run(model, rows.flatten().tolist(), WINDOW)
     dense = getattr(theirs.config, "first_k_dense_replace", 0)
-    s = their_router_logits(theirs, rows_of(folder))
-    assert list(found) == [f"decoder.layers.{dense + n}.mlp" for n in range(len(s))]
+    s = their_router_logits(theirs, rows)
+    assert list(choices) == list(halves[0])
+    assert list(choices) == [f"decoder.layers.{dense + n}.mlp" for n in range(len(s))]
     for number, layer in enumerate(s):
+        name = f"decoder.layers.{dense + number}.mlp"
         chosen = numpy_choice(theirs.config, layer, bias_of(theirs, dense + number))
-        expected = numpy_scores(score, layer, chosen)
-        assert np.abs(found[f"decoder.layers.{dense + number}.mlp"] - expected).max() < 1e-5
+        for score in ("peu", "tcess", "frequency"):
+            stored = choices[name].scores(score, EXPERTS).numpy()
+            found = halves[0][name] if score == "peu" else stored
+            assert np.abs(found - numpy_scores(score, layer, chosen)).max() < 1e-5
 
 
 def test_half_of_the_experts_is_the_model_of_transformers_with_half(pair, halves, tmp_path):
@@ -276,6 +276,7 @@ def test_an_unchosen_expert_does_not_beat_a_chosen_one_with_a_negative_logit():
     [
         (["moe.router=top_k", "moe.top_k=4"], 0.25, "leaves 2 of 8 experts, and a token chooses 4"),
         (["moe.top_k=8"], 0.5, "leaves 1 of 2 experts of each of 4 groups, and a token chooses 2"),
+        (["model.num_experts=0", "model.ffn_hidden_size=32"], 0.5, "the model has no experts"),
         (["moe.router=expert_choice"], 0.5, "no task has experts of its own"),
     ],
 )
@@ -297,14 +298,6 @@ def test_mistakes_are_one_sentence(pair, tmp_path, capsys):
         assert message in error
         assert "Traceback" not in error
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_dense_model_has_none(tmp_path, capsys):
-    from compression.tiny import llama
-
-    llama(tmp_path)
-    assert prune(tmp_path, tmp_path / "out") == 2
-    assert "the model has no experts" in capsys.readouterr().err
 
 
 def test_the_preset_is_what_is_written(pair, halves):

@@ -35,12 +35,24 @@ def read_so_far() -> int:
     return int(next(line for line in lines if line.startswith("rchar")).split()[1])
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """By kind, once: a folder with a model, patterns of two texts in `store`, and what pruning by
+    each writes."""
+    made = {}
+
+    def folder_of(kind):
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp(kind)
+            prepare(made[kind], kind)
+        return made[kind]
+
+    return folder_of
+
+
 @pytest.fixture(scope="module", params=KINDS)
-def folder(request, tmp_path_factory):
-    """A model, patterns of two texts in `store`, and what pruning by each writes."""
-    folder = tmp_path_factory.mktemp(request.param)
-    prepare(folder, request.param)
-    return folder
+def folder(request, prepared):
+    return prepared(request.param)
 
 
 def prepare(folder, kind):
@@ -105,9 +117,8 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def qwen(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("qwen")
-    prepare(folder, "qwen")
+def qwen(prepared):
+    folder = prepared("qwen")
     (folder / "prompts").write_text("\n".join(PROMPTS))
     return folder
 
