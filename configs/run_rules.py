@@ -167,13 +167,30 @@ def _swap_limits(config: Config) -> Iterator[Problem]:
         yield Problem("swapped optimizer", key, True, reason, options)
 
 
+def _overlap_limits(config: Config) -> Iterator[Problem]:
+    """Where the trainer cannot run a forward pass beside a backward pass."""
+    parallel, key = config.parallel, "parallel.overlap_expert_parallel"
+    if not parallel.overlap_expert_parallel:
+        return
+    options: dict[str, list[Any]] = {key: [False]}
+    stages, chunks = "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"
+    if parallel.pipeline_model_parallel_size > 1 == parallel.virtual_pipeline_model_parallel_size:
+        reason = "in a pipeline the trainer overlaps micro-batches of interleaved stages alone"
+        more = {**options, f"parallel.{stages}": [1], f"parallel.{chunks}": [2]}
+        yield Problem("overlapped stages", key, True, reason, more)
+    if config.backend.name in ("cuda", "npu"):
+        reason = (
+            "the trainer overlaps micro-batches of processes on CPUs, not on streams of devices"
+        )
+        yield Problem("overlapped device", key, True, reason, {**options, "backend.name": ["cpu"]})
+
+
 def trainer_limits(config: Config) -> Iterator[Problem]:
     """What the simulator can plan and the trainer does not run."""
     parallel, backend, resume = config.parallel, config.backend, config.checkpoint.resume
     plan_only = "the simulator plans it, the trainer does not run it"
     limits: tuple[tuple[str, list[Any]], ...] = (
         ("parallel.schedule", ["1f1b"]),
-        ("parallel.overlap_expert_parallel", [False]),
         ("parallel.zero_stage", [0, 1]),
         ("backend.precision", ["auto", "fp32", "fp64", "bf16"]),
     )
@@ -205,6 +222,7 @@ def trainer_limits(config: Config) -> Iterator[Problem]:
         reason = "NPUs have no double-precision matrix products"
         yield Problem("npu fp64", key, "fp64", reason, {key: ["auto", "bf16", "fp32"]})
     yield from _swap_limits(config)
+    yield from _overlap_limits(config)
     if resume not in ("auto", "never") and not os.path.isdir(resume):
         key = "checkpoint.resume"
         yield Problem("resume", key, resume, "there is no such folder", {key: ["auto", "never"]})

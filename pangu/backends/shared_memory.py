@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
 
+from pangu.backends import turns
 from pangu.backends.timeline import timeline
 from pangu.backends.whereabouts import here
 
@@ -116,6 +117,27 @@ def _slots(descriptor: int) -> tuple[torch.Tensor, ...]:
     memory = mmap.mmap(descriptor, 2 * SLOT)
     os.close(descriptor)
     return torch.frombuffer(memory, dtype=torch.uint8).split(SLOT)
+
+
+class _Addends:
+    """The work of a reduce-scatter whose addends are on their way; who waits for it sums them."""
+
+    def __init__(self, reduction: Callable[..., Any]) -> None:
+        self._reduction = reduction
+        self._expected: list[tuple[Any, torch.Tensor, torch.Tensor]] = []
+
+    def expect(self, work: Any, parts: torch.Tensor, output: torch.Tensor) -> None:
+        """`work` fills `parts` `[ranks, n]`, whose sum goes into `output` (n values)."""
+        self._expected.append((work, parts, output))
+
+    def get_future(self) -> Any:
+        """Done when the last ones have come."""
+        return (self._expected[-1][0] if self._expected else DONE).get_future()
+
+    def wait(self) -> None:
+        for work, parts, output in self._expected:
+            work.wait()
+            _combine(parts.unbind(), output.view(-1), self._reduction)
 
 
 class SharedMemoryGroup(_ProcessGroup):
@@ -223,20 +245,21 @@ class SharedMemoryGroup(_ProcessGroup):
         reduction = _reduction(opts)
         if reduction is None or opts.asyncOp:
             return self._gloo.reduce_scatter_single_coalesced(outputs, inputs, opts)
+        addends = _Addends(reduction)
         for output, input in zip(outputs, inputs, strict=True):
             shares = input.contiguous().view(len(self._ranks), -1)
             if not self.serves(opts):
                 # Gloo's own is an all-reduce of everything, twice the bytes.
                 parts = torch.empty_like(shares)
-                self._gloo.all_to_all_single(parts, shares, [], [], dist.AllToAllOptions()).wait()
-                _combine(parts.unbind(), output.view(-1), reduction)
+                work = self._gloo.all_to_all_single(parts, shares, [], [], dist.AllToAllOptions())
+                addends.expect(work, parts, output)
                 continue
             size = SLOT // input.element_size()
             for target, sent in zip(
                 output.view(-1).split(size), shares.split(size, dim=1), strict=True
             ):
                 self._reduce(sent.contiguous().unbind(), target, reduction)
-        return DONE
+        return addends
 
     def allreduce(self, tensors: list[torch.Tensor], opts: Any) -> Any:
         reduction = _reduction(opts)
@@ -282,14 +305,20 @@ def _told(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         if here.inside:  # one of these calls another
             return call(self, *args, **kwargs)
         self._calls += 1
-        place = (self.group_desc or "a group", self._ranks, name, self._calls)
-        if timeline.recording:
-            return _timed(place, partial(call, self, *args, **kwargs), _waits(args))
-        with here.at(*place):
-            work = call(self, *args, **kwargs)
-            if work is not DONE and _waits(args):
+        group, waits = self.group_desc or "a group", _waits(args)
+        place = (group, self._ranks, name, self._calls)
+        span = timeline.collective(name, group, self._ranks, self._calls)
+        with timeline.waiting(span, span.start) if waits else nullcontext():
+            with here.at(*place):
+                work = call(self, *args, **kwargs)
+            if not waits:
+                return timeline.watch(work, span) if timeline.recording else work
+            if turns.would_change(group, _sent(args)):
+                timeline.end_with(work, span)
+                turns.hand_over()
+            with here.at(*place):
                 work.wait()
-        return work
+        return DONE  # the engine waits once more
 
     return told
 
@@ -299,17 +328,13 @@ def _waits(args: tuple[Any, ...]) -> bool:
     return getattr(args[-1] if args else None, "asyncOp", True) is False
 
 
-def _timed(place: tuple[str, list[int], str, int], call: Callable[[], Any], waits: bool) -> Any:
-    """A call that is to be seen in a trace."""
-    group, ranks, name, number = place
-    span = timeline.collective(name, group, ranks, number)
-    with timeline.waiting(span, span.start) if waits else nullcontext(), here.at(*place):
-        work = call()
-        if not waits:
-            return timeline.watch(work, span)
-        if work is not DONE:
-            work.wait()
-    return work
+def _sent(args: tuple[Any, ...]) -> torch.Tensor:
+    """The first tensor of a call that is waited for: inputs are the last of its tensors."""
+    tensors = [each for each in args if isinstance(each, torch.Tensor | list)]
+    given = tensors[min(1, len(tensors) - 1)] if tensors else NOTHING
+    while isinstance(given, list):
+        given = given[0] if given else NOTHING
+    return given if isinstance(given, torch.Tensor) else NOTHING
 
 
 def _through_gloo(name: str) -> Callable[..., Any]:

@@ -62,11 +62,13 @@ class Timeline:
         self.recording = False
 
     def collective(self, name: str, group: str, ranks: Sequence[int], number: int) -> Span:
-        """One that starts now; `ranks` of the run, which fill one node after the other."""
+        """One that starts now; `ranks` of the run, which fill one node after the other. It is
+        nobody's unless steps are recorded."""
         nodes = {rank // self.ranks_per_node for rank in ranks}
         span = Span(INSIDE if len(nodes) == 1 else BETWEEN, name, _now(), group=group)
         span.details = {"group": group, "ranks": list(ranks), "number": number}
-        self.spans.append(span)
+        if self.recording:
+            self.spans.append(span)
         return span
 
     @contextlib.contextmanager
@@ -75,7 +77,7 @@ class Timeline:
         self._computed(since or _now())
         yield
         span.finish()
-        self._free_since = _now()
+        self.resume()
 
     @contextlib.contextmanager
     def swapping(self, name: str) -> Iterator[None]:
@@ -90,9 +92,23 @@ class Timeline:
 
     def watch(self, work: Any, span: Span) -> Any:
         """The work of an asynchronous call, whose end and whose waits are noted."""
-        with contextlib.suppress(RuntimeError):  # a send's or a receive's has none
-            work.get_future().add_done_callback(lambda _: span.finish())
+        self.end_with(work, span)
         return _Watched(work, span)
+
+    def end_with(self, work: Any, span: Span) -> None:
+        """`span` ends when `work` does, whoever waits for it and when."""
+        if not self.recording:
+            return
+        with contextlib.suppress(RuntimeError):  # a send's or a receive's has no future
+            work.get_future().add_done_callback(lambda _: span.finish())
+
+    def pause(self) -> None:
+        """Computing ends here."""
+        self._computed(_now())
+
+    def resume(self) -> None:
+        """Computing begins here."""
+        self._free_since = _now()
 
     def _computed(self, until: int) -> None:
         if self.recording:

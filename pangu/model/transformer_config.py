@@ -37,7 +37,7 @@ def transformer_config(config: Config) -> PanguTransformerConfig:
         moe = replace(moe, dispatcher=resolved(config))
     if config.train.leap_heads_only or model.lora_rank:  # the balancing bias keeps its bits too
         moe = replace(moe, expert_bias_update_rate=0.0)
-    return PanguTransformerConfig(
+    settings = PanguTransformerConfig(
         model=model,
         moe=moe,
         activation_bits=model.activation_bits,
@@ -80,6 +80,9 @@ def transformer_config(config: Config) -> PanguTransformerConfig:
         **_parallel(config),
         **_recompute(config),
     )
+    # Given to the constructor it is refused for what the engine's own passes cannot do.
+    settings.overlap_moe_expert_parallel_comm = config.parallel.overlap_expert_parallel
+    return settings
 
 
 def _leave_as_is(tensor: torch.Tensor) -> torch.Tensor:

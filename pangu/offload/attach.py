@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from configs.schema import MemoryConfig
 from pangu import backends
 from pangu.moe.layer import ExpertLayer
-from pangu.offload.swap import Swap
+from pangu.offload.swap import PerThread, Swap
 
 EXPERTS_ROWS = ("moe", "moe_permute")
 ACTIVATED = ("moe", "moe_act", "moe_fc1")
@@ -68,17 +68,17 @@ def _around(
 ) -> None:
     """What is saved inside `module` is `name`'s; its inputs are of the owners `before`, unless
     somebody else's, its output `after`."""
-    entered: list[Any] = []
+    inside: PerThread[Any] = PerThread()
 
     def enter(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
         for tensor in inputs:
             if isinstance(tensor, torch.Tensor):
                 swap.own(tensor, *before)
-        entered.append(swap.inside(name))
-        entered[-1].__enter__()
+        inside.entered.append(swap.inside(name))
+        inside.entered[-1].__enter__()
 
     def leave(module: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        entered.pop().__exit__(None, None, None)
+        inside.entered.pop().__exit__(None, None, None)
         if after is not None and isinstance(output, torch.Tensor):
             swap.own(output, *after)
 

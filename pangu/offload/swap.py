@@ -6,17 +6,19 @@ A tensor goes where one of the modules that own it is swapped. Owners are what t
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import deque
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from pangu.backends.host_tier import HostTier, Parcel
 
+T = TypeVar("T")
 LEAST_BYTES = 1 << 14  # of a storage that is worth the way
 
 
@@ -50,6 +52,13 @@ class _View(NamedTuple):
         return empty.set_(data.untyped_storage(), self.offset, self.shape, self.stride)
 
 
+class PerThread(threading.local, Generic[T]):
+    """What a pass is inside of; there may be another pass beside it, in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.entered: list[T] = []
+
+
 class Swap:
     """Packs and unpacks what a forward pass saves. At most as many bytes as the largest layer
     swaps are on their way out, and as many on their way back."""
@@ -64,7 +73,7 @@ class Swap:
         self.tier = tier
         self.swapped, self.recomputed = frozenset(swapped), frozenset(recomputed)
         self._parameters = {each.untyped_storage()._cdata for each in parameters}
-        self._inside: list[str] = []
+        self._inside: PerThread[str] = PerThread()
         # By storage: a weak reference, which keeps its number from being used again, and a value.
         self._owners: dict[int, tuple[StorageWeakRef, frozenset[str]]] = {}
         self._away: dict[int, tuple[StorageWeakRef, weakref.ref[_Away]]] = {}
@@ -98,7 +107,7 @@ class Swap:
         if torch._C._current_graph_task_id() != -1 or number in self._parameters:
             return tensor
         known = self._owners.get(number)
-        owners = known[1] if known and not known[0].expired() else frozenset(self._inside)
+        owners = known[1] if known and not known[0].expired() else frozenset(self._inside.entered)
         small = storage.nbytes() < LEAST_BYTES
         # What is recomputed gives up its storage by itself.
         if small or owners & self.recomputed or not owners & self.swapped:
@@ -171,9 +180,9 @@ class _Inside:
         self.hooks = torch.autograd.graph.saved_tensors_hooks(swap.pack, swap.unpack)
 
     def __enter__(self) -> None:
-        self.swap._inside.append(self.module)
+        self.swap._inside.entered.append(self.module)
         self.hooks.__enter__()
 
     def __exit__(self, *error: Any) -> None:
         self.hooks.__exit__(*error)
-        self.swap._inside.pop()
+        self.swap._inside.entered.pop()

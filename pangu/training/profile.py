@@ -19,6 +19,7 @@ import torch.distributed as dist
 from configs.layout import ranks_per_node
 from configs.schema import Config
 from pangu.backends.timeline import COMPUTE, LANES, SWAP, Span, timeline
+from pangu.backends.turns import is_of_experts
 from pangu.engines.ranks import say
 from pangu.report.run_files import replace_text
 
@@ -98,11 +99,6 @@ def hidden(ranks: Sequence[Sequence[Span]]) -> dict[str, Hidden]:
         for name, rows in kinds.items()
         if any(lasting for lasting, _ in rows)
     }
-
-
-def is_of_experts(group: str) -> bool:
-    """Whether a group's messages are tokens on their way to experts or back, by its name."""
-    return group.startswith("EXPERT") and "DATA" not in group
 
 
 def trace(ranks: Sequence[Sequence[Span]]) -> dict[str, Any]:

@@ -23,7 +23,12 @@ TWO = {
     "cp2": [CP2],
     "etp2": [ETP2],
 }
-FOUR = {"tp2 ep2": [TP2, EP2], "pp2 ep2": [PP2, EP2]}
+OVERLAP = "parallel.overlap_expert_parallel=true"
+FOUR = {
+    "tp2 ep2": [TP2, EP2],
+    "pp2 ep2": [PP2, EP2],
+    "pp2 vpp2 ep2 overlapped": [PP2, VPP2, EP2, OVERLAP],
+}
 
 
 def farthest(found: list[tuple[float, ...]], expected: list[tuple[float, ...]]) -> float:

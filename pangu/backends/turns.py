@@ -1,0 +1,120 @@
+"""Two passes side by side in one process, of which one at a time computes.
+
+Each has a thread. Where one begins to wait for tokens on their way to experts or back, it hands the
+other the turn, and has it again where the other begins to wait, or ends. They alternate strictly,
+whatever arrives first: ranks that run the same two passes call their collectives in the same order,
+which is all that keeps them from waiting for each other for ever.
+
+Other collectives keep the turn. Those of tensor parallelism write into buffers that the engine has
+once, for one pass. Counts and weights of experts are short: were the turn given away for them, it
+would come back only after the other's rows have travelled, with nobody computing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+
+from pangu.backends.timeline import timeline
+
+NARROWEST = 32  # values of a token; what is narrower are weights of a rank's experts
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+class _Pass:
+    """One of the two; `other` is set before either runs."""
+
+    other: _Pass
+
+    def __init__(self) -> None:
+        self.turn = threading.Semaphore(0)
+        self.over = self.failed = False
+
+    def run(self, work: Callable[[], T]) -> T:
+        """`work`, in the turn that this thread has; the other has it afterwards."""
+        timeline.resume()
+        _thread.own = self
+        try:
+            return work()
+        except BaseException:
+            self.failed = True
+            raise
+        finally:
+            _thread.own, self.over = None, True
+            timeline.pause()
+            self.other.turn.release()
+
+
+class _Thread(threading.local):
+    own: _Pass | None = None  # that this thread runs
+
+
+_thread = _Thread()
+
+
+class AbandonedError(RuntimeError):
+    """The other pass has failed: this one ends too."""
+
+
+def is_of_experts(group: str) -> bool:
+    """Whether a group's messages are tokens on their way to experts or back, by its name."""
+    return group.startswith("EXPERT") and "DATA" not in group
+
+
+def would_change(group: str, sent: torch.Tensor) -> bool:
+    """Whether this thread runs one of two passes, which ends its turn where it waits for `sent`:
+    rows of experts (`[rows, hidden]`, any number of them). The same on all of the group's ranks."""
+    rows = sent.dim() > 1 and sent.size(-1) >= NARROWEST
+    return _thread.own is not None and rows and is_of_experts(group)
+
+
+def hand_over() -> None:
+    """Let the other pass compute until it waits or ends; at once where there is none.
+
+    Raises:
+        AbandonedError: the other pass has failed.
+    """
+    own = _thread.own
+    if own is None:
+        return
+    if not own.other.over:
+        own.other.turn.release()
+        own.turn.acquire()
+    if own.other.failed:
+        raise AbandonedError("the pass beside this one has failed")
+
+
+def side_by_side(first: Callable[[], T], second: Callable[[], U]) -> tuple[T, U]:
+    """Both results. `first` begins, in this thread; `second` is a forward pass with gradients, or
+    anything else that needs no state of the calling thread."""
+    one, two = _Pass(), _Pass()
+    one.other, two.other = two, one
+
+    def begin() -> U:
+        two.turn.acquire()
+        return two.run(second)
+
+    begun = _worker().submit(begin)
+    try:
+        found = one.run(first)
+    except AbandonedError:
+        begun.result()  # what the other has failed of
+        raise
+    finally:
+        error = begun.exception()
+        timeline.resume()
+    if error is not None:
+        raise error
+    return found, begun.result()
+
+
+@cache
+def _worker() -> Any:
+    """One thread for all second passes: each thread that computes has others of its own."""
+    return ThreadPoolExecutor(1, "second pass")
