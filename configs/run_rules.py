@@ -165,6 +165,11 @@ def _swap_limits(config: Config) -> Iterator[Problem]:
         reason = "the trainer swaps the optimizer's state into a file, where the device is the host"
         options: dict[str, list[Any]] = {key: [False], "backend.name": ["cpu"]}
         yield Problem("swapped optimizer", key, True, reason, options)
+    if memory.swap_optimizer and config.model.num_experts and config.moe.placement == "dynamic":
+        key = "moe.placement"
+        reason = "moments that move while a checkpoint reads their file would be saved elsewhere"
+        options = {key: ["static"], "memory.swap_optimizer": [False]}
+        yield Problem("swapped and placed", key, "dynamic", reason, options)
 
 
 def _overlap_limits(config: Config) -> Iterator[Problem]:

@@ -160,6 +160,11 @@ class MoEConfig:
     # token. Their gradients are not. On the way back rows travel and are summed in `combine_dtype`.
     dispatch_dtype: DispatchDtype = "model"
     combine_dtype: Literal["model", "bf16", "fp32"] = "model"
+    # Where experts are (Pangu Ultra): always on the same rank, or moved between ranks every so many
+    # steps, in layers where the coefficient of variation of device load falls by so much.
+    placement: Literal["static", "dynamic"] = "static"
+    placement_period: Count = 50
+    placement_threshold: Scale = 0.08
 
     @property
     def equal_groups(self) -> int:

@@ -20,6 +20,7 @@ from pangu.moe.dispatch import DISPATCHERS, Dispatcher
 from pangu.moe.dispatch.choices import choices_per_token
 from pangu.moe.dispatch.dispatcher import DispatchRecord
 from pangu.moe.experts import GroupedExperts
+from pangu.moe.placement import Order
 from pangu.moe.router import ExpertRouter
 from pangu.ops.lora_linear import column, row
 
@@ -43,6 +44,23 @@ class ExpertLayer(MoELayer):
         self.token_dispatcher = DISPATCHERS[kind](
             self.num_local_experts, config, groups, choices_per_token(config.moe)
         )
+        self.expert_of_slot: torch.Tensor | None = None
+
+    def place(self, order: Order | None) -> None:
+        """From now on slot i, counted over all ranks, holds expert `order[i]`; None: expert i."""
+        device = self.router.weight.device
+        self.expert_of_slot = None if order is None else torch.from_numpy(order).to(device)
+
+    def route(
+        self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights and map `[T, E]` by slot, which is all that dispatchers know of; the router and
+        its counts know experts."""
+        weights_TE, chosen_TE = super().route(hidden_states, padding_mask)
+        if self.expert_of_slot is None:
+            return weights_TE, chosen_TE
+        slots = self.expert_of_slot
+        return weights_TE.index_select(1, slots), chosen_TE.index_select(1, slots)
 
     @property
     def combine_dtype(self) -> torch.dtype:

@@ -19,6 +19,7 @@ from pangu.checkpoint.run_state import RunState
 from pangu.checkpoint.saver import Saved, Saver
 from pangu.data.datasets import Datasets, batches, build_datasets, sequences_held
 from pangu.engines.contract import Batch, Engine, StepShape
+from pangu.engines.placement import ExpertPlacement
 from pangu.engines.ranks import from_rank_0, say
 from pangu.moe.load import read_expert_bias, read_load
 from pangu.report.run_files import read_metrics
@@ -50,6 +51,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.saver = Saver(self.config, self.engine, self.datasets.tokenizer)
+        self.placement = ExpertPlacement(self.config, self.engine)
         self.skipped = SkippedSteps(self.config.train.max_skipped_steps)
         self.last_started = self.last_saved = self.state.step
         self.rolled_back_to: int | None = None
@@ -176,7 +178,8 @@ class Trainer:
         """Start a checkpoint of this step, after the one under way, if any."""
         self.note(self.saver.finish())
         self.last_started = self.state.step
-        self.note(self.saver.start(self.state))
+        with self.placement.at_home():
+            self.note(self.saver.start(self.state))
 
     def note(self, saved: Saved | None) -> None:
         """Take note of how a save ended; a failed one goes into the metrics."""
@@ -254,6 +257,7 @@ class Trainer:
         if found.manifest.step == self.rolled_back_to:
             found = restore.newest(self.config.run_dir, before=self.rolled_back_to) or found
         say(f"{trouble}: rolling back to step {found.manifest.step}")
+        self.placement.forget()
         self.state = restore.restore(self.config, found, self.engine).state
         self.rolled_back_to = self.last_started = self.last_saved = self.state.step
         phase = schedule.phase_at(self.config, self.state.step)
@@ -282,6 +286,7 @@ class Trainer:
         with self.profile.of(self.state.step + 1):
             result = self.engine.train_step(train_batches, shape)
             load = read_load(self.engine.chunks)
+            placed = self.placement.after_step(self.state.step + 1, load)
             backends.current().synchronize()
         seconds = time.perf_counter() - started
         self.pace.add(seconds - (here.waited - waited))
@@ -291,7 +296,7 @@ class Trainer:
         self.skipped.count(result.skipped)
         if load:
             self.load.add(self.state.step, load.counts)
-        return step_row(
+        row = step_row(
             self.config,
             result,
             load,
@@ -300,7 +305,9 @@ class Trainer:
             seconds=seconds,
             sequences=sequences,
             seq_length=shape.seq_length,
-        ) | ({"skipped_steps": self.state.skipped_steps} if result.skipped else {})
+        )
+        skipped = {"skipped_steps": self.state.skipped_steps} if result.skipped else {}
+        return row | placed | skipped
 
     def shape(self) -> StepShape:
         """What this replica computes per step."""
