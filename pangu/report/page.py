@@ -23,6 +23,8 @@ _CURVES = {
     "learning_rate": "Learning rate",
     "device_imbalance": "Device imbalance (IS), pairs per token",
     "expert_imbalance": "Expert imbalance, pairs per token",
+    "device_load_cv": "Device load, standard deviation over mean",
+    "experts_moved": "Experts moved between ranks after the step",
     "aux_loss": "Auxiliary loss (1 = balance)",
     "mfu": "Model FLOPs utilisation",
     "memory_gib": "Peak memory of the fullest rank (GiB)",

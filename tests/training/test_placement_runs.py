@@ -9,14 +9,19 @@ import pytest
 from checkpoint_runs import train
 
 DYNAMIC = ["moe.placement=dynamic", "moe.placement_period=2", "moe.placement_threshold=0"]
-RUN = ["backend.precision=fp64", "train.steps=12", "checkpoint.save_at_end=false"]
+RUN = [
+    # The engine neither clips double gradients nor shards the state of double weights.
+    *["backend.precision=fp64", "optimizer.clip_grad=0", "parallel.zero_stage=0"],
+    *["train.steps=12", "checkpoint.save_at_end=false"],
+]
 EP2, EP4 = (f"parallel.expert_model_parallel_size={size}" for size in (2, 4))
 TP2 = "parallel.tensor_model_parallel_size=2"
 TOP_K, MOGE = ["moe=top_k", "moe.top_k=2"], ["moe=moge", "moe.num_expert_groups=2", "moe.top_k=2"]
+SHARDED = ["backend.precision=fp32", "parallel.zero_stage=1", "moe.expert_bias=true"]
 # Of four processes in two nodes; MoGE's two groups lie on two ranks each with EP4.
 WAYS = {
-    "all-to-all": [*TOP_K, EP2, "moe.dispatcher=alltoall", "parallel.zero_stage=0"],
-    "deduplicated, sharded": [*TOP_K, EP2, "moe.dispatcher=deduplicated", "moe.expert_bias=true"],
+    "all-to-all": [*TOP_K, EP2, "moe.dispatcher=alltoall"],
+    "sharded": [*TOP_K, EP2, "moe.dispatcher=deduplicated", *SHARDED],
     "all-gather, recomputed": [
         *[*TOP_K, EP2, TP2, "moe.dispatcher=allgather", "memory=selective"],
         "memory.recompute_modules=[moe_permute,moe_act]",
@@ -32,16 +37,19 @@ WAYS = {
 
 def compared(folder: str) -> dict[str, tuple[float, int]]:
     """Of each way, how far losses and gradient norms are from those of experts that stay, and how
-    many moved; of one also where moments do not move along, where it is resumed, and in bf16."""
+    many moved; of one also where moments do not move along, and where it is resumed."""
     from pangu.engines import placement
 
     found = {}
     for name, overrides in WAYS.items():
-        run, nodes = Path(folder) / name, ["launch.processes=2", "launch.nodes=2"]
+        run, nodes = (
+            Path(folder) / name.replace(", ", "-"),
+            ["launch.processes=2", "launch.nodes=2"],
+        )
         still = train(run / "static", [*RUN, *nodes, *overrides])[0]
         moving = train(run / "dynamic", [*RUN, *nodes, *overrides, *DYNAMIC])[0]
         found[name] = farthest(moving, still), moves(run / "dynamic")
-        if name == "deduplicated, sharded":
+        if name == "sharded":
             kept = placement.MOMENTS
             placement.MOMENTS = ()
             without = train(run / "without", [*RUN, *nodes, *overrides, *DYNAMIC])[0]
@@ -49,7 +57,7 @@ def compared(folder: str) -> dict[str, tuple[float, int]]:
             found["moments left behind"] = farthest(without, still), 0
             saved = [*RUN, *nodes, *overrides, *DYNAMIC, "checkpoint.save_every=7"]
             train(run / "saved", [*saved, "train.steps=7", "checkpoint.save_at_end=true"])
-            elsewhere = [*RUN, *nodes, *TOP_K, "moe.expert_bias=true", EP4, *DYNAMIC]
+            elsewhere = [*RUN, *nodes, *TOP_K, *SHARDED, EP4, *DYNAMIC]
             resumed = train(run / "resumed", [*elsewhere, f"checkpoint.resume={run / 'saved'}"])[0]
             assert min(resumed) == 8
             found["resumed with EP4"] = farthest(resumed, still), moves(run / "resumed")
@@ -74,8 +82,10 @@ def moves(run_dir: Path) -> int:
 def test_losses_are_those_of_experts_that_stay():
     with tempfile.TemporaryDirectory() as folder:
         found = gloo.run(4, compared, folder)[0]
-    assert found.pop("moments left behind")[0] > 1e-6
-    assert {name: far for name, (far, _) in found.items() if not far < 1e-10} == {}
+    assert found.pop("moments left behind")[0] > 1e-3
+    singles = ("sharded", "resumed with EP4")
+    limits = {name: 1e-5 if name in singles else 1e-10 for name in found}
+    assert {name: far for name, (far, _) in found.items() if not far < limits[name]} == {}
     moved = {name: count for name, (_, count) in found.items()}
     assert moved.pop("moge, sliced experts") == 0  # whole groups on each rank: nothing to gain
     assert all(moved.values())
