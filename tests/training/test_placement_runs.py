@@ -12,7 +12,7 @@ DYNAMIC = ["moe.placement=dynamic", "moe.placement_period=2", "moe.placement_thr
 RUN = [
     # The engine neither clips double gradients nor shards the state of double weights.
     *["backend.precision=fp64", "optimizer.clip_grad=0", "parallel.zero_stage=0"],
-    *["train.steps=12", "checkpoint.save_at_end=false"],
+    *["model.num_layers=2", "train.steps=12", "checkpoint.save_at_end=false"],
 ]
 EP2, EP4 = (f"parallel.expert_model_parallel_size={size}" for size in (2, 4))
 TP2 = "parallel.tensor_model_parallel_size=2"
@@ -82,9 +82,9 @@ def moves(run_dir: Path) -> int:
 def test_losses_are_those_of_experts_that_stay():
     with tempfile.TemporaryDirectory() as folder:
         found = gloo.run(4, compared, folder)[0]
-    assert found.pop("moments left behind")[0] > 1e-3
+    assert found.pop("moments left behind")[0] > 1e-4
     singles = ("sharded", "resumed with EP4")
-    limits = {name: 1e-5 if name in singles else 1e-10 for name in found}
+    limits = {name: 1e-5 if name in singles else 1e-9 for name in found}
     assert {name: far for name, (far, _) in found.items() if not far < limits[name]} == {}
     moved = {name: count for name, (_, count) in found.items()}
     assert moved.pop("moge, sliced experts") == 0  # whole groups on each rank: nothing to gain
