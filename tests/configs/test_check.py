@@ -107,6 +107,11 @@ BROKEN = [
         "memory.swap",
         "keeps what moe_fc1",
     ),
+    (
+        ["backend=cpu", "memory.swap_optimizer=true", "moe.placement=dynamic"],
+        "moe.placement",
+        "reads their file",
+    ),
     (["memory=full", "memory.swap=[moe_act]"], "memory.swap", "nothing inside"),
     (
         ["parallel.schedule=gpipe", "parallel.overlap_expert_parallel=true"],
