@@ -6,8 +6,10 @@ whatever arrives first: ranks that run the same two passes call their collective
 which is all that keeps them from waiting for each other for ever.
 
 Other collectives keep the turn. Those of tensor parallelism write into buffers that the engine has
-once, for one pass. Counts and weights of experts are short: were the turn given away for them, it
-would come back only after the other's rows have travelled, with nobody computing.
+once, for one pass. Counts go forward alone; what has a gradient goes both ways, in the opposite
+order: rows, weights, results forward; results, weights, rows backward. So passes that change turns
+for these keep step: one's rows travel while the other's experts compute, its results beside the
+other's attention, and where weights travel, which are short, the other's rows have just arrived.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import torch
 
 from pangu.backends.timeline import timeline
 
-NARROWEST = 32  # values of a token; what is narrower are weights of a rank's experts
+COUNTS = (torch.int32, torch.int64)
 T = TypeVar("T")
 U = TypeVar("U")
 
@@ -69,9 +71,8 @@ def is_of_experts(group: str) -> bool:
 
 def would_change(group: str, sent: torch.Tensor) -> bool:
     """Whether this thread runs one of two passes, which ends its turn where it waits for `sent`:
-    rows of experts (`[rows, hidden]`, any number of them). The same on all of the group's ranks."""
-    rows = sent.dim() > 1 and sent.size(-1) >= NARROWEST
-    return _thread.own is not None and rows and is_of_experts(group)
+    of experts, and no counts. The same on all of the group's ranks."""
+    return _thread.own is not None and sent.dtype not in COUNTS and is_of_experts(group)
 
 
 def hand_over() -> None:
