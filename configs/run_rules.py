@@ -39,8 +39,31 @@ def bounds(config: Config) -> tuple[Config, list[Problem]]:
 
 
 def memory(config: Config) -> Iterator[Problem]:
+    yield from _auto(config)
     yield from _recomputation(config)
     yield from _swap(config)
+
+
+def _auto(config: Config) -> Iterator[Problem]:
+    policy, key = config.memory, "memory.limit_gib"
+    if policy.recompute_granularity != "auto":
+        if policy.limit_gib is not None:
+            reason = "only memory=auto chooses what to keep by a limit"
+            hint = "beside memory=auto, or no limit"
+            yield Problem("limit", key, policy.limit_gib, reason, hint=hint)
+        return
+    if policy.limit_gib is None:
+        reason = "memory=auto recomputes and swaps modules until a run stays below a limit"
+        ways: dict[str, list[Any]] = {"memory.recompute_granularity": ["none"]}
+        yield Problem("no limit", key, None, reason, ways, hint="a limit in GiB")
+    if policy.swap:
+        reason = "memory=auto chooses what is swapped"
+        options: dict[str, list[Any]] = {"memory.swap": [[]]}
+        yield Problem("swap chosen", "memory.swap", policy.swap, reason, options)
+    if not config.hardware:
+        reason = "memory=auto weighs seconds against bytes, of a machine"
+        hint = "a preset of configs/hardware, or the file that python -m pangu.calibrate writes"
+        yield Problem("no machine", "hardware", None, reason, hint=hint)
 
 
 def _absent(model: ModelConfig, modules: list[RecomputeModule]) -> list[str]:
@@ -149,7 +172,7 @@ def data(config: Config) -> Iterator[Problem]:
         yield Problem("positions", key, True, reason, options)
 
 
-def _swap_limits(config: Config) -> Iterator[Problem]:
+def swap_limits(config: Config) -> Iterator[Problem]:
     """What the trainer cannot swap."""
     memory = config.memory
     again = memory.recompute_modules if memory.recompute_granularity == "selective" else []
@@ -226,7 +249,7 @@ def trainer_limits(config: Config) -> Iterator[Problem]:
         key = "backend.precision"
         reason = "NPUs have no double-precision matrix products"
         yield Problem("npu fp64", key, "fp64", reason, {key: ["auto", "bf16", "fp32"]})
-    yield from _swap_limits(config)
+    yield from swap_limits(config)
     yield from _overlap_limits(config)
     if resume not in ("auto", "never") and not os.path.isdir(resume):
         key = "checkpoint.resume"

@@ -227,10 +227,12 @@ class MemoryConfig:
 
     `selective` recomputes `recompute_modules`; `full` recomputes whole layers,
     `recompute_num_layers` at a time (uniform) or the first so many of each stage (block). What is
-    swapped waits on the host until it is needed; on a CPU that is a file in `run_dir`.
+    swapped waits on the host until it is needed; on a CPU that is a file in `run_dir`. `auto`
+    stands for the modules that `simulator.memory_policy` chooses on the machine `hardware`.
     """
 
-    recompute_granularity: Literal["none", "selective", "full"] = "none"
+    recompute_granularity: Literal["none", "selective", "full", "auto"] = "none"
+    limit_gib: Positive | None = None  # that no rank's peak may pass, with `auto` alone
     recompute_modules: list[RecomputeModule] = field(default_factory=lambda: ["core_attn"])
     recompute_method: Literal["uniform", "block"] = "uniform"
     recompute_num_layers: Annotated[int, Limits(1, 10_000)] = 1

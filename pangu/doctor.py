@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from configs.schema import Config
     from configs.violation import Violation
+    from pangu.preflight import Verdict
 
 # Keys whose violations leave intact what the model and its layout are.
 ELSEWHERE = {"backend", "data.blend", "data.validation_blend", "data.tokenizer", "data.cache_dir"}
@@ -34,7 +34,8 @@ def main(arguments: Sequence[str]) -> int:
     from pangu import plan_tables
     from pangu.violation_table import print_violations, print_warnings
 
-    config, found, absent = examine(list(arguments))
+    verdict, absent = examine(list(arguments))
+    config, found = verdict.config, verdict.found
     if found:
         print_violations(found)
     broken = {violation.key.split(".")[0] for violation in found}
@@ -43,10 +44,13 @@ def main(arguments: Sequence[str]) -> int:
         groups = process_groups(config)
         members = sum(len(kind[0]) > 1 for kind in groups.values())
         plan_tables.show_groups(config, groups)
-        if not {violation.key for violation in found} - ELSEWHERE:
+        chosen = config.memory.recompute_granularity != "auto"
+        if chosen and not {violation.key for violation in found} - ELSEWHERE:
             plan_tables.show_parameters(config)
     if config is not None and not found:
         print_warnings([*warnings(config), *absent])
+        if verdict.policy:
+            print(verdict.policy.table())
     plan_tables.show_machine(config.backend.name if config else "auto")
     plan_tables.show_variables(config.launch.timeout_minutes if config else 10.0, members)
     return 2 if found else 0
@@ -66,8 +70,8 @@ def check_device(overrides: list[str]) -> int:
     return device_check.main(config.backend.name)
 
 
-def examine(overrides: list[str]) -> tuple[Config | None, list[Violation], list[Violation]]:
-    """The configuration, what is wrong with it, and what only this machine lacks.
+def examine(overrides: list[str]) -> tuple[Verdict, list[Violation]]:
+    """The verdict on a configuration, and what only this machine lacks.
 
     The verdict is that of `pangu.train` on the same arguments; where they plan a cluster, that of
     the processes that a launcher would start there, whose files need not be here.
@@ -79,14 +83,15 @@ def examine(overrides: list[str]) -> tuple[Config | None, list[Violation], list[
 
     config, planned_wrong = check.examine(overrides)
     if config is None or not preflight.plans_a_cluster(config):
-        config, found = preflight.examine(ProcessEnvironment(), overrides)
-        return config, found, []
+        here = preflight.examine(ProcessEnvironment(), overrides)
+        return here, []
     alone = "python -m pangu.train alone starts one process here"
     if config.launch.processes > 1:
         alone = f"python -m pangu.train alone starts {config.launch.processes} processes here"
     launcher = Violation("devices", config.world_size, alone, "a launcher: see launch/")
     found = [*planned_wrong, *preflight.wrong_machine(config)]
-    return config, found, [launcher, *preflight.faults_here(config)]
+    verdict = preflight.Verdict(config, found) if found else preflight.with_modules(config)
+    return verdict, [launcher, *preflight.faults_here(config)]
 
 
 if __name__ == "__main__":

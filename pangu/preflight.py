@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +22,7 @@ from launch.environment import STARTED_BY, ProcessEnvironment
 from pangu import machine_check
 from pangu.checkpoint import manifest
 from pangu.data import files
-from simulator.api import load_hardware, pipeline_ranks
+from simulator.api import Policy, load_hardware, pipeline_ranks, settle
 
 Precision = Literal["auto", "fp32", "fp64", "bf16", "fp16", "fp8", "int8", "fp4"]
 
@@ -36,30 +36,37 @@ ORDER_BYTES = 48
 SURELY = 1.25
 
 
-def resolve(process: ProcessEnvironment, overrides: list[str]) -> Config:
-    """The checked configuration of a run that can start.
+@dataclass(frozen=True)
+class Verdict:
+    """The configuration, where one can be made, with the modules that `memory=auto` chooses;
+    everything that keeps it from running; and that choice."""
+
+    config: Config | None
+    found: list[Violation]
+    policy: Policy | None = None
+
+
+def resolve(process: ProcessEnvironment, overrides: list[str]) -> tuple[Config, Policy | None]:
+    """The checked configuration of a run that can start, and what `memory=auto` has chosen in it.
 
     Raises:
         ConfigError: with every violation.
     """
-    config, found = examine(process, overrides)
-    if config is None or found:
-        raise ConfigError(found)
-    return config
+    verdict = examine(process, overrides)
+    if verdict.config is None or verdict.found:
+        raise ConfigError(verdict.found)
+    return verdict.config, verdict.policy
 
 
-def examine(
-    process: ProcessEnvironment, overrides: list[str]
-) -> tuple[Config | None, list[Violation]]:
-    """The configuration, where one can be made, and everything that keeps it from running as
-    this process: one of a launcher's, or alone on this machine."""
+def examine(process: ProcessEnvironment, overrides: list[str]) -> Verdict:
+    """What a run would meet as this process: one of a launcher's, or alone on this machine."""
     started = None
     if process.launched:
         counted = process.count_is_set_by()
         started = check.Started(process.world_size, process.local_world_size, *counted)
     config, found = check.examine(overrides, started=started, alone=not process.launched)
     if config is None:
-        return None, found
+        return Verdict(None, found)
     here = process.local_world_size if process.launched else config.launch.processes
     found += wrong_machine(config)
     sound = not found
@@ -68,9 +75,23 @@ def examine(
     if process.rank == 0:
         found += unusable_folders(config)
         found += taken_port(config)
-    if sound:
+    if not sound:
+        return Verdict(config, found)
+    settled = with_modules(config)
+    found += settled.found
+    if settled.config and not settled.found:
+        config = settled.config
         found += too_large(config, here)
-    return config, found
+    return Verdict(config, found, settled.policy)
+
+
+def with_modules(config: Config) -> Verdict:
+    """What `memory=auto` chooses for a configuration without violations."""
+    try:
+        settled, policy = settle(config)
+    except ConfigError as error:
+        return Verdict(config, error.violations)
+    return Verdict(settled, [], policy)
 
 
 def plans_a_cluster(config: Config) -> bool:
@@ -84,10 +105,19 @@ def wrong_machine(config: Config) -> list[Violation]:
     if not config.hardware:
         return []
     try:
-        load_hardware(config.hardware)
+        hardware = load_hardware(config.hardware)
     except ConfigError as error:
         return error.violations
-    return []
+    backend = machine_check.backend(config.backend.name)[0]
+    if config.memory.recompute_granularity != "auto" or plans_a_cluster(config):
+        return []
+    if backend == hardware.backend:
+        return []
+    reason = (
+        f"memory=auto counts bytes of a run on {hardware.backend}, and this one is on {backend}"
+    )
+    hint = "the file that python -m pangu.calibrate writes here"
+    return [Violation("hardware", hardware.name, reason, hint)]
 
 
 def faults_here(config: Config) -> list[Violation]:

@@ -109,10 +109,10 @@ def plan(overrides: list[str]) -> list[Job]:
         name = ",".join(re.sub(r"[^\w.=+\-\[\]]", "_", value) for value in values)
         run_dir = str(Path(base) / name)
         arguments = [*fixed, *values, f"run_dir={_quoted(run_dir)}"]
-        config, wrong = preflight.examine(ProcessEnvironment(), arguments)
-        if config is not None:
-            jobs.append(Job(name, arguments, config))
-        found += [(name, violation) for violation in wrong]
+        verdict = preflight.examine(ProcessEnvironment(), arguments)
+        if verdict.config is not None:
+            jobs.append(Job(name, arguments, verdict.config))
+        found += [(name, violation) for violation in verdict.found]
     if found:
         raise ConfigError(_merged(found, math.prod(map(len, swept))))
     return jobs

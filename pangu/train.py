@@ -90,7 +90,7 @@ def _train(process: ProcessEnvironment, overrides: list[str]) -> int:
     from pangu.run_lock import hold
 
     try:
-        config = preflight.resolve(process, overrides)
+        config, policy = preflight.resolve(process, overrides)
     except ConfigError as error:
         # The same on every rank; files, on every rank of a node.
         only_files = all(violation.key.startswith("data.") for violation in error.violations)
@@ -100,6 +100,8 @@ def _train(process: ProcessEnvironment, overrides: list[str]) -> int:
     locks = process.rank == 0 and process.launcher != "local"
     try:
         with hold(Path(config.run_dir)) if locks else nullcontext() as lock:
+            if policy and process.rank == 0 and process.launcher != "local":
+                print(policy.table(), file=sys.stderr, flush=True)
             return _start(process, config, overrides, lock)
     except DataError as error:
         return _refuse(process, True, f"error: {error}")

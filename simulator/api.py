@@ -1,7 +1,8 @@
 """The planner's only door for `pangu`: what a run will take, what its model is, and what a machine
 that was measured is like.
 
-- before a run: `predict` (a `Forecast`), `pipeline_ranks` where no machine is named;
+- before a run: `predict` (a `Forecast`), `pipeline_ranks` where no machine is named, `settle` for
+  `memory=auto` (a `Policy`);
 - behind MFU and reports: `model_flops_per_token`, `count_parameters`, `fill_page`, `serve_page`;
 - for drafts: `decoding_seconds`, `active_experts`;
 - for calibration: `Hardware` and its parts, `load_hardware`, `operator_seconds`, `count_layer`.
@@ -23,6 +24,7 @@ from simulator.hardware import Attention, Hardware, Launch, Link, Matmul, Overla
 from simulator.host import issue_seconds
 from simulator.inference import decode_step
 from simulator.layout import from_config
+from simulator.memory_policy import Policy, settle
 from simulator.moesd import active_experts
 from simulator.page import fill as fill_page
 from simulator.parameters import count_parameters, model_flops_per_token
@@ -40,6 +42,7 @@ __all__ = [
     "Link",
     "Matmul",
     "Overlap",
+    "Policy",
     "Rank",
     "active_experts",
     "count_layer",
@@ -52,6 +55,7 @@ __all__ = [
     "pipeline_ranks",
     "predict",
     "serve_page",
+    "settle",
 ]
 
 _SECONDS: dict[str, Callable[..., Any]] = {

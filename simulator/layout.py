@@ -13,6 +13,7 @@ import numpy as np
 
 from configs.layout import first_layer, stage_of_mtp
 from configs.schema import Config, ModelConfig, RecomputeModule
+from configs.violation import ConfigError, Violation
 from simulator.array import Array, Mask
 
 MODULES: tuple[str, ...] = get_args(RecomputeModule)
@@ -132,8 +133,14 @@ def from_config(config: Config) -> Layout:
 
     Sizes that do not divide give a data-parallel size or a number of micro-batches of 0:
     `simulator.predict` refuses them.
+
+    Raises:
+        ConfigError: `memory=auto` before `simulator.memory_policy` has chosen modules.
     """
     p, memory = config.parallel, config.memory
+    if memory.recompute_granularity == "auto":
+        reason = "chooses modules for one layout: in predict, report, goodput, doctor and training"
+        raise ConfigError([Violation("memory.recompute_granularity", "auto", reason)])
     selective = memory.recompute_granularity == "selective"
     modules = {name: selective and name in memory.recompute_modules for name in MODULES}
     return Layout(

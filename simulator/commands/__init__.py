@@ -12,6 +12,8 @@ from configs.schema import Config
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from simulator.memory_policy import Policy
+
 # In the order in which the help shows them.
 COMMANDS = (
     *("predict", "search", "shape", "infer", "speculate", "compare", "goodput", "validate"),
@@ -26,9 +28,19 @@ def load_plan(overrides: list[str]) -> Config:
     Raises:
         ConfigError: with everything wrong with it.
     """
-    from configs.check import load_checked
+    return load_settled(overrides)[0]
 
-    return load_checked(overrides, purpose="plan")
+
+def load_settled(overrides: list[str]) -> tuple[Config, Policy | None]:
+    """That configuration, with what `memory=auto` has chosen in it.
+
+    Raises:
+        ConfigError: with everything wrong with it.
+    """
+    from configs.check import load_checked
+    from simulator.memory_policy import settle
+
+    return settle(load_checked(overrides, purpose="plan"))
 
 
 def wide_console() -> Console:

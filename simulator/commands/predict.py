@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from simulator.commands import load_plan, wide_console
+from simulator.commands import load_settled, wide_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,7 +40,7 @@ def predict(
     """Forecast step time, throughput, MFU and memory of one configuration."""
     from simulator.predict import predict as forecast
 
-    config = load_plan(overrides)
+    config, policy = load_settled(overrides)
     prediction = forecast(config)
     if trace:
         from simulator.trace import chrome_trace
@@ -51,9 +51,13 @@ def predict(
         more: dict[str, object] = {"bill": _bill(prediction)} if explain else {}
         if sensitivity:
             more["sensitivity"] = [vars(effect) for effect in effects]
+        if policy:
+            more["memory_policy"] = policy.to_json()
         print(json.dumps(prediction.to_json() | more))
         return
     console = wide_console()
+    if policy:
+        console.print(policy.table())
     _summary(console, config, prediction)
     if explain:
         _explain(console, config, prediction)

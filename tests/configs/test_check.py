@@ -113,6 +113,14 @@ BROKEN = [
         "reads their file",
     ),
     (["memory=full", "memory.swap=[moe_act]"], "memory.swap", "nothing inside"),
+    (["memory=auto", "hardware=h100"], "memory.limit_gib", "until a run stays below a limit"),
+    (["memory.limit_gib=2"], "memory.limit_gib", "only memory=auto"),
+    (["memory=auto", "memory.limit_gib=2"], "hardware", "of a machine"),
+    (
+        ["memory=auto", "memory.limit_gib=2", "hardware=h100", "memory.swap=[moe_act]"],
+        "memory.swap",
+        "chooses what is swapped",
+    ),
     (
         ["parallel.schedule=gpipe", "parallel.overlap_expert_parallel=true"],
         "parallel.overlap_expert_parallel",
