@@ -5,14 +5,15 @@ INSTALLED := .venv/.installed
 NPU := .torch-npu/.installed
 ARGS ?=
 
-.PHONY: help install train test check bench sbom clean
+.PHONY: help install train test check bench docs sbom clean
 
 help:
 	@echo "make install   create .venv with pinned versions of all that training and tests need"
 	@echo "make train     train the quick-start model with two processes (ARGS='key=value ...')"
 	@echo "make test      unit, distributed and end-to-end tests (ARGS='-k name ...')"
-	@echo "make check     lint, format and types"
+	@echo "make check     lint, format and types; Dockerfiles"
 	@echo "make bench     benchmarks (what each is and takes: benchmarks/README.md)"
+	@echo "make docs      the documentation as a site, with the reference: dist/site"
 	@echo "make sbom      what this project depends on: dist/sbom.json, docs/dependencies.md"
 	@echo "make clean     remove caches; .venv, data and runs stay"
 
@@ -43,12 +44,18 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/hadolint docker/*.Dockerfile
 
 # All that end within minutes; see benchmarks/README.md.
 bench: $(INSTALLED)
 	@set -e; for file in $(filter-out benchmarks/routing_quality.py benchmarks/compression_ladder.py benchmarks/expert_pruning.py,$(sort $(wildcard benchmarks/*.py))); do \
 		echo "== $$file"; $(BIN)/python "$$file"; \
 	done
+
+docs: $(INSTALLED)
+	test -x .docs/bin/mkdocs || { $(PYTHON) -m venv .docs && \
+		.docs/bin/pip install -qq --disable-pip-version-check mkdocs-material==9.8.1 mkdocstrings-python==2.0.11; }
+	NO_MKDOCS_2_WARNING=1 .docs/bin/mkdocs build --strict --quiet
 
 # Of everything that `make install` installs, by tools that stay out of its environment.
 sbom: $(INSTALLED)
