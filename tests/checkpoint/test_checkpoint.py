@@ -22,7 +22,12 @@ PHASES = (
     "{name: second, steps: 9, lr: 5e-4, min_lr: 5e-4, global_batch_size: 4, seq_length: 8}]"
 )
 # Stopped and resumed in the same layout; the phase changes where the run stops.
-EXACT = {"bf16": [BF16], "bf16 zero0": [BF16, ZERO0], "phases": [PHASES]}
+EXACT = {
+    "bf16": [BF16],
+    "bf16 zero0": [BF16, ZERO0],
+    "phases": [PHASES],
+    "swapped": ["memory.swap=[core_attn,moe]", "memory.swap_optimizer=true"],
+}
 LAYOUTS = {
     "dp2 zero0": [ZERO0],
     "ep2": [EP2],
