@@ -43,7 +43,7 @@ def test_a_run_that_was_saved_with_old_keys_can_be_read(tmp_path):
 @pytest.mark.parametrize(
     ("override", "instead"),
     [
-        ("parallel.zero_stage=3", "parallel.zero_stage=1"),
+        ("parallel.zero_stage=3", "parallel.zero_stage=0 or 1"),
         ("memory.swap_optimizer=true", "memory.swap_optimizer=false"),
     ],
 )
