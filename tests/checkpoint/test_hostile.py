@@ -121,3 +121,27 @@ def test_the_engine_itself_reads_nothing_but_through_it(tmp_path):
     with pytest.raises(DamagedCheckpoint, match=r"it asks for _?io\.open"):
         contents.load_random_states(tmp_path)
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_list_of_tensors_that_debian_12s_python_wrote_is_read(tmp_path):
+    """Up to 3.11.3 a member of an enumeration was pickled as a call of `getattr`."""
+    import copyreg
+
+    import torch
+    from torch.distributed.checkpoint import metadata, planner, save
+
+    from pangu.engines.megatron.safe_reader import read_metadata, shapes
+
+    save({"weight": torch.ones(2, 3)}, checkpoint_id=tmp_path, no_dist=True)
+    file = tmp_path / ".metadata"
+    tree = pickle.loads(file.read_bytes())
+    tree.storage_meta = None  # a path, which the engine's writer leaves out
+    with file.open("wb") as opened:
+        pickler = pickle.Pickler(opened)
+        pickler.dispatch_table = copyreg.dispatch_table | {
+            kind: lambda member: (getattr, (type(member), member.name))
+            for kind in (metadata._MEM_FORMAT_ENCODING, planner.WriteItemType)
+        }
+        pickler.dump(tree)
+    assert b"getattr" in file.read_bytes()
+    assert shapes(read_metadata(tmp_path)) == {"weight": (2, 3)}

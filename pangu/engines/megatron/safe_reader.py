@@ -62,6 +62,11 @@ class _Record:
         self.fields = fields
 
 
+def _member(kind: Any, name: str) -> str:
+    """In the place of `getattr`, by which Python 3.11.0 to 3.11.3 name an enumeration's member."""
+    return name
+
+
 class _Unpickler(pickle.Unpickler):
     def __init__(self, file: Any) -> None:
         super().__init__(file)
@@ -77,6 +82,7 @@ class _Unpickler(pickle.Unpickler):
             ("torch.serialization", "_get_layout"): str,
             (f"{_FORMAT}.metadata", "_MEM_FORMAT_ENCODING"): int,
             (f"{_FORMAT}.planner", "WriteItemType"): int,
+            ("builtins", "getattr"): _member,
         }
 
     def find_class(self, module: str, name: str) -> Any:
