@@ -171,7 +171,8 @@ class Trainer:
         # Not among skipped steps, whose weights may be what is wrong: the next good step saves.
         if every and step // every > self.last_started // every and not self.skipped.in_a_row:
             self.save()
-            if not c.async_save:
+            # A forked writer keeps the memory of this step, but shares a file with those to come.
+            if not c.async_save or self.config.memory.swap_optimizer:
                 self.note(self.saver.finish())
 
     def save(self) -> None:
