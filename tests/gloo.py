@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import forkserver
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def run(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(
             _enter,
-            (world_size, folder, environment, function, arguments),
+            (world_size, folder, environment, _Output(), function, arguments),
             nprocs=world_size,
             start_method="forkserver",
         )
@@ -99,6 +100,19 @@ def run(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[
             torch.load(Path(folder) / f"{rank}.pt", weights_only=False)
             for rank in range(world_size)
         ]
+
+
+class _Output:
+    """Where this process writes to. A forked rank that is handed it writes there, and not where the
+    server does."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _write_to, (DupFd(1), DupFd(2))
+
+
+def _write_to(*places: Any) -> None:
+    for number, place in enumerate(places, 1):
+        os.dup2(place.detach(), number)
 
 
 def _start_server() -> None:
@@ -117,6 +131,7 @@ def _enter(
     world_size: int,
     folder: str,
     environment: dict[str, str],
+    _: None,
     function: Callable[..., Any],
     arguments: tuple,
 ) -> None:

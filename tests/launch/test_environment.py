@@ -249,7 +249,7 @@ def test_another_number_of_processes_in_the_words_of_the_launcher(
 def test_nodes_are_those_that_a_launcher_started() -> None:
     four = {**TORCHRUN, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}
     run = ["data=synthetic", "parallel.expert_model_parallel_size=4", "moe.dispatcher=hierarchical"]
-    config = resolve(read({**four, "LOCAL_WORLD_SIZE": "2"}), run)
+    config, _ = resolve(read({**four, "LOCAL_WORLD_SIZE": "2"}), run)
     assert (config.launch.processes, config.launch.nodes) == (2, 2)
     assert ranks_per_node(config) == 2
     run[1] = "parallel.expert_model_parallel_size=2"
