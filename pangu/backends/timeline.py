@@ -43,6 +43,9 @@ class Span:
         self.end = self.end or _now()
 
 
+_UNSEEN = Span("", "", 0)  # every collective's of steps that nobody records
+
+
 class Timeline:
     """The spans of the steps that were recorded, in the order of their starts."""
 
@@ -62,13 +65,13 @@ class Timeline:
         self.recording = False
 
     def collective(self, name: str, group: str, ranks: Sequence[int], number: int) -> Span:
-        """One that starts now; `ranks` of the run, which fill one node after the other. It is
-        nobody's unless steps are recorded."""
+        """One that starts now; `ranks` of the run, which fill one node after the other."""
+        if not self.recording:
+            return _UNSEEN
         nodes = {rank // self.ranks_per_node for rank in ranks}
         span = Span(INSIDE if len(nodes) == 1 else BETWEEN, name, _now(), group=group)
         span.details = {"group": group, "ranks": list(ranks), "number": number}
-        if self.recording:
-            self.spans.append(span)
+        self.spans.append(span)
         return span
 
     @contextlib.contextmanager
