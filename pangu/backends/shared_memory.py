@@ -313,7 +313,7 @@ def _told(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
                 work = call(self, *args, **kwargs)
             if not waits:
                 return timeline.watch(work, span) if timeline.recording else work
-            if turns.would_change(group, _sent(args)):
+            if turns.paired() and turns.ends_turn(group, _sent(args)):
                 timeline.end_with(work, span)
                 turns.hand_over()
             with here.at(*place):

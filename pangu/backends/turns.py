@@ -69,10 +69,15 @@ def is_of_experts(group: str) -> bool:
     return group.startswith("EXPERT") and "DATA" not in group
 
 
-def would_change(group: str, sent: torch.Tensor) -> bool:
-    """Whether this thread runs one of two passes, which ends its turn where it waits for `sent`:
-    of experts, and no counts. The same on all of the group's ranks."""
-    return _thread.own is not None and sent.dtype not in COUNTS and is_of_experts(group)
+def paired() -> bool:
+    """Whether this thread runs one of two passes."""
+    return _thread.own is not None
+
+
+def ends_turn(group: str, sent: torch.Tensor) -> bool:
+    """Whether one of two passes ends its turn where it waits for `sent`: of experts, and no counts.
+    The same on all of the group's ranks."""
+    return sent.dtype not in COUNTS and is_of_experts(group)
 
 
 def hand_over() -> None:

@@ -38,25 +38,27 @@ from pangu.ops.lora_linear import LoraRow, column, row
 from pangu.ops.rounded_linear import RoundedRow
 
 
-class BiasedRowParallelLinear(RowParallelLinear):
+class _WithBias:
     """An output projection with a bias in a model whose other layers have none (Pangu Pro)."""
 
     def __init__(self, *args: Any, bias: bool = True, **kwargs: Any) -> None:
-        super().__init__(*args, bias=True, **kwargs)
+        super().__init__(*args, bias=True, **kwargs)  # type: ignore[call-arg] # of a linear
 
 
-class RoundedBiasedRow(RoundedRow):
-    """`BiasedRowParallelLinear` of a rounded input."""
-
-    def __init__(self, *args: Any, bias: bool = True, **kwargs: Any) -> None:
-        super().__init__(*args, bias=True, **kwargs)
+class BiasedRowParallelLinear(_WithBias, RowParallelLinear): ...
 
 
-class AdaptedBiasedRow(LoraRow):
-    """`BiasedRowParallelLinear` with an adapter."""
+class RoundedBiasedRow(_WithBias, RoundedRow): ...
 
-    def __init__(self, *args: Any, bias: bool = True, **kwargs: Any) -> None:
-        super().__init__(*args, bias=True, **kwargs)
+
+class AdaptedBiasedRow(_WithBias, LoraRow): ...
+
+
+BIASED: dict[type, type] = {
+    RowParallelLinear: BiasedRowParallelLinear,
+    RoundedRow: RoundedBiasedRow,
+    LoraRow: AdaptedBiasedRow,
+}
 
 
 class PanguSpecProvider(LocalSpecProvider):
@@ -98,11 +100,8 @@ def _residual(config: PanguTransformerConfig, gain: float) -> Any:
 
 
 def _output_projection(model: ModelConfig) -> type:
-    if not model.add_attention_output_bias:
-        return _row(model, "linear_proj")
-    if _adapted(model, "linear_proj"):
-        return AdaptedBiasedRow
-    return RoundedBiasedRow if model.activation_bits else BiasedRowParallelLinear
+    plain = _row(model, "linear_proj")
+    return BIASED[plain] if model.add_attention_output_bias else plain
 
 
 def _adapted(model: ModelConfig, name: LoraModule) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ from pangu.inference.forward import Enough, until_enough
 from pangu.inference.likelihood import windows
 from pangu.weights.balanced import balanced_assignment
 
+Named: TypeAlias = tuple[str, torch.Tensor]
+T = TypeVar("T")
 MARKS = 10  # the paper's K_a
 _ROUNDS = 4  # assignments, each around the means of the one before; the released code has one
 _MATRIX = re.compile(r"(decoder\.layers\.\d+\.mlp\.)linear_fc([12])\.weight")
@@ -239,24 +242,29 @@ def grouped(counts_TE: np.ndarray, groups: int) -> np.ndarray:
     return np.argsort(group, kind="stable")
 
 
-def carved_tensors(
-    source: Source, carvings: Mapping[str, Carving]
-) -> Iterator[tuple[str, torch.Tensor]]:
+def carved_tensors(source: Source, carvings: Mapping[str, Carving]) -> Iterator[Named]:
     """Every tensor of the carved model; `carvings` are by the prefix of a layer's MLP
     (`decoder.layers.3.mlp.`)."""
+    return rewritten(source, _MATRIX, carvings, (_carved_first, _carved_second))
+
+
+def rewritten(
+    source: Source,
+    matrices: re.Pattern[str],
+    carvings: Mapping[str, T],
+    ways: Sequence[Callable[[str, torch.Tensor, T], Iterator[Named]]],
+) -> Iterator[Named]:
+    """Every tensor, and in the place of those that `matrices` names, by a layer's prefix and 1 or
+    2, what the first or the second of `ways` makes of it and of the layer's carving."""
     for name in source.names():
-        found = _MATRIX.fullmatch(name)
-        if not found:
-            yield name, source.read(name)
-        elif found[2] == "1":
-            yield from _carved_first(found[1], source.read(name), carvings[found[1]])
+        found = matrices.fullmatch(name)
+        if found:
+            yield from ways[int(found[2]) - 1](found[1], source.read(name), carvings[found[1]])
         else:
-            yield from _carved_second(found[1], source.read(name), carvings[found[1]])
+            yield name, source.read(name)
 
 
-def _carved_first(
-    prefix: str, weight: torch.Tensor, carving: Carving
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _carved_first(prefix: str, weight: torch.Tensor, carving: Carving) -> Iterator[Named]:
     """`linear_fc1` `[2·F, H]`, gate before up: experts' `[E, H, 2, M]`, and the router."""
     weight_2FH = weight.unflatten(0, (2, -1))
     if len(carving.shared):
@@ -272,9 +280,7 @@ def _carved_first(
     yield f"{prefix}router.expert_bias", torch.zeros(experts)
 
 
-def _carved_second(
-    prefix: str, weight_HF: torch.Tensor, carving: Carving
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _carved_second(prefix: str, weight_HF: torch.Tensor, carving: Carving) -> Iterator[Named]:
     """`linear_fc2` `[H, F]`: experts' `[E, M, H]`."""
     if len(carving.shared):
         shared = weight_HF[:, torch.from_numpy(carving.shared)].contiguous()

@@ -22,9 +22,9 @@ from pangu.inference.likelihood import windows
 from pangu.moe.experts import GroupedExperts
 from pangu.ops.grouped_matmul import grouped_matmul
 from pangu.ops.swiglu import swiglu
-from pangu.weights.carve import MARKS, Carving, Parts
+from pangu.weights.carve import MARKS, Carving, Named, Parts, rewritten
 
-_EXPERTS = re.compile(r"(decoder\.layers\.\d+\.mlp\.)experts\.(w[12])")
+_EXPERTS = re.compile(r"(decoder\.layers\.\d+\.mlp\.)experts\.w([12])")
 
 
 def carved_config(config: Config, parts: Parts) -> Config:
@@ -97,19 +97,10 @@ def marks(
     return {name: [np.concatenate(expert) for expert in kept] for name, kept in found.items()}
 
 
-def carved_tensors(
-    source: Source, carvings: Mapping[str, Sequence[Carving]]
-) -> Iterator[tuple[str, torch.Tensor]]:
+def carved_tensors(source: Source, carvings: Mapping[str, Sequence[Carving]]) -> Iterator[Named]:
     """Every tensor of the carved model; `carvings` are those of a layer's experts, by the prefix of
     its MLP (`decoder.layers.3.mlp.`)."""
-    for name in source.names():
-        found = _EXPERTS.fullmatch(name)
-        if not found:
-            yield name, source.read(name)
-        elif found[2] == "w1":
-            yield from _carved_first(found[1], source.read(name), carvings[found[1]])
-        else:
-            yield name, _carved_second(source.read(name), carvings[found[1]])
+    return rewritten(source, _EXPERTS, carvings, (_carved_first, _carved_second))
 
 
 def _order(carving: Carving) -> torch.Tensor:
@@ -119,7 +110,7 @@ def _order(carving: Carving) -> torch.Tensor:
 
 def _carved_first(
     prefix: str, w1_EH2F: torch.Tensor, carvings: Sequence[Carving]
-) -> Iterator[tuple[str, torch.Tensor]]:
+) -> Iterator[Named]:
     """`w1` `[E, H, 2, F]` as `[E·P, H, 2, M]`, and the rows `[E·R, H]` that speak for parts."""
     width = carvings[0].experts.shape[1]
     parts, speakers = [], []
@@ -134,11 +125,13 @@ def _carved_first(
     yield f"{prefix}router.parts.scale", torch.zeros(len(gate_RH), dtype=w1_EH2F.dtype)
 
 
-def _carved_second(w2_EFH: torch.Tensor, carvings: Sequence[Carving]) -> torch.Tensor:
+def _carved_second(
+    prefix: str, w2_EFH: torch.Tensor, carvings: Sequence[Carving]
+) -> Iterator[Named]:
     """`w2` `[E, F, H]` as `[E·P, M, H]`."""
     width = carvings[0].experts.shape[1]
     ordered = [
         w2_FH[_order(carving)].unflatten(0, (-1, width))
         for w2_FH, carving in zip(w2_EFH, carvings, strict=True)
     ]
-    return torch.cat(ordered).contiguous()
+    yield f"{prefix}experts.w2", torch.cat(ordered).contiguous()

@@ -3,16 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from compression.ours import load_ours, logits
+from compression.ours import load_ours, logits, turned_and_scaled
 from compression.tiny import TEXT, VOCABULARY, compress, llama
-from gloo import leave
 from transformers import AutoModelForCausalLM
 
 from configs.check import load_checked
 from configs.compose import read_file
 from configs.violation import ConfigError
 from pangu.checkpoint.tensor_files import Safetensors
-from pangu.compression.quantization import rotated
 from pangu.data.tokenizer import load_tokenizer
 from pangu.inference.batching import Request
 from pangu.inference.engine import Engine
@@ -21,8 +19,6 @@ from pangu.weights.balanced import balanced_assignment
 from pangu.weights.carve import carving_of, grouped, mark_costs, parts_of
 from pangu.weights.convert import export_model, import_model
 from pangu.weights.model_folder import opened, write
-from pangu.weights.quantize import Scheme
-from pangu.weights.quantize_layers import Quantizer
 from simulator.parameters import count_parameters
 
 WINDOW, TOKENS, WIDTH = 32, 256, 96
@@ -202,16 +198,8 @@ def test_gated_scores_have_no_losses(key):
 
 
 def test_both_matrices_of_the_router_are_turned_and_scaled(folder, theirs, monkeypatch):
-    """By QuaRot and by AWQ, here without rounding: the same function."""
-    carved, rows = carve_once(folder, "S1A2E4"), rows_of(folder)
-    before = logits(load_ours(carved), rows)
-    leave()
-    turned = logits(load_ours(rotated(carved, folder / "turned")), rows)
-    assert (turned - before).abs().max() <= 1e-4
-    monkeypatch.setattr(Quantizer, "_round", lambda *_: None)
-    model = load_ours(carved)
-    Quantizer("smoothquant", Scheme("", 4, 0, 32), torch.float32).run(model, list(rows))
-    assert (logits(model, rows) - before).abs().max() <= 1e-4
+    carved = carve_once(folder, "S1A2E4")
+    model = turned_and_scaled(carved, folder / "turned", rows_of(folder), 32, monkeypatch)
     assert not torch.equal(
         model.decoder.layers[0].mlp.router.up_weight,
         Safetensors(carved).read("decoder.layers.0.mlp.router.up_weight"),

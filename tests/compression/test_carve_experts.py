@@ -2,20 +2,16 @@
 
 import pytest
 import torch
-from compression.ours import load_ours, logits
+from compression.ours import load_ours, logits, turned_and_scaled
 from compression.tiny import SETTINGS, TEXT, compress, saved
-from gloo import leave
 from torch.nn.functional import silu
 from transformers import Qwen3MoeConfig
 
 from configs.check import examine
 from configs.compose import read_file
-from pangu.compression.quantization import rotated
 from pangu.data.tokenizer import load_tokenizer
 from pangu.weights.carve import carving_of, parts_of
 from pangu.weights.convert import export_model
-from pangu.weights.quantize import Scheme
-from pangu.weights.quantize_layers import Quantizer
 from simulator.parameters import count_parameters
 
 WINDOW, TOKENS, WIDTH = 32, 256, 48
@@ -107,16 +103,8 @@ def test_experts_in_parts_compute_what_plain_torch_does(name, folder, theirs):
 
 
 def test_parts_are_turned_and_scaled_with_their_experts(folder, theirs, monkeypatch):
-    """By QuaRot and by SmoothQuant, here without rounding: the same function."""
-    carved, rows = carve(folder, "S1A2E4"), rows_of(folder)
-    before = logits(load_ours(carved), rows)
-    leave()
-    turned = logits(load_ours(rotated(carved, folder / "turned")), rows)
-    assert (turned - before).abs().max() <= 1e-4
-    monkeypatch.setattr(Quantizer, "_round", lambda *_: None)
-    model = load_ours(carved)
-    Quantizer("smoothquant", Scheme("", 4, 0, 12), torch.float32).run(model, list(rows))
-    assert (logits(model, rows) - before).abs().max() <= 1e-4
+    carved = carve(folder, "S1A2E4")
+    turned_and_scaled(carved, folder / "turned", rows_of(folder), 12, monkeypatch)
 
 
 def test_what_parts_do_not_do_is_a_sentence(folder, theirs, tmp_path, capsys):
