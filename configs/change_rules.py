@@ -46,7 +46,7 @@ _KEYS: dict[Kind, str] = {
     """,
     "schedule": """
         optimizer.* moe.expert_bias_update_rate moe.aux_loss_scope moe.aux_loss_coefficient
-        moe.z_loss_coefficient moe.dispatch_dtype moe.combine_dtype
+        moe.z_loss_coefficient moe.capacity_factor moe.dispatch_dtype moe.combine_dtype
         model.mtp_loss_scaling_factor backend.precision train.steps
         train.micro_batch_size train.global_batch_size train.seq_length train.leap_heads_only
     """,

@@ -217,8 +217,8 @@ def why_not(
     spread = expert_parallel * expert_tensor_parallel
     if kind == "local" and spread > 1:
         return f"tokens cannot stay local: experts are spread over EP x ETP = {spread} ranks"
-    if kind == "local" and moe.router == "expert_choice":
-        return "it counts on a fixed number of experts per token, which expert choice has not"
+    if kind == "moge" and moe.capacity_factor:
+        return "its equal splits need every token's experts, and capacity_factor turns some away"
     if kind == "moge" and moe.router != "moge":
         return f"its equal splits come from router=moge, not {moe.router}"
     if kind == "moge" and moe.num_expert_groups % expert_parallel:

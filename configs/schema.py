@@ -147,6 +147,9 @@ class MoEConfig:
     scaling_factor: Scale = 1.0  # multiplies the chosen weights
     # Learned factor per expert, initialised to 1 (released Pangu Pro); with gated scores to 0.
     router_scale: bool = False
+    # In training an expert serves so many times its even share of a rank's tokens at most, those
+    # that weigh it highest, which bounds memory whatever the router does. 0: everyone is served.
+    capacity_factor: Scale = 0.0
     expert_bias: bool = False  # bias-balanced, aux-loss-free: the bias moves the choice only
     expert_bias_update_rate: Scale = 1e-3
     aux_loss_scope: AuxLossScope = "micro_batch"
@@ -170,6 +173,11 @@ class MoEConfig:
     def equal_groups(self) -> int:
         """Groups of which a token chooses as many experts each: MoGE's, else one of all."""
         return self.num_expert_groups if self.router == "moge" else 1
+
+    @property
+    def fixed_choices(self) -> bool:
+        """Whether every token has `top_k` experts that serve it."""
+        return self.router != "expert_choice" and not self.capacity_factor
 
 
 @dataclass

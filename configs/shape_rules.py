@@ -151,6 +151,13 @@ def _routing(config: Config) -> Iterator[Problem]:
     if moe.expert_bias and moe.router in ("expert_choice", "forced_balance"):
         reason = f"router={moe.router} is balanced without a bias"
         yield Problem("expert bias", "moe.expert_bias", True, reason, {"moe.expert_bias": [False]})
+    key = "moe.capacity_factor"
+    if moe.capacity_factor and moe.router in ("expert_choice", "forced_balance"):
+        reason = f"router={moe.router} fills every expert alike: there is nothing to bound"
+        yield Problem("capacity", key, moe.capacity_factor, reason, {key: [0.0]})
+    elif moe.capacity_factor and moe.expert_parts:
+        reason = "experts of several parts share some among all their tokens, and turn none away"
+        yield Problem("capacity of parts", key, moe.capacity_factor, reason, {key: [0.0]})
 
 
 def _parts(config: Config) -> Iterator[Problem]:

@@ -92,7 +92,8 @@ def routing_factor(
 ) -> Array:
     """The straggler factor of a configured router: 1 where balance is forced or follows from
     MoGE or expert choice, the expectation under top-k otherwise, with experts of the popularity
-    that `zipf_exponent` says (null: `default_exponent`; 0: alike)."""
+    that `zipf_exponent` says (null: `default_exponent`; 0: alike). `moe.capacity_factor` is never
+    exceeded."""
     tokens, ranks = np.asarray(tokens, dtype=float), np.asarray(ranks, dtype=float)
     if moe.router in ("forced_balance", "expert_choice") or not experts:
         return np.ones(np.broadcast_shapes(tokens.shape, ranks.shape))
@@ -100,7 +101,10 @@ def routing_factor(
     if zipf_exponent is None:
         zipf_exponent = default_exponent(moe, experts)
     popularity = zipf(experts, zipf_exponent) if zipf_exponent and groups == 1 else None
-    return straggler_factor(tokens, experts, moe.top_k, ranks, groups=groups, popularity=popularity)
+    factor = straggler_factor(
+        tokens, experts, moe.top_k, ranks, groups=groups, popularity=popularity
+    )
+    return np.minimum(factor, moe.capacity_factor) if moe.capacity_factor else factor
 
 
 def zipf(experts: int, exponent: float) -> np.ndarray:

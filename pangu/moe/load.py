@@ -19,9 +19,9 @@ from pangu import backends
 class LayerLoad:
     """What one router saw since it was last read, on this rank.
 
-    `counts`: choices of each expert, int64 `[E]`. `losses`: sums of the auxiliary loss (with its
-    coefficient) and of the z-loss (likewise), and the number of micro-batches, of which a rank
-    that holds one part in n counts 1/n.
+    `counts`: choices of each expert that it had room for, int64 `[E]`. `losses`: sums of the
+    auxiliary loss (with its coefficient) and of the z-loss (likewise), and the number of
+    micro-batches, of which a rank that holds one part in n counts 1/n.
     """
 
     def __init__(self, num_experts: int) -> None:
@@ -128,8 +128,8 @@ def dead_experts(counts: dict[int, torch.Tensor]) -> dict[int, list[int]]:
 
 
 def dropped_tokens(counts: dict[int, torch.Tensor], tokens: int, top_k: int) -> int:
-    """Choices of `tokens` tokens that no expert computed, over all layers: 0, as every dispatcher
-    is dropless."""
+    """Choices of `tokens` tokens that no expert computed, over all layers: 0 unless
+    `moe.capacity_factor` lets experts be full."""
     return sum(tokens * top_k - int(layer.sum()) for layer in counts.values())
 
 

@@ -17,7 +17,7 @@ from pangu.moe.config import MoETransformerConfig
 from pangu.moe.load import LayerLoad
 from pangu.moe.losses import Terms, attach, balance_gradient
 from pangu.moe.parts import ExpertParts
-from pangu.moe.routing import routing_for, softmax
+from pangu.moe.routing import routing_for, softmax, within_capacity
 
 
 def router_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -142,6 +142,10 @@ class ExpertRouter(Router):
         if self.parts is not None:
             logits = _gated(input_TH, self.parts.weight, self.parts.up_weight)
             weights_TE, chosen_TE = self.parts(logits, weights_TE, chosen_TE)
+        moe = self.config.moe
+        if moe.capacity_factor and self.training:  # answers must not depend on who else asks
+            chosen_TE = within_capacity(weights_TE, chosen_TE, moe.capacity_factor, moe.top_k)
+            weights_TE = weights_TE.masked_fill(~chosen_TE, 0.0)
         if counts:
             self._record_choices(chosen_TE, whole_TE)
         return weights_TE, chosen_TE

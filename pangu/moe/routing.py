@@ -6,6 +6,7 @@ a router is a `Routing`, and the kinds of routing differ in one line each of `ro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -131,6 +132,19 @@ def expert_choice(scores_TE: torch.Tensor, k: int) -> torch.Tensor:
     tokens, experts = scores_TE.shape
     capacity = min(tokens, max(1, tokens * k // experts))
     return highest(scores_TE.t(), capacity).t()
+
+
+def within_capacity(
+    weights_TE: torch.Tensor, chosen_TE: torch.Tensor, factor: float, k: int
+) -> torch.Tensor:
+    """Of the choices `[T, E]` (bool) those that an expert has room for: factor·T·k/E of them, those
+    of the highest weights, of equal ones the first tokens (capacity: arXiv 2101.03961, eq. 3)."""
+    tokens, experts = chosen_TE.shape
+    capacity = math.ceil(factor * tokens * k / experts)
+    if capacity >= tokens:
+        return chosen_TE
+    wanted_TE = weights_TE.detach().masked_fill(~chosen_TE, float("-inf"))
+    return highest(wanted_TE.t(), capacity).t() & chosen_TE
 
 
 def forced_balance(scores_TE: torch.Tensor, k: int) -> torch.Tensor:

@@ -239,7 +239,7 @@ def fields_of(config: Config) -> Fields:
 # What does not change the function of the model in evaluation.
 _TRAINING_ONLY = {
     "name", "init", "init_std", "aux_loss_scope", "aux_loss_coefficient", "z_loss_coefficient",
-    "expert_bias_update_rate", "dispatcher", "dispatch_dtype", "combine_dtype",
+    "expert_bias_update_rate", "capacity_factor", "dispatcher", "dispatch_dtype", "combine_dtype",
     "sandwich_attention_gain", "sandwich_mlp_gain",
     "mtp_loss_scaling_factor",
 }  # fmt: skip

@@ -48,7 +48,8 @@ BROKEN = [
     (["moe.softmax_after_top_k=true"], "moe.softmax_after_top_k", "router=top_k"),
     (["moe=top_k", "moe.top_k=1"], "moe.softmax_after_top_k", "learn nothing"),
     (["moe.router=expert_choice", "moe.expert_bias=true"], "moe.expert_bias", "without a bias"),
-    (["moe.dispatcher=local", "moe=expert_choice"], "moe.dispatcher", "fixed number"),
+    (["moe.dispatcher=moge", "moe.capacity_factor=1.5"], "moe.dispatcher", "turns some away"),
+    (["moe=expert_choice", "moe.capacity_factor=1"], "moe.capacity_factor", "fills every expert"),
     (["moe.dispatcher=moge", "moe=top_k"], "moe.dispatcher", "equal splits"),
     (
         ["moe.dispatcher=moge", f"{EP}=8", "devices=8"],

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping
 from megatron.core.transformer.spec_utils import build_module
 
 from configs.schema import (
@@ -105,6 +106,8 @@ def reference(tokens, weights, moe):
     probs, chosen = routing_for(moe)(tokens @ weights["router.weight"].t())
     if moe.router_scale:
         probs = probs * weights["router.router_scale"]
+    if moe.capacity_factor:
+        probs, chosen = apply_router_token_dropping(probs, chosen, moe.top_k, moe.capacity_factor)
     output = torch.zeros_like(tokens)
     for e in range(weights["experts.w1"].size(0)):
         gate, up = (tokens @ weights["experts.w1"][e, :, i] for i in (0, 1))

@@ -31,7 +31,7 @@ EXPERT_CHOICE = replace(layers.TOP_K, router="expert_choice")
         (layers.TOP_K, (8, 1), "deduplicated"),
         (replace(layers.TOP_K, top_k=1), (4, 1), "alltoall"),
         (replace(layers.MOGE, num_expert_groups=2), (4, 1), "allgather"),
-        (EXPERT_CHOICE, (1, 1), "alltoall"),
+        (EXPERT_CHOICE, (1, 1), "local"),
         (EXPERT_CHOICE, (2, 1), "alltoall"),
         (replace(layers.MOGE, dispatcher="allgather"), (2, 1), "allgather"),
     ],
@@ -44,7 +44,7 @@ def test_auto(moe, sizes, expected):
     ("moe", "sizes", "message"),
     [
         (replace(layers.MOGE, dispatcher="local"), (2, 1), "EP x ETP = 2"),
-        (replace(EXPERT_CHOICE, dispatcher="local"), (1, 1), "expert choice"),
+        (replace(layers.MOGE, dispatcher="moge", capacity_factor=1), (2, 1), "turns some away"),
         (replace(layers.TOP_K, dispatcher="moge"), (2, 1), "router=moge"),
         (replace(layers.MOGE, dispatcher="moge"), (8, 1), "4 groups over 8"),
     ],

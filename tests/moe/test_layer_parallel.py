@@ -16,6 +16,7 @@ ROUTERS = {
     "moge, whole groups per node": replace(MOGE_SCALED, num_expert_groups=2),
     "top_k": layers.TOP_K,
     "expert_choice": replace(layers.TOP_K, router="expert_choice", top_k=2),
+    "capacity": replace(layers.TOP_K, capacity_factor=0.75),
     "collapse": replace(layers.TOP_K, top_k=1, renormalize=False),
 }
 RANKS_PER_NODE = 2
@@ -40,7 +41,7 @@ def dispatchers(router, expert, expert_tensor):
         names.append("hierarchical")
     if router.startswith("moge") and ROUTERS[router].num_expert_groups % expert == 0:
         names.append("moge")
-    if expert * expert_tensor == 1 and router != "expert_choice":
+    if expert * expert_tensor == 1:
         names.append("local")
     return names
 
@@ -96,7 +97,7 @@ def difference(moe, parallel, precision, collapse):
 
     whole = hidden.clone().requires_grad_()
     leaves = {name: value.requires_grad_() for name, value in weights.items()}
-    # Where experts choose, they choose among the tokens of one rank.
+    # Where experts choose, or are full, it is among the tokens of one rank.
     expected = torch.cat(
         [
             torch.cat(

@@ -122,3 +122,17 @@ def test_not_a_number_in_the_input_stays_a_number_of_rows():
     output, _ = layer(torch.full((4, 1, layers.HIDDEN), float("nan"), dtype=torch.float64))
     assert output.isnan().all()
     assert layer.router.load.counts.tolist() == [4, 0] * 4
+
+
+def test_a_full_expert_turns_tokens_away_in_training_alone():
+    moe = replace(PLAIN, router="top_k", top_k=1, capacity_factor=1.25)
+    layer = layers.build(moe)
+    with torch.no_grad():
+        layer.router.weight.zero_()[5] = 1
+    hidden = torch.randn(16, 2, layers.HIDDEN, dtype=torch.float64).abs() + 1
+    rows = []
+    layer.experts.register_forward_pre_hook(lambda _, given: rows.append(given[0].size(0)))
+    layer(hidden)
+    assert layer.router.load.counts.tolist() == [0, 0, 0, 0, 0, 5, 0, 0]  # 1.25 * 32 / 8
+    layer.eval()(hidden)
+    assert rows == [5, 32]

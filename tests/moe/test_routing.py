@@ -1,11 +1,16 @@
 """Router functions against references of a few lines, ties included."""
 
+import math
+
 import pytest
 import torch
-from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
+from megatron.core.transformer.moe.moe_utils import (
+    apply_router_token_dropping,
+    topk_routing_with_score_function,
+)
 
 from configs.schema import MoEConfig
-from pangu.moe.routing import Routing, highest, routing_for, softmax
+from pangu.moe.routing import Routing, highest, routing_for, softmax, within_capacity
 
 
 def moge_reference(logits, groups, k):
@@ -119,6 +124,22 @@ def test_expert_choice_gives_every_expert_its_capacity():
     assert chosen.sum(0).tolist() == [8] * 8
     assert torch.equal(chosen, top_k_reference(scores.t(), 8).t())
     torch.testing.assert_close(weights, scores * chosen)
+
+
+@pytest.mark.parametrize("router", ["top_k", "moge"])
+def test_what_an_expert_has_no_room_for_is_what_megatron_core_drops(router):
+    moe = MoEConfig(router=router, num_expert_groups=2, top_k=4)
+    # Few popular experts; of equal weights ours keeps the first, megatron-core any.
+    logits = torch.randn(61, 8, dtype=torch.float64) + torch.arange(8.0)
+    weights, chosen = routing_for(moe)(logits)
+    for factor in (0.3, 1.0, 1.25, 1.9, 3.0):
+        served = within_capacity(weights, chosen, factor, moe.top_k)
+        _, expected = apply_router_token_dropping(weights, chosen, moe.top_k, factor)
+        assert torch.equal(served, expected)
+        assert served.sum(dim=0).max() <= math.ceil(factor * 61 * 4 / 8)
+    assert not torch.equal(within_capacity(weights, chosen, 1.0, moe.top_k), chosen)
+    alike = torch.ones(8, 2), torch.ones(8, 2, dtype=torch.bool)
+    assert within_capacity(*alike, 0.75, 1).tolist() == [[True] * 2] * 3 + [[False] * 2] * 5
 
 
 def test_forced_balance_is_exact():

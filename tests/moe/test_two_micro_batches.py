@@ -17,7 +17,7 @@ CASES = [
     (layers.TOP_K, "alltoall", 2, 1),
     (layers.TOP_K, "alltoall", 1, 2),
     (replace(layers.TOP_K, router="expert_choice"), "alltoall", 2, 1),
-    (layers.TOP_K, "deduplicated", 2, 1),
+    (replace(layers.TOP_K, capacity_factor=0.5), "deduplicated", 2, 1),
     (layers.TOP_K, "deduplicated", 1, 2),
     (layers.TOP_K, "hierarchical", 2, 1),
     (layers.MOGE, "hierarchical", 2, 1),

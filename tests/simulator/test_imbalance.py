@@ -1,5 +1,7 @@
 """The closed forms against Monte Carlo, and against the figures of arXiv 2505.21411."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -84,6 +86,8 @@ def test_routers() -> None:
     assert routing_factor(top_k, 64, 16, 8, zipf_exponent=1.0) > 1.6
     moge = MoEConfig(router="moge", top_k=8, num_expert_groups=8)
     assert routing_factor(moge, 64, 16, [2, 8]).tolist() == [1, 1]
+    bounded = replace(top_k, capacity_factor=1.1)
+    assert routing_factor(bounded, 64, 16, 8, zipf_exponent=1.0) == pytest.approx(1.1)
     assert routing_factor(MoEConfig(router="forced_balance", top_k=8), 64, 16, 8) == 1
 
 

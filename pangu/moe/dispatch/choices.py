@@ -9,8 +9,8 @@ from pangu.ops.permute import Permutation, plan, plan_map
 
 
 def choices_per_token(moe: MoEConfig) -> int | None:
-    """How many experts every token has; None where experts choose tokens, and tokens differ."""
-    return None if moe.router == "expert_choice" else moe.top_k
+    """How many experts every token has; None where tokens differ in it."""
+    return moe.top_k if moe.fixed_choices else None
 
 
 def choices(

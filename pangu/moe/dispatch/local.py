@@ -1,6 +1,6 @@
 """All experts on this rank: tokens are sorted and do not travel.
 
-Shapes: H hidden, N = T·K rows.
+Shapes: H hidden, N rows, T·K of them where every token has K choices.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pangu.ops.permute import permute, unpermute
 
 
 class LocalDispatcher(Dispatcher[DispatchRecord]):
-    """For expert and expert tensor parallelism of 1, and K choices for every token."""
+    """For every router, with expert and expert tensor parallelism of 1."""
 
     def dispatch_preprocess(
         self, tokens: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
