@@ -32,6 +32,8 @@ def steps(overrides: list[str], world_size: int, count: int) -> list[tuple[float
     from pangu.engines.contract import StepShape
     from pangu.engines.megatron import process_groups
     from pangu.engines.megatron.engine import MegatronEngine
+    from pangu.engines.placement import ExpertPlacement
+    from pangu.moe.load import read_load
 
     warnings.filterwarnings("ignore")
     config = load([*MODEL, f"launch.processes={world_size}", *overrides])
@@ -54,9 +56,12 @@ def steps(overrides: list[str], world_size: int, count: int) -> list[tuple[float
         micro_batch_size=train.micro_batch_size,
     )
     results = []
-    for _ in range(count):
+    placement = ExpertPlacement(config, engine)
+    for step in range(1, count + 1):
         engine.set_learning_rate(config.optimizer.lr)
         result = engine.train_step(iterator, shape)
+        if placement.active:
+            placement.after_step(step, read_load(engine.chunks))
         ahead = () if result.mtp_loss is None else (result.mtp_loss,)
         results.append((result.loss, result.grad_norm, *ahead))
     gloo.drop_groups()

@@ -1,14 +1,16 @@
 """Every dispatcher against one process: `python -m tests.drills.dispatchers`.
 
 Four processes, as two nodes of two, train a small model for twenty steps with each dispatcher, both
-kinds of router, and with and without recomputation; every value of each axis meets every value of
-another. A table of the largest difference in loss and gradient norm, relative to one process's;
-exit code 1 if one is not below 1e-5.
+kinds of router, with and without overlap, recomputation, swap, and experts that move; every value
+of each axis meets every value of another. A table of the largest difference in loss and gradient
+norm, relative to one process's; exit code 1 if one is not below 1e-5.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass, fields
+from itertools import combinations
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -18,47 +20,104 @@ from layouts import all_layouts
 
 STEPS = 20
 MOST = 1e-5
-SIZES = ["moe.top_k=4", "moe.num_expert_groups=4"]
-TWO_NODES = ["launch.processes=2", "launch.nodes=2"]
-EP4 = [*TWO_NODES, "parallel.expert_model_parallel_size=4"]
-TP2 = "parallel.tensor_model_parallel_size=2"
-EP2_TP2 = [*TWO_NODES, "parallel.expert_model_parallel_size=2", TP2]
-LAYER = ["memory=selective", "memory.recompute_modules=[moe]"]
-PARTS = ["memory=selective", "memory.recompute_modules=[moe_act,core_attn,layernorm]"]
-ALL = ["memory=full"]
+ROUTERS = {
+    "top_k": ["moe=top_k", "moe.top_k=4"],
+    "moge": ["moe=moge", "moe.top_k=4", "moe.num_expert_groups=4"],
+    # Two ranks share a group, so that its experts have somewhere to go.
+    "moge, wide": ["moe=moge", "moe.top_k=4", "moe.num_expert_groups=2"],
+}
+EP4 = "parallel.expert_model_parallel_size=4"
+EP2_TP2 = ["parallel.expert_model_parallel_size=2", "parallel.tensor_model_parallel_size=2"]
 LAYOUTS = {
-    "moge": {
-        "hierarchical": [*EP4],
-        "hierarchical, recomputed": [*EP4, *LAYER],
-        "deduplicated, recomputed": [*EP4, *ALL],
-        "deduplicated, sliced experts": [*EP2_TP2, "parallel.expert_tensor_parallel_size=2"],
-        "alltoall": [*EP4],
-        "allgather, recomputed": [*EP4, *PARTS],
-        "moge": [*EP4],
-        "moge, recomputed": [*EP2_TP2, *LAYER],
-    },
-    "top_k": {
-        "hierarchical": [*EP4, *ALL],
-        "hierarchical, tensor parallel": [*EP4, TP2],
-        "hierarchical, one node": [*EP2_TP2],
-        "deduplicated": [*EP4],
-        "deduplicated, recomputed": [*EP2_TP2, *LAYER],
-        "alltoall, recomputed": [*EP4, *LAYER],
-        "allgather": [*EP4],
-    },
+    "EP4": [EP4],
+    "EP4 TP2": [EP4, "parallel.tensor_model_parallel_size=2"],
+    "EP2 TP2": EP2_TP2,
+    "EP2 TP2 ETP2": [*EP2_TP2, "parallel.expert_tensor_parallel_size=2"],
+}
+MEMORY = {
+    "none": [],
+    "full": ["memory=full"],
+    "layer": ["memory=selective", "memory.recompute_modules=[moe]"],
+    "parts": ["memory=selective", "memory.recompute_modules=[moe_act,core_attn,layernorm]"],
+    "swap": ["memory.swap=[core_attn,mlp,moe]", "train.seq_length=128"],
+}
+PLACEMENT = {
+    "static": [],
+    "dynamic": [
+        *["moe.placement=dynamic", "moe.placement_period=3", "moe.placement_threshold=0"],
+    ],
 }
 
 
-def errors(router: str, names: list[str]) -> dict[str, float]:
-    """Of each layout named, the largest difference from one process."""
-    moe = [f"moe={router}", *SIZES]
-    expected = run(1, all_layouts, {"single": moe}, 1, STEPS)[0]["single"]
-    four = {
-        name: [*moe, *LAYOUTS[router][name], f"moe.dispatcher={name.split(',')[0]}"]
-        for name in names
-    }
-    found = run(4, all_layouts, four, 4, STEPS)[0]
-    return {name: farthest(values, expected) for name, values in found.items()}
+@dataclass(frozen=True)
+class Way:
+    """One row of the table: its axes, by the names above."""
+
+    dispatcher: str
+    router: str
+    overlap: bool
+    memory: str
+    placement: str
+    layout: str = "EP4"
+
+    @property
+    def model(self) -> list[str]:
+        """What one process must be told, too."""
+        return [*ROUTERS[self.router], *(MEMORY["swap"][1:] if self.memory == "swap" else [])]
+
+    @property
+    def overrides(self) -> list[str]:
+        nodes = ["launch.processes=2", "launch.nodes=2", f"moe.dispatcher={self.dispatcher}"]
+        overlap = [f"parallel.overlap_expert_parallel={str(self.overlap).lower()}"]
+        rest = [*MEMORY[self.memory], *PLACEMENT[self.placement], *LAYOUTS[self.layout]]
+        return [*self.model, *nodes, *overlap, *rest]
+
+    def axes(self) -> tuple[object, ...]:
+        """The five axes' values; the ways to recompute are one, and those to group."""
+        kinds = {"full": "recompute", "layer": "recompute", "parts": "recompute"}
+        memory, router = kinds.get(self.memory, self.memory), self.router.split(",")[0]
+        return self.dispatcher, router, self.overlap, memory, self.placement
+
+    def __str__(self) -> str:
+        return ", ".join(str(getattr(self, field.name)) for field in fields(self))
+
+
+WAYS = [
+    Way("hierarchical", "moge", False, "none", "static"),
+    Way("hierarchical", "top_k", True, "layer", "dynamic", "EP4 TP2"),
+    Way("hierarchical", "moge", True, "swap", "static"),
+    Way("hierarchical", "top_k", False, "full", "static", "EP2 TP2"),
+    Way("deduplicated", "top_k", True, "none", "dynamic"),
+    Way("deduplicated", "moge", False, "full", "static", "EP2 TP2 ETP2"),
+    Way("deduplicated", "top_k", False, "swap", "dynamic"),
+    Way("alltoall", "top_k", True, "none", "static"),
+    Way("alltoall", "moge, wide", False, "layer", "dynamic"),
+    Way("alltoall", "top_k", True, "swap", "dynamic"),
+    Way("allgather", "moge, wide", False, "none", "dynamic"),
+    Way("allgather", "top_k", True, "parts", "static"),
+    Way("allgather", "top_k", False, "swap", "static"),
+    Way("moge", "moge", False, "none", "dynamic"),  # whole groups on each rank: none moves
+    Way("moge", "moge", True, "layer", "static", "EP2 TP2"),
+    Way("moge", "moge", True, "swap", "dynamic"),
+]
+
+
+def pairs_left_out() -> set[tuple[object, ...]]:
+    """Pairs of values of two axes that no way has; MoGE's dispatcher serves its router alone."""
+    axes = list(zip(*(way.axes() for way in WAYS), strict=True))
+    left_out: set[tuple[object, ...]] = set()
+    for one, two in combinations(axes, 2):
+        wanted = {(a, b) for a in one for b in two}
+        left_out |= wanted - set(zip(one, two, strict=True))
+    return left_out - {("moge", "top_k")}
+
+
+def errors(ways: list[Way]) -> dict[Way, float]:
+    """Of each way, the largest difference from one process."""
+    models = {" ".join(way.model): way.model for way in ways}
+    expected = run(1, all_layouts, models, 1, STEPS)[0]
+    found = run(4, all_layouts, {str(way): way.overrides for way in ways}, 4, STEPS)[0]
+    return {way: farthest(found[str(way)], expected[" ".join(way.model)]) for way in ways}
 
 
 def farthest(found: list[tuple[float, float]], expected: list[tuple[float, float]]) -> float:
@@ -72,10 +131,11 @@ def farthest(found: list[tuple[float, float]], expected: list[tuple[float, float
 
 def main() -> int:
     worst = 0.0
-    for router, layouts in LAYOUTS.items():
-        for name, error in errors(router, list(layouts)).items():
-            print(f"{router:6} {name:32} {error:.1e}", flush=True)
-            worst = max(worst, error)
+    columns = "dispatcher, router, overlap, memory, placement, layout"
+    print(f"{columns:64} largest difference")
+    for way, error in errors(WAYS).items():
+        print(f"{way!s:64} {error:.1e}", flush=True)
+        worst = max(worst, error)
     return int(not worst < MOST)
 
 

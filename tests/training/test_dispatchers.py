@@ -2,17 +2,14 @@
 all of them."""
 
 import pytest
-from drills.dispatchers import MOST, errors
-
-SHORT = {
-    "moge": ["hierarchical, recomputed", "deduplicated, sliced experts"],
-    "top_k": ["hierarchical, tensor parallel"],
-}
+from drills.dispatchers import MOST, WAYS, errors, pairs_left_out
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("router", SHORT)
-def test_twenty_steps_equal_the_single_process(router):
-    found = errors(router, SHORT[router])
-    assert found.keys() == set(SHORT[router])
-    assert {name: error for name, error in found.items() if not error < MOST} == {}
+def test_twenty_steps_equal_the_single_process():
+    found = errors([WAYS[1], WAYS[5], WAYS[9]])
+    assert {str(way): error for way, error in found.items() if not error < MOST} == {}
+
+
+def test_every_two_axes_meet_in_all_their_values():
+    assert pairs_left_out() == set()
