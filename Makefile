@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 NPU := .torch-npu/.installed
+TRITON := .triton/.installed
 ARGS ?=
 
 .PHONY: help install train test check bench docs sbom clean
@@ -37,7 +38,15 @@ $(NPU): pyproject.toml
 	-$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --upgrade \
 		--target .torch-npu torch-npu==2.13.0 && touch $@
 
-test: $(INSTALLED) $(NPU)
+# Triton, for the tests that run our kernels in its interpreter: in a folder of its own, since where
+# it is found the engine imports it, which costs every process of the CPU build 84 MB. It has a
+# wheel for Linux alone.
+$(TRITON): pyproject.toml
+	test "$$(uname)" != Linux || $(BIN)/python -m pip install -qq --disable-pip-version-check \
+		--no-deps --no-compile --upgrade --target .triton triton==3.7.1
+	@mkdir -p .triton && touch $@
+
+test: $(INSTALLED) $(NPU) $(TRITON)
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 check: $(INSTALLED)

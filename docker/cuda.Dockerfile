@@ -7,7 +7,7 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /source
 COPY pyproject.toml constraints.txt docker/dependencies.py ./
 RUN python3 -m venv /opt/pangu \
-    && python3 dependencies.py serve compress > requirements.txt \
+    && python3 dependencies.py serve compress cuda > requirements.txt \
     && /opt/pangu/bin/pip install -c constraints.txt -r requirements.txt
 
 FROM ${BASE} AS wheel

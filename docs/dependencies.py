@@ -8,7 +8,7 @@ HEAD = """# Dependencies and their licences
 All that `make install` puts into `.venv`, in the versions of `constraints.txt`: the packages that
 `pip install pangu-moe` and its extras need, and those of tests. As the packages declare it; written
 by `make sbom`, which also leaves a CycloneDX list in `dist/sbom.json`. torch-npu (BSD) is
-installed by the extra `npu` alone.
+installed by the extra `npu` alone, Triton (MIT) by `cuda` or torch's CUDA wheel.
 
 | package | version | licence |
 |---|---|---|"""

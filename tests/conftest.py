@@ -5,6 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 
+# Before anything imports Triton, where it is installed: it decides then (tests/in_interpreter.py).
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(autouse=True, scope="module")
 def environment() -> Iterator[None]:

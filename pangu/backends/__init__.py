@@ -7,7 +7,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ class Operators:
     grouped_matmul: Literal["loop", "fused", "npu"]
     permute: Literal["torch", "npu"]
     rms_norm: Literal["lean", "torch", "npu"]
-    swiglu: Literal["blocks", "megatron", "npu"]
+    swiglu: Literal["blocks", "megatron", "npu", "triton"]
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,12 @@ def current() -> Backend:
     if _current is None:
         raise RuntimeError("no backend yet: call pangu.backends.select first")
     return _current
+
+
+def use(operators: Operators) -> None:
+    """From now on these variants are this process's."""
+    global _current
+    _current = replace(current(), operators=operators)
 
 
 def torch_dtype(precision: str) -> torch.dtype:

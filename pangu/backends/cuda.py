@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
+import sys
+from dataclasses import replace
+
 import torch
 
 from pangu.backends import Backend, Operators
@@ -18,6 +24,36 @@ BF16_PEAKS = {
     "GB200": 2500.0,
     "GB300": 2500.0,
 }
+
+# Without our own kernels.
+PLAIN = Operators(
+    attention="sdpa",
+    grouped_matmul="fused",
+    permute="torch",
+    rms_norm="torch",
+    swiglu="megatron",
+)
+
+
+def kernels_missing(capability: tuple[int, int]) -> str:
+    """Why our kernels cannot run on a GPU of this compute capability; empty where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if capability < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    compilers = (os.environ.get("CC", "cc"), "gcc", "clang")
+    if not any(shutil.which(name) for name in compilers):
+        return "Triton finds no C compiler (gcc, clang or $CC)"
+    return ""
+
+
+def operators(capability: tuple[int, int], *, say: bool) -> Operators:
+    """With our kernels where they can run; one line says where they cannot."""
+    if missing := kernels_missing(capability):
+        if say:
+            print(f"note: operators run in their plain forms: {missing}", file=sys.stderr)
+        return PLAIN
+    return replace(PLAIN, swiglu="triton")
 
 
 def create(local_rank: int) -> Backend:
@@ -57,13 +93,7 @@ def create(local_rank: int) -> Backend:
         fused_adamw=True,
         asynchronous=True,
         block_elements=None,
-        operators=Operators(
-            attention="sdpa",
-            grouped_matmul="fused",
-            permute="torch",
-            rms_norm="torch",
-            swiglu="megatron",
-        ),
+        operators=operators((properties.major, properties.minor), say=local_rank == 0),
         host_tier=lambda folder: PinnedTier(torch.cuda),
         in_place_of_cuda=None,
     )

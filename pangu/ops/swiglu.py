@@ -87,8 +87,20 @@ def swiglu_npu(x_NG: torch.Tensor, weights_N: torch.Tensor | None = None) -> tor
     return y_NF if weights_N is None else (y_NF * weights_N[:, None]).to(x_NG.dtype)
 
 
+def swiglu_triton(x_NG: torch.Tensor, weights_N: torch.Tensor | None = None) -> torch.Tensor:
+    """One kernel each way; float64, which it would round, in plain operations."""
+    if x_NG.dtype == torch.float64:
+        return swiglu_reference(x_NG, weights_N)
+    return importlib.import_module("pangu.ops.kernels.swiglu").swiglu(x_NG, weights_N)
+
+
 def swiglu(x_NG: torch.Tensor, weights_N: torch.Tensor | None = None) -> torch.Tensor:
     """`[N, 2F]` (gates, then ups) → `[N, F]` in x's dtype; the product with the weights is taken
     in the wider of the two dtypes."""
-    variants = {"blocks": swiglu_blocks, "megatron": swiglu_megatron, "npu": swiglu_npu}
+    variants = {
+        "blocks": swiglu_blocks,
+        "megatron": swiglu_megatron,
+        "npu": swiglu_npu,
+        "triton": swiglu_triton,
+    }
     return variants[backends.current().operators.swiglu](x_NG, weights_N)

@@ -15,9 +15,9 @@ import torch.distributed as dist
 import torch_npu  # noqa: F401 - registers the device
 from layouts import all_layouts
 
-from pangu import device_check
 from pangu.backends.host_tier import PinnedTier
 from pangu.engines.megatron.fitting import select_backend
+from pangu.ops.cases import TOLERANCES, cases, compared
 from tests.npu import operators  # noqa: F401 - registers the kernels
 from tests.npu.host_memory import HostMemory
 
@@ -29,11 +29,7 @@ def main(layouts: Path, results: Path) -> None:
     with HostMemory() as mode:
         select_backend("npu", int(os.environ["LOCAL_RANK"]), "fp32")
         dist.init_process_group("hccl")
-        outcomes = [
-            device_check.compared(case, dtype)
-            for case in device_check.cases()
-            for dtype in device_check.TOLERANCES
-        ]
+        outcomes = [compared(case, dtype) for case in cases() for dtype in TOLERANCES]
         wrong = [str(outcome) for outcome in outcomes if not outcome.holds]
         given = json.loads(layouts.read_text())
         found = all_layouts(given["layouts"], dist.get_world_size(), given["steps"])

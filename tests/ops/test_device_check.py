@@ -3,11 +3,11 @@
 import torch
 
 from pangu import device_check
-from pangu.device_check import cases, compared
+from pangu.ops.cases import TOLERANCES, cases, compared
 
 
 def test_every_operator_of_this_machine_holds():
-    outcomes = [compared(case, dtype) for case in cases() for dtype in device_check.TOLERANCES]
+    outcomes = [compared(case, dtype) for case in cases() for dtype in TOLERANCES]
     assert len(outcomes) == 16
     assert [outcome for outcome in outcomes if not outcome.holds] == []
 

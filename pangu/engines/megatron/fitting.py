@@ -22,8 +22,9 @@ from typing import Any
 import torch
 
 from pangu import backends
-from pangu.backends import Backend, InPlaceOfCuda
+from pangu.backends import Backend, InPlaceOfCuda, cuda
 from pangu.engines.megatron import patches
+from pangu.ops import trial
 
 # Everything of the engine that we use: imported here, at once, so that no module is left unfitted.
 ENGINE_MODULES = (
@@ -75,7 +76,10 @@ def select_backend(name: str = "auto", local_rank: int = 0, precision: str = "au
         if backend.in_place_of_cuda is not None:
             redirect(backend.in_place_of_cuda, precision)
         patches.apply(backend.in_place_of_cuda, precision)
-    return backend
+        line = trial.keep_what_holds(cuda.PLAIN)
+        if line and local_rank == 0:
+            print(f"note: {line}", file=sys.stderr)
+    return backends.current()
 
 
 def import_engine(*, jit: bool) -> None:

@@ -1,0 +1,143 @@
+"""Every operator as the backend runs it beside its reference: small inputs, both passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from pangu import backends
+from pangu.ops import attention, cross_entropy, grouped_matmul, permute, rms_norm, swiglu
+
+Tensor = torch.Tensor
+# Largest difference from the reference in float64, relative to its largest value. Matrix units may
+# round float32 to fewer bits.
+TOLERANCES = {torch.float32: 5e-3, torch.bfloat16: 2e-2}
+# Cases called otherwise than their operator.
+OPERATORS = {"unpermute": "permute", "attention, documents": "attention"}
+
+
+class Case(NamedTuple):
+    """An operator, its reference, and inputs in float64; integers are passed as they are."""
+
+    name: str
+    run: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    inputs: tuple[Tensor, ...]
+
+    @property
+    def operator(self) -> str:
+        """By its name in `backends.Operators`."""
+        return OPERATORS.get(self.name, self.name)
+
+
+class Outcome(NamedTuple):
+    """`error`: of the output and of every gradient, the largest, relative; or what was raised."""
+
+    name: str
+    operator: str
+    dtype: torch.dtype
+    error: float
+    raised: str
+
+    @property
+    def holds(self) -> bool:
+        return not self.raised and self.error <= TOLERANCES[self.dtype]
+
+    @property
+    def reason(self) -> str:
+        """Why it does not hold."""
+        return self.raised or f"off by {self.error:.1e}"
+
+
+def cases() -> Iterator[Case]:
+    """Every operator: groups of uneven sizes, one of them empty; GQA; two documents."""
+    normal = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=normal, dtype=torch.float64)
+
+    tokens, hidden, width, experts = 96, 64, 128, 4
+    counts = torch.tensor([40, 0, 23, 33])
+    rows, weights = randn(tokens, hidden), randn(experts, hidden, width) / hidden**0.5
+    yield Case(
+        "grouped_matmul",
+        lambda x, w: grouped_matmul.grouped_matmul(x, w, counts.to(x.device)),
+        lambda x, w: grouped_matmul.grouped_matmul(x, w, counts, grouped_matmul.Loop),
+        (rows, weights),
+    )
+    chosen = randn(tokens, experts).topk(2).indices
+    plan = permute.plan(chosen, experts)
+    yield Case(
+        "permute",
+        lambda x: permute.permute(x, permute.plan(chosen.to(x.device), experts)),
+        lambda x: permute.permute_reference(x, plan),
+        (rows,),
+    )
+    yield Case(
+        "unpermute",
+        lambda x: permute.unpermute(x, permute.plan(chosen.to(x.device), experts)),
+        lambda x: permute.unpermute_reference(x, plan),
+        (randn(2 * tokens, hidden),),
+    )
+    gates = (randn(tokens, 2 * width), randn(tokens).abs())
+    yield Case("swiglu", swiglu.swiglu, swiglu.swiglu_reference, gates)
+    norm = (rows, randn(hidden).abs())
+    yield Case(
+        "rms_norm",
+        lambda x, w: rms_norm.rms_norm(x, w, 1e-5),
+        lambda x, w: rms_norm.rms_norm_reference(x, w, 1e-5),
+        norm,
+    )
+    heads, documents = randn(tokens, 2, 4, 16), torch.arange(tokens).expand(2, -1) // 60
+    keys = (randn(tokens, 2, 2, 16), randn(tokens, 2, 2, 16))
+    for name, ids in (("attention", None), ("attention, documents", documents)):
+        yield Case(
+            name,
+            lambda q, k, v, ids=ids: attention.attention(
+                q, k, v, scale=0.25, document_ids=None if ids is None else ids.to(q.device)
+            ),
+            lambda q, k, v, ids=ids: attention.attention_reference(
+                q, k, v, scale=0.25, document_ids=ids
+            ),
+            (heads, *keys),
+        )
+    labels = torch.arange(tokens)
+    yield Case(
+        "cross_entropy",  # takes float32 alone, and uses its input up
+        lambda x: cross_entropy.cross_entropy(x.float().clone(), labels.to(x.device)),
+        lambda x: cross_entropy.cross_entropy_reference(x, labels),
+        (randn(tokens, width),),
+    )
+
+
+def compared(case: Case, dtype: torch.dtype) -> Outcome:
+    """The backend's operator in `dtype` against the reference in float64 on the host, which is
+    given the same rounded inputs."""
+    device = backends.current().device
+    given = [each.to(dtype).to(device) for each in case.inputs]
+    wide = [each.cpu().double().requires_grad_() for each in given]
+    expected = case.reference(*wide)
+    upstream = torch.ones_like(expected) + torch.arange(expected.size(0)).view(
+        -1, *[1] * (expected.dim() - 1)
+    ) / expected.size(0)
+    gradients = torch.autograd.grad(expected, wide, upstream)
+    inputs = [each.requires_grad_() for each in given]
+    try:
+        found = case.run(*inputs)
+        theirs = torch.autograd.grad(found, inputs, upstream.to(found.dtype).to(device))
+        backends.current().synchronize()
+    except Exception as error:  # a device's, a compiler's: whatever it is, it is the answer
+        return Outcome(case.name, case.operator, dtype, float("nan"), _first_line(error))
+    pairs = zip((found, *theirs), (expected, *gradients), strict=True)
+    return Outcome(case.name, case.operator, dtype, max(_difference(*pair) for pair in pairs), "")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    off = (found.detach().cpu().double() - expected.detach()).abs().max()
+    return float(torch.nan_to_num(off / expected.detach().abs().max(), nan=float("inf")))

@@ -1,0 +1,93 @@
+"""Which operators run as Triton kernels: where they can, those that hold; a line says which not."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from itertools import pairwise
+from pathlib import Path
+
+import in_interpreter  # noqa: F401 - first
+import pytest
+
+from pangu import backends
+from pangu.backends import cuda
+from pangu.ops import trial
+from pangu.ops.kernels import swiglu
+
+ROOT = Path(__file__).parents[2]
+OURS = replace(cuda.PLAIN, swiglu="triton")
+
+
+@pytest.fixture
+def ours(monkeypatch):
+    """This process's backend with our kernels and, beside them, what runs on a CPU."""
+    here = backends.current()
+    variants = {name: kind for name, kind in asdict(OURS).items() if kind == "triton"}
+    operators = replace(here.operators, **variants)
+    monkeypatch.setattr(backends, "_current", replace(here, operators=operators))
+    return here.operators
+
+
+def test_a_gpu_with_triton_runs_our_kernels(capsys):
+    assert cuda.operators((9, 0), say=True) == OURS
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "replacement", "reason"),
+    [
+        ("importlib.util.find_spec", lambda name: None, "triton is not installed"),
+        ("shutil.which", lambda name: None, "Triton finds no C compiler (gcc, clang or $CC)"),
+    ],
+)
+def test_without_triton_or_a_compiler_one_line_says_so(
+    name, replacement, reason, monkeypatch, capsys
+):
+    monkeypatch.setattr(name, replacement)
+    assert cuda.operators((9, 0), say=True) == cuda.PLAIN
+    assert capsys.readouterr().err == f"note: operators run in their plain forms: {reason}\n"
+
+
+def test_an_old_gpu_runs_plain_forms(capsys):
+    assert cuda.operators((7, 5), say=False) == cuda.PLAIN
+    assert capsys.readouterr().err == ""
+
+
+def test_kernels_that_hold_stay(ours):
+    assert trial.keep_what_holds(ours) == ""
+    assert backends.current().operators.swiglu == "triton"
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        (lambda x, w: 1 / 0, "swiglu (division by zero)"),
+        (lambda x, w: x.chunk(2, -1)[0] * w[:, None] * float("nan"), "swiglu (off by inf)"),
+    ],
+)
+def test_a_kernel_that_fails_its_trial_is_not_used(broken, reason, ours, monkeypatch):
+    monkeypatch.setattr(swiglu, "swiglu", broken)
+    assert trial.keep_what_holds(ours) == f"these operators run in their plain forms: {reason}"
+    assert backends.current().operators == ours
+
+
+def test_every_kernel_compiles_for_a_hopper_gpu(tmp_path):
+    """Down to the machine's code, by the compiler that a GPU would be given it by."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.compiled_kernels"],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    kernels = {
+        f"{file.stem}.{line.removeprefix('def ').partition('(')[0]}"
+        for file in (ROOT / "pangu/ops/kernels").glob("*.py")
+        for before, line in pairwise(file.read_text().splitlines())
+        if before == "@triton.jit"
+    }
+    assert json.loads(done.stdout).keys() == kernels
