@@ -150,7 +150,8 @@ def _failure(config: Config, reason: str) -> ConfigError:
 def _evidence(device: Device, processes: int) -> dict[str, str]:
     """The grade of every figure."""
     where = f"M: pangu.calibrate, {datetime.date.today()}, {processes} processes at once"
-    figures = "vector_tflops memory_bandwidth_gbps memory_efficiency matmul attention launch_us"
+    figures = "vector_tflops memory_bandwidth_gbps memory_efficiency matmul attention launch_us "
+    figures += "host_link_gbps"
     result = dict.fromkeys(figures.split(), where)
     vendor = "V: the backend's" if device.peak_tflops else f"{where}: the fastest product"
     result["peak_tflops"] = vendor

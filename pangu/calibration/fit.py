@@ -69,6 +69,7 @@ def fit(name: str, device: Device, processes: int, framework: Framework) -> Hard
         overlap=Overlap(0.0, 0.0, 0.0) if on_cpu else Overlap(0.7, 0.7, 0.7),
         evidence={},
         devices_per_node=processes,
+        host_link_gbps=_host_link(device.samples) / 1e9,
         process_base_bytes=framework.base_bytes if on_cpu else 0.0,
         memory_overhead=framework.memory_overhead if on_cpu else 0.0,
         backend=device.backend,  # type: ignore[arg-type]
@@ -107,6 +108,11 @@ def _memory(samples: list[Sample]) -> tuple[float, float]:
     vectors = _of(samples, "vector")
     seconds_per_byte = np.mean([sample.seconds / sample.shape["bytes"] for sample in vectors])
     return copy.shape["bytes"] / copy.seconds, 1.0 / float(seconds_per_byte)
+
+
+def _host_link(samples: list[Sample]) -> float:
+    """Bytes/s to the host's memory, or back from it if that is slower."""
+    return min(sample.shape["bytes"] / sample.seconds for sample in _of(samples, "host"))
 
 
 def _peak(device: Device) -> float:

@@ -10,6 +10,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,7 +79,8 @@ def plan(quick: bool) -> Plan:
     for rows, width in few(VECTORS):
         size2 = (rows * scale, width * scale)
         steps.append((f"vectors {size2[0]}x{size2[1]}", partial(_vectors, *size2)))
-    steps.append(("memory", lambda: _copy((4 if quick else 32) * scale * 2**20)))
+    large = (4 if quick else 32) * scale * 2**20
+    steps += [("memory", partial(_copy, large)), ("the host's memory", partial(_host, large))]
     return steps
 
 
@@ -223,3 +225,22 @@ def _copy(bytes: int) -> list[Sample]:
     source = torch.zeros(bytes, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     return [Sample("copy", {"bytes": 2 * bytes}, _time(lambda: target.copy_(source)))]
+
+
+def _host(bytes: int) -> list[Sample]:
+    """To where swap puts things, and back."""
+    source = torch.zeros(bytes, dtype=torch.uint8, device=backends.current().device)
+    tier = backends.current().host_tier(Path.cwd())
+    parcels = [tier.send(source)]
+
+    def out() -> None:
+        parcels[0] = tier.send(source)
+        parcels[0].wait_until_sent()
+
+    def there_and_back() -> None:
+        out()
+        parcels[0].arrived()
+
+    away, both = _time(out), _time(there_and_back)
+    ways = {"out": away, "back": max(both - away, both / 10)}
+    return [Sample("host", {"bytes": bytes, "way": way}, ways[way]) for way in ways]

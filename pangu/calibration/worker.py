@@ -25,7 +25,7 @@ QUICK_SIZES = [2**12, 2**18, 2**20]
 def steps(processes: int, quick: bool) -> int:
     """Length of the progress bar's part that belongs to the workers."""
     shapes = (operators.PRODUCTS, operators.GROUPED, operators.ATTENTION, operators.VECTORS)
-    local = sum(min(3, len(each)) if quick else len(each) for each in shapes) + 1
+    local = sum(min(3, len(each)) if quick else len(each) for each in shapes) + 2
     sizes = len(QUICK_SIZES if quick else messages.SIZES)
     return local + (sizes * len(messages.KINDS) if processes > 1 else 0)
 

@@ -54,6 +54,7 @@ def test_the_simulator_reads_what_was_measured(measured: Path) -> None:
     assert hardware.name == "here"
     assert hardware.backend == "cpu"
     assert hardware.devices_per_node == 2
+    assert 0.01 < hardware.host_link_gbps < 100
     assert hardware.process_base_bytes > 1e8  # an interpreter with torch in it
     assert hardware.launch_us.step + hardware.launch_us.matmul > 1.0
     assert set(hardware.peak_tflops) == {"fp32"}
@@ -120,6 +121,8 @@ def machine() -> Hardware:
 def sampled(hw: Hardware) -> Device:
     """What calibration would measure on `hw`."""
     samples = [Sample("copy", {"bytes": 2**27}, 2**27 / hw.memory_bandwidth)]
+    for way, gbps in (("out", 3.0), ("back", 2.5)):
+        samples.append(Sample("host", {"bytes": 2**25, "way": way}, 2**25 / gbps / 1e9))
     samples += [
         Sample("vector", {"bytes": 2**size}, float(vector_seconds(hw, 2**size)))
         for size in (18, 20, 22)
@@ -150,6 +153,7 @@ def test_the_fit_finds_a_known_machine_again() -> None:
     found = fit("again", sampled(known), 2, COST)
     assert found.memory_bandwidth == pytest.approx(known.memory_bandwidth)
     assert found.memory_efficiency == pytest.approx(known.memory_efficiency)
+    assert found.host_link_gbps == pytest.approx(2.5)
     assert found.memory_gib == 8.0  # two processes share 16
     assert found.matmul.depth_half == known.matmul.depth_half
     assert found.matmul.weight_gradient == pytest.approx(known.matmul.weight_gradient, rel=0.05)
