@@ -28,6 +28,8 @@ class WatchConfig:
 
     # Where rank 0 answers Prometheus at /metrics, on all its addresses; null: nowhere
     prometheus_port: Annotated[int, Limits(1, 65535)] | None = None
+    # MLflow's tracking URI, a server's address as a rule; null: nobody
+    mlflow: str | None = None
 
 
 @dataclass

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Keys whose violations leave intact what the model and its layout are.
 ELSEWHERE = {"backend", "data.blend", "data.validation_blend", "data.tokenizer", "data.cache_dir"}
-ELSEWHERE |= {"run_dir", "launch.processes", "watch.prometheus_port"}
+ELSEWHERE |= {"run_dir", "launch.processes", "watch.prometheus_port", "watch.mlflow"}
 
 
 def main(arguments: Sequence[str]) -> int:

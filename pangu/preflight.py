@@ -6,6 +6,7 @@ has: backend, files, folders, memory.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import tempfile
 from dataclasses import dataclass, replace
@@ -75,6 +76,7 @@ def examine(process: ProcessEnvironment, overrides: list[str]) -> Verdict:
     if process.rank == 0:
         found += unusable_folders(config)
         found += taken_port(config)
+        found += no_mlflow(config)
     if not sound:
         return Verdict(config, found)
     settled = with_modules(config)
@@ -175,6 +177,14 @@ def taken_port(config: Config) -> list[Violation]:
         return []
     hint = f"watch.prometheus_port={port.free_port()}"
     return [Violation("watch.prometheus_port", number, why, hint)]
+
+
+def no_mlflow(config: Config) -> list[Violation]:
+    """Whether there is no MLflow for who asks for it."""
+    if config.watch.mlflow is None or importlib.util.find_spec("mlflow"):
+        return []
+    reason = "MLflow is told by its package, which is not installed"
+    return [Violation("watch.mlflow", config.watch.mlflow, reason, "pip install mlflow-skinny")]
 
 
 def _try_to_make(folder: Path) -> None:

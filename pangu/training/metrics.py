@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,10 +22,17 @@ from pangu.training.growing_file import GrowingFile
 from simulator.api import count_parameters, model_flops_per_token
 
 if TYPE_CHECKING:
-    from pangu.training.prometheus import Exporter
     from pangu.training.tensorboard import Board
 
 Row = dict[str, Any]
+
+
+class Watcher(Protocol):
+    """Who is told every row of a run beside its files."""
+
+    def write(self, row: Row) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def step_row(
@@ -109,17 +117,17 @@ def _largest(value: float) -> float:
 
 
 class MetricsFile:
-    """Appends to `metrics.jsonl` and TensorBoard, and tells `exporter`; only rank 0 has files.
+    """Appends to `metrics.jsonl` and TensorBoard, and tells `watchers`; only rank 0 has files.
 
     A full disk costs no row while the run lives: see `GrowingFile`.
     """
 
-    def __init__(self, run_dir: Path, active: bool, exporter: Exporter | None = None) -> None:
+    def __init__(self, run_dir: Path, active: bool, watchers: Sequence[Watcher] = ()) -> None:
         self.path = run_dir / METRICS
         self.active = active
         self._file = GrowingFile(self.path, "metrics")
         self._last_step = 0
-        self._exporter = exporter
+        self._watchers = watchers
         self._board: Board | None = None
         if active:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -152,8 +160,8 @@ class MetricsFile:
         if not self.active:
             return
         self._file.append(_line(row).encode())
-        if self._exporter is not None:
-            self._exporter.write(row)
+        for watcher in self._watchers:
+            watcher.write(row)
         if self._board is None:
             # Imported with the first row: the first step need not wait for it.
             from pangu.training.tensorboard import Board
@@ -166,8 +174,8 @@ class MetricsFile:
         self._file.append(b"")
         if self._board is not None:
             self._board.close()
-        if self._exporter is not None:
-            self._exporter.close()
+        for watcher in self._watchers:
+            watcher.close()
 
 
 def _line(row: Row) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
+from configs.change_rules import leaves
 from configs.compose import to_yaml
 from configs.schema import Config
 from configs.violation import ConfigError, Violation
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from pangu.checkpoint.restore import Found
     from pangu.checkpoint.run_state import RunState
     from pangu.training.loop import Trainer
-    from pangu.training.prometheus import Exporter
+    from pangu.training.metrics import Watcher
     from pangu.training.schedule import PhaseAt
 
 
@@ -198,28 +199,40 @@ def build_trainer(config: Config, stop: StopSignal) -> Trainer:
         phase=phase,
         datasets=datasets,
         state=state,
-        metrics=MetricsFile(folder, active=first, exporter=_exporter(config) if first else None),
+        metrics=MetricsFile(folder, active=first, watchers=watchers(config) if first else ()),
         load=LoadWindow(folder, config.moe, active=first),
         stop=stop,
     )
 
 
-def _exporter(config: Config) -> Exporter | None:
-    """Who answers Prometheus, where `watch.prometheus_port` asks for it.
+def watchers(config: Config) -> list[Watcher]:
+    """Who is told of the run: Prometheus and MLflow, where the keys of `watch` ask for it.
 
     Raises:
-        ConfigError: another has taken the port since it was looked at.
+        ConfigError: the port was taken since it was looked at; MLflow's server cannot be used.
     """
-    from pangu.training.prometheus import Exporter
+    watch, name = config.watch, Path(config.run_dir).name
+    found: list[Watcher] = []
+    if watch.prometheus_port is not None:
+        from pangu.training.prometheus import Exporter
 
-    number = config.watch.prometheus_port
-    if number is None:
-        return None
-    try:
-        return Exporter(number, model=config.model.name, run=Path(config.run_dir).name)
-    except OSError as error:
-        reason = f"cannot be listened on: {error.strerror}"
-        raise ConfigError([Violation("watch.prometheus_port", number, reason)]) from None
+        try:
+            found.append(Exporter(watch.prometheus_port, model=config.model.name, run=name))
+        except OSError as error:
+            reason = f"cannot be listened on: {error.strerror}"
+            violation = Violation("watch.prometheus_port", watch.prometheus_port, reason)
+            raise ConfigError([violation]) from None
+    if watch.mlflow is not None:
+        from pangu.training.mlflow import MlflowRun, first_line
+
+        keys = dict(leaves(config))
+        try:
+            run = MlflowRun(watch.mlflow, experiment=config.model.name, name=name, parameters=keys)
+        except Exception as error:  # of MLflow, of whatever the URI leads it to
+            reason = f"cannot be told of the run: {first_line(error)}"
+            raise ConfigError([Violation("watch.mlflow", watch.mlflow, reason)]) from None
+        found.append(run)
+    return found
 
 
 def _start(config: Config, found: Found | None) -> tuple[RunState, PhaseAt]:
