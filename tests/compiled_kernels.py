@@ -1,4 +1,5 @@
-"""`python -m tests.compiled_kernels`: every kernel for a Hopper GPU, without one.
+"""`python -m tests.compiled_kernels [short]`: every kernel for a Hopper GPU, without one; `short`
+once each.
 
 Operators run on CPU tensors; where they would launch a kernel it is compiled instead, down to the
 machine's code, for the very arguments it was given. A line of JSON for each kernel: what it takes
@@ -17,6 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from pangu import backends
+
 HOPPER = GPUTarget("cuda", 90, 32)
 TYPES = {
     torch.float32: "fp32",
@@ -26,6 +29,7 @@ TYPES = {
     torch.bool: "i1",
     torch.uint8: "u8",
 }
+short = sys.argv[1:] == ["short"]
 found: dict[str, dict[str, int]] = {}
 
 
@@ -55,15 +59,42 @@ def compiled(kernel: JITFunction, *given, grid, warmup, **named):
     found[name] = {"shared": built.metadata.shared, "warps": built.metadata.num_warps}
 
 
-def main() -> None:
-    JITFunction.run = compiled
+def norms(dtype: torch.dtype) -> None:
+    from pangu.ops.kernels import rms_norm
+
+    for rows, width in ((4096, 2048),) if short else ((4096, 2048), (4096, 7680), (65536, 128)):
+        x = torch.ones(rows, width, dtype=dtype, requires_grad=True)
+        weight = torch.ones(width, dtype=dtype)
+        rms_norm.rms_norm(x, weight, 1e-5, None).backward(x)
+        if not short:
+            rms_norm.rms_norm(x, weight, 1e-5, x)
+
+
+def permutations(dtype: torch.dtype) -> None:
+    from pangu.ops.kernels import permute
+
+    experts = torch.zeros(1024, 8, dtype=torch.int64)
+    order, tokens, slots, _ = permute.sort_choices(experts, 128)
+    rows = permute.gather(torch.ones(1024, 2048, dtype=dtype), tokens.zero_())
+    for choices in (8,) if short else (8, None):
+        permute.gather_sum(rows, slots, order[:1024], choices)
+
+
+def activations(dtype: torch.dtype) -> None:
     from pangu.ops.kernels import swiglu
 
-    for dtype in (torch.bfloat16, torch.float32):
-        x = torch.ones(64, 2 * 768, dtype=dtype, requires_grad=True)
-        weights = torch.ones(64, requires_grad=True)
-        swiglu.swiglu(x, weights).sum().backward()
+    x = torch.ones(64, 2 * 768, dtype=dtype, requires_grad=True)
+    swiglu.swiglu(x, torch.ones(64, requires_grad=True)).sum().backward()
+    if not short:
         swiglu.swiglu(x, None).sum().backward()
+
+
+def main() -> None:
+    JITFunction.run = compiled
+    backends.select("cpu")
+    for dtype in (torch.bfloat16,) if short else (torch.bfloat16, torch.float32):
+        for operator in (activations, norms, permutations):
+            operator(dtype)
     print(json.dumps(found))
 
 

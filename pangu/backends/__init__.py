@@ -25,8 +25,8 @@ class Operators:
 
     attention: Literal["sdpa", "npu"]
     grouped_matmul: Literal["loop", "fused", "npu"]
-    permute: Literal["torch", "npu"]
-    rms_norm: Literal["lean", "torch", "npu"]
+    permute: Literal["torch", "npu", "triton"]
+    rms_norm: Literal["lean", "torch", "npu", "triton"]
     swiglu: Literal["blocks", "megatron", "npu", "triton"]
 
 

@@ -33,6 +33,7 @@ PLAIN = Operators(
     rms_norm="torch",
     swiglu="megatron",
 )
+OURS = replace(PLAIN, permute="triton", rms_norm="triton", swiglu="triton")
 
 
 def kernels_missing(capability: tuple[int, int]) -> str:
@@ -53,7 +54,7 @@ def operators(capability: tuple[int, int], *, say: bool) -> Operators:
         if say:
             print(f"note: operators run in their plain forms: {missing}", file=sys.stderr)
         return PLAIN
-    return replace(PLAIN, swiglu="triton")
+    return OURS
 
 
 def create(local_rank: int) -> Backend:

@@ -12,7 +12,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pangu import backends
-from pangu.ops.rms_norm import rms_norm
+from pangu.ops.rms_norm import adds_residuals, rms_norm, rms_norm_triton
 
 
 class Norm(torch.nn.Module):
@@ -63,7 +63,10 @@ class SandwichResidual(torch.nn.Module):
             prob: float,
         ) -> torch.Tensor:
             x, bias = x_with_bias
-            normed = self.norm(x if bias is None else x + bias)
-            return add((normed, None), residual, prob)
+            x = x if bias is None else x + bias
+            fits = self.norm.bias is None and x.dtype == residual.dtype
+            if fits and prob == 0 and adds_residuals():
+                return rms_norm_triton(x, self.norm.weight, self.norm.eps, residual)
+            return add((self.norm(x), None), residual, prob)
 
         return residual_add

@@ -7,6 +7,7 @@ many choices.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,10 @@ def plan(experts_TK: torch.Tensor, num_experts: int) -> Permutation:
     """Sort the choices by expert, then by token (stable). `experts_TK` holds integers; a choice is
     token·K + k. No shape depends on values, so nothing here waits for the device."""
     num_choices = experts_TK.size(1)
+    if backends.current().operators.permute == "triton":
+        starts_T = torch.arange(0, experts_TK.numel(), num_choices, device=experts_TK.device)
+        order_N, tokens_N, slots_N, counts_E = _kernels().sort_choices(experts_TK, num_experts)
+        return Permutation(order_N, tokens_N, slots_N, starts_T, counts_E, num_choices)
     experts_N, order_N = experts_TK.flatten().sort(stable=True)
     slots_N = _inverse(order_N)
     starts_T = torch.arange(0, order_N.numel(), num_choices, device=order_N.device)
@@ -87,6 +92,19 @@ def _copy(tokens_TH: torch.Tensor, permutation: Permutation) -> torch.Tensor:
     return tokens_TH.index_select(0, permutation.tokens_N)
 
 
+def _kernels() -> Any:
+    return importlib.import_module("pangu.ops.kernels.permute")
+
+
+def _copy_triton(tokens_TH: torch.Tensor, permutation: Permutation) -> torch.Tensor:
+    return _kernels().gather(tokens_TH, permutation.tokens_N)
+
+
+def _gather_sum_triton(rows_NH: torch.Tensor, permutation: Permutation) -> torch.Tensor:
+    _, _, slots_N, starts_T, _, num_choices = permutation
+    return _kernels().gather_sum(rows_NH, slots_N, starts_T, num_choices)
+
+
 def _gather_sum(rows_NH: torch.Tensor, permutation: Permutation) -> torch.Tensor:
     """Each token's rows, read and summed in one pass; unlike an indexed addition it writes every
     token once and in a fixed order."""
@@ -94,26 +112,22 @@ def _gather_sum(rows_NH: torch.Tensor, permutation: Permutation) -> torch.Tensor
     return torch.embedding_bag(rows_NH, slots_N, starts_T, False, 0, False)[0]
 
 
-class _Permute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tokens_TH: torch.Tensor, permutation: Permutation) -> torch.Tensor:
-        ctx.permutation = permutation
-        return _copy(tokens_TH, permutation)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _gather_sum(grads[0].contiguous(), ctx.permutation), None
+Move = Callable[[torch.Tensor, Permutation], torch.Tensor]
 
 
-class _Unpermute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows_NH: torch.Tensor, permutation: Permutation) -> torch.Tensor:
-        ctx.permutation = permutation
-        return _gather_sum(rows_NH.contiguous(), permutation)
+class _Move(torch.autograd.Function):
+    """One way `there`; the gradient goes the other way `back`."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _copy(grads[0], ctx.permutation), None
+    def forward(
+        ctx: Any, x: torch.Tensor, permutation: Permutation, there: Move, back: Move
+    ) -> torch.Tensor:
+        ctx.permutation, ctx.back = permutation, back
+        return there(x.contiguous(), permutation)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return ctx.back(grads[0].contiguous(), ctx.permutation), None, None, None
 
 
 def permute_npu(tokens_TH: torch.Tensor, permutation: Permutation) -> torch.Tensor:
@@ -140,21 +154,35 @@ def unpermute_npu(rows_NH: torch.Tensor, permutation: Permutation) -> torch.Tens
 
 def permute_torch(tokens_TH: torch.Tensor, permutation: Permutation) -> torch.Tensor:
     """`permute` whose gradient is a sum in one pass."""
-    return _Permute.apply(tokens_TH, permutation)
+    return _Move.apply(tokens_TH, permutation, _copy, _gather_sum)
 
 
 def unpermute_torch(rows_NH: torch.Tensor, permutation: Permutation) -> torch.Tensor:
     """`unpermute` in one pass."""
-    return _Unpermute.apply(rows_NH, permutation)
+    return _Move.apply(rows_NH, permutation, _gather_sum, _copy)
+
+
+def permute_triton(tokens_TH: torch.Tensor, permutation: Permutation) -> torch.Tensor:
+    """A gather; its gradient, a gather and sum in float32. float64 in torch's operators."""
+    if tokens_TH.dtype == torch.float64:
+        return permute_torch(tokens_TH, permutation)
+    return _Move.apply(tokens_TH, permutation, _copy_triton, _gather_sum_triton)
+
+
+def unpermute_triton(rows_NH: torch.Tensor, permutation: Permutation) -> torch.Tensor:
+    """A gather and sum in float32; its gradient, a gather. float64 in torch's operators."""
+    if rows_NH.dtype == torch.float64:
+        return unpermute_torch(rows_NH, permutation)
+    return _Move.apply(rows_NH, permutation, _gather_sum_triton, _copy_triton)
 
 
 def permute(tokens_TH: torch.Tensor, permutation: Permutation) -> torch.Tensor:
     """`[N, H]`: a copy of its token for every choice, sorted by expert."""
-    variants = {"torch": permute_torch, "npu": permute_npu}
+    variants = {"torch": permute_torch, "npu": permute_npu, "triton": permute_triton}
     return variants[backends.current().operators.permute](tokens_TH, permutation)
 
 
 def unpermute(rows_NH: torch.Tensor, permutation: Permutation) -> torch.Tensor:
     """`[T, H]`: the sum of each token's rows, 0 where it has none."""
-    variants = {"torch": unpermute_torch, "npu": unpermute_npu}
+    variants = {"torch": unpermute_torch, "npu": unpermute_npu, "triton": unpermute_triton}
     return variants[backends.current().operators.permute](rows_NH, permutation)

@@ -57,7 +57,32 @@ def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tor
     return F.rms_norm(x, (x.size(-1),), weight.to(x.dtype), epsilon)
 
 
+def rms_norm_triton(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    epsilon: float,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One kernel each way, the residual's addition within; float64, and rows too wide for a
+    kernel's registers, in plain operations."""
+    kernels = importlib.import_module("pangu.ops.kernels.rms_norm")
+    if x.dtype == torch.float64 or x.size(-1) > kernels.WIDEST:
+        normed = rms_norm_lean(x, weight, epsilon)
+        return normed if residual is None else normed + residual
+    return kernels.rms_norm(x, weight, epsilon, residual)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     """`[..., hidden]` → the same shape and dtype; `weight` is `[hidden]`."""
-    variants = {"lean": rms_norm_lean, "torch": rms_norm_torch, "npu": rms_norm_npu}
+    variants = {
+        "lean": rms_norm_lean,
+        "torch": rms_norm_torch,
+        "npu": rms_norm_npu,
+        "triton": rms_norm_triton,
+    }
     return variants[backends.current().operators.rms_norm](x, weight, epsilon)
+
+
+def adds_residuals() -> bool:
+    """Whether this process's kernel adds a residual in the same pass (`rms_norm_triton`)."""
+    return backends.current().operators.rms_norm == "triton"
