@@ -2,7 +2,7 @@
 
     python benchmarks/compression_ladder.py layers [--taught 16384 --learning-rate 1e-3]
     python benchmarks/compression_ladder.py weights
-    python benchmarks/compression_ladder.py cache | rotation | commands
+    python benchmarks/compression_ladder.py cache | rotation | learned | commands
     python benchmarks/compression_ladder.py weights --model RUN --texts CALIBRATION JUDGED
 
 Perplexity of `random.py`; calibrated, and taught, on other modules of Python's library. A table in
@@ -101,6 +101,7 @@ LADDERS = {
         for scheme in ("W8A8", "W4A16", "W4A8", "W4A4")
         for rotate in (False, True)
     ),
+    "learned": (("W4A4", "flatquant", "token", False, 2),),
 }
 
 
@@ -118,9 +119,9 @@ def weights(folder: Path, work: Path, texts: Texts, tokens: int, ladder: Sequenc
         rounding = Rounding(scheme, method, 128, *more)
         if rounding.rotate:
             source = rotated(folder, work / "rotated")
-        with loaded(source) as trained:
+        with loaded(source, input_transforms=rounding.transforms) as trained:
             grid = scheme_for(trained.model, rounding)
-            quantizer = rounded(trained, source, grid, method, texts, iter)
+            quantizer = rounded(trained, source, grid, rounding, texts, iter)
             write(source, target, trained.model, quantizer)
         shutil.rmtree(work / "rotated", ignore_errors=True)
         took = time.monotonic() - began

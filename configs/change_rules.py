@@ -32,6 +32,7 @@ _KEYS: dict[Kind, str] = {
         model.num_experts model.moe_ffn_hidden_size model.shared_expert_ffn_hidden_size
         model.num_dense_layers model.mtp_num_layers model.leap_heads model.sandwich_norm
         model.patched_layers model.key_rounding model.lora_rank model.lora_modules
+        model.input_transforms
         moe.router_scale moe.expert_bias moe.expert_parts moe.shared_parts
     """,
     "function": """

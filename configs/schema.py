@@ -91,6 +91,9 @@ class ModelConfig:
     # What comes into the layers' linears is rounded to so many bits, token by token, symmetrically;
     # 0: it is not.
     activation_bits: Annotated[int, Limits(0, 8)] = 0
+    # It passes a learned matrix first, the Kronecker product of two whose inverse is in the weight,
+    # and is rounded within a learned part of its largest (FlatQuant); `pangu.compress` learns them.
+    input_transforms: bool = False
     # Keys and values are rounded to so many bits before they are kept; 0: they are not. Keys either
     # by "token", after their rotation, in the Hadamard basis of a head (QuaRot), or by "channel",
     # before it, between limits that are a part of the model (KVQuant; not with latent attention).

@@ -30,6 +30,7 @@ class Method(StrEnum):
     AWQ = "awq"
     GPTQ = "gptq"
     SMOOTHQUANT = "smoothquant"
+    FLATQUANT = "flatquant"
 
 
 class Keys(StrEnum):
@@ -120,6 +121,7 @@ def quantize(
     rotate: Annotated[
         bool, typer.Option("--rotate", help="spread outliers over all channels before (QuaRot)")
     ] = False,
+    epochs: Annotated[int, typer.Option(min=0, help="of flatquant, over all windows")] = 15,
     tokens: Tokens = 128 * 2048,
     window: Window = 2048,
     text: Text = None,
@@ -142,6 +144,12 @@ def quantize(
     and the weights that read them multiplied: one vector for all that reads a norm, experts and
     router alike. What makes activations hard to round then is in the weights: for W8A8.
 
+    flatquant (arXiv 2410.09426): every input passes a matrix, the product of two small ones, that
+    the layer's outputs are learned by, with scales by channel and the parts of the largest values
+    that are rounded within. The inverse is in the weights, the matrix itself and the clipping stay
+    in the model: one for all experts, and the router is not rounded. It takes as long as training
+    for a few steps does, and is the method for 4-bit activations: W4A4.
+
     --rotate (QuaRot, arXiv 2404.00456) goes before any of them: the residual stream is turned by a
     Hadamard matrix that stands in the weights, so that no channel is an outlier. The float model
     computes what it did. It serves few bits of activations: W8A8, W4A8, W4A4.
@@ -152,7 +160,7 @@ def quantize(
     from pangu.compression.texts import Texts
 
     texts = Texts(calibration, tokens, window, text)
-    rounding = quantization.Rounding(scheme, method.value, group_size, keys.value, rotate)
+    rounding = quantization.Rounding(scheme, method.value, group_size, keys.value, rotate, epochs)
     print(quantization.quantize(model, out, rounding, texts, backend, progress_bar))
 
 

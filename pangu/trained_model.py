@@ -55,13 +55,18 @@ def read_run_config(folder: Path) -> Config:
 
 
 @contextlib.contextmanager
-def loaded(folder: Path, backend: str = "auto") -> Iterator[Trained]:
-    """The model of a run, a checkpoint or an imported folder, with its tokenizer.
+def loaded(
+    folder: Path, backend: str = "auto", *, input_transforms: bool = False
+) -> Iterator[Trained]:
+    """The model of a run, a checkpoint or an imported folder, with its tokenizer; with
+    `input_transforms` it has those, which do nothing yet, though it was saved without.
 
     Raises:
         ConfigError: the backend is missing, or the checkpoint cannot be used.
     """
     config = read_run_config(folder)
+    if input_transforms:
+        config = replace(config, model=replace(config.model, input_transforms=True))
     with one_process(config, backend):
         yield Trained(*load_for_inference(config, folder), config)
 

@@ -37,7 +37,8 @@ OPTIMIZER_PREFIX = "optimizer."
 _RANDOM = "random_state"
 # Layers under their own names, not stacked: dense and MoE layers differ, and so do messages.
 _METADATA = {"non_homogeneous_layers": True}
-_LEAP, _LORA = "leap_heads.", ".lora_"
+_LEAP = "leap_heads."
+_BEGUN = (".lora_", ".input_rounding.")  # what does nothing to a model that has been saved without
 _HEADS = ("output_layer.weight", "embedding.word_embeddings.weight")  # the latter where tied
 
 
@@ -81,7 +82,8 @@ def load(
     path: Path, chunks: Sequence[Any], everything: list[Part] | None, *, moments: bool = True
 ) -> None:
     """Fill weights and, unless `everything` is None, main copies and, if wanted, `moments`. Leap
-    heads of which the checkpoint has none begin as copies of the model's own, adapters as they are.
+    heads of which the checkpoint has none begin as copies of the model's own, adapters and
+    transforms of inputs as they are.
 
     One kind of tensor at a time: whole copies in main memory are as large as this rank's model
     in float32.
@@ -105,8 +107,9 @@ def load(
     if not any(key.startswith(_LEAP) for key in saved):
         begun = {name: entry for name, entry in entries.items() if _is_leap_head(entry)}
         entries = {name: entry for name, entry in entries.items() if name not in begun}
-    if not any(_LORA in key for key in saved):
-        entries = {name: entry for name, entry in entries.items() if _LORA not in entry.key}
+    for part in _BEGUN:
+        if not any(part in key for key in saved):
+            entries = {name: entry for name, entry in entries.items() if part not in entry.key}
     account(path, saved, entries, wanted, weights_only=everything is None or not moments)
 
     def put_weight(target: torch.Tensor, whole: torch.Tensor) -> None:

@@ -27,13 +27,20 @@ OWN = Path("self")  # in place of a calibration file: what the model itself writ
 @dataclass(frozen=True)
 class Rounding:
     """The scheme by name, the method, the columns of a row that share a scale, how keys are
-    rounded where the scheme has KV, and whether the model is rotated before."""
+    rounded where the scheme has KV, whether the model is rotated before, and how often flatquant
+    learns from the calibration text."""
 
     scheme: str
     method: Method
     group_size: int = 128
     keys: KeyRounding = "token"
     rotate: bool = False
+    epochs: int = 15
+
+    @property
+    def transforms(self) -> bool:
+        """Whether the model that is rounded has transforms of its inputs."""
+        return self.method == "flatquant"
 
 
 def quantize(
@@ -52,7 +59,7 @@ def quantize(
         quantized_file.refuse(folder, "quantise the model that it was made of")
         if rounding.rotate:
             folder = rotated(folder, work / "rotated")
-        with loaded(folder, backend) as trained:
+        with loaded(folder, backend, input_transforms=rounding.transforms) as trained:
             refuse_broken(trained.model, folder)
             scheme = scheme_for(trained.model, rounding)
             named = texts
@@ -62,7 +69,7 @@ def quantize(
                 written.write_text(own_text(trained, texts.tokens, window), encoding="utf-8")
                 texts = replace(texts, calibration=written)
             rows = [judge("before", trained, texts, progress)]
-            quantizer = rounded(trained, folder, scheme, rounding.method, texts, progress)
+            quantizer = rounded(trained, folder, scheme, rounding, texts, progress)
             write(folder, work / MODEL, trained.model, quantizer)
         with loaded(work / MODEL, backend) as trained:
             name = f"{scheme.name} {rounding.method}"
@@ -106,7 +113,7 @@ def rounded(
     trained: Trained,
     folder: Path,
     scheme: Scheme,
-    method: Method,
+    rounding: Rounding,
     texts: Texts,
     progress: Progress,
 ) -> Quantizer:
@@ -119,8 +126,8 @@ def rounded(
 
     _, _, source = model_folder.opened(folder)
     stored = source.read("embedding.word_embeddings.weight").dtype
-    quantizer = Quantizer(method, scheme, stored)
-    observes = method != "rtn" or scheme.by_channel
+    quantizer = Quantizer(rounding.method, scheme, stored, rounding.epochs)
+    observes = rounding.method != "rtn" or scheme.by_channel
     ids = texts.calibration_ids(trained.tokenizer) if observes else []
     cut = [torch.tensor(part) for part in windows(ids, texts.window_of(trained.config))]
     quantizer.run(trained.model, cut, progress)
@@ -138,6 +145,7 @@ def write(folder: Path, out: Path, model: GPTModel, quantizer: Quantizer) -> Non
         model=replace(
             config.model,
             activation_bits=scheme.activation_bits,
+            input_transforms=model.config.input_transforms,
             kv_bits=scheme.kv_bits,
             key_rounding=scheme.key_rounding,
         ),
@@ -153,6 +161,9 @@ def write(folder: Path, out: Path, model: GPTModel, quantizer: Quantizer) -> Non
             inside = name in now and name.startswith("decoder.layers.")
             yield name, now[name].detach().to(before.dtype).cpu() if inside else before
         yield from quantizer.key_limits.items()
+        for name, buffer in model.named_buffers():
+            if ".input_rounding." in name:
+                yield name, buffer.cpu()
 
     def grids(target: Path) -> None:
         quantized_file.save(target, scheme, quantizer.grids, quantizer.stored)

@@ -7,13 +7,19 @@ tensor-parallel rank, g = KV heads likewise, d = head size.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import all_to_all
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.multi_latent_attention import (
+    MLASelfAttention,
+    MLASelfAttentionSubmodules,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from configs.schema import ModelConfig
@@ -124,6 +130,29 @@ class RoundedKeysAttention(SelfAttention):
             key, self.key_low[part], self.key_step[part], self.config.model.kv_bits
         )
         return query, key, *rest
+
+
+class LatentAttention(MLASelfAttention):
+    """MLA whose projections down may be other linears than megatron-core's own, which alone it
+    takes."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MLASelfAttentionSubmodules,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        down = ("linear_q_down_proj", "linear_kv_down_proj")
+        plain = replace(submodules, **dict.fromkeys(down, ColumnParallelLinear))
+        super().__init__(config, plain, *args, **kwargs)
+        for name in down:
+            kind, linear = getattr(submodules, name), getattr(self, name, None)
+            if linear is not None and kind is not ColumnParallelLinear:
+                size = (linear.input_size, linear.output_size)
+                options = {"config": config, "init_method": config.init_method, "bias": False}
+                options |= {"gather_output": False, "tp_group": linear.tp_group}
+                setattr(self, name, kind(*size, **options))
 
 
 def _zigzag(size: int, device: torch.device) -> torch.Tensor:

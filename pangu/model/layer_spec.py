@@ -12,10 +12,7 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType, LayerType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.multi_latent_attention import (
-    MLASelfAttention,
-    MLASelfAttentionSubmodules,
-)
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -28,8 +25,8 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from configs.schema import LoraModule, ModelConfig
-from pangu.model.attention import CoreAttention, RoundedKeysAttention
+from configs.schema import ModelConfig
+from pangu.model.attention import CoreAttention, LatentAttention, RoundedKeysAttention
 from pangu.model.norm import Norm, SandwichResidual
 from pangu.model.patched_layer import PatchedLayer
 from pangu.model.transformer_config import PanguTransformerConfig
@@ -79,10 +76,10 @@ def layer_spec(config: PanguTransformerConfig, *, moe: bool, patched: bool = Fal
         module=PatchedLayer if patched else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=Norm,
-            self_attention=_mla(model) if model.attention == "mla" else _gqa(model),
+            self_attention=_mla(config) if model.attention == "mla" else _gqa(config),
             self_attn_bda=_residual(config, model.sandwich_attention_gain),
             pre_mlp_layernorm=Norm,
-            mlp=moe_layer_spec(config) if moe else _dense_mlp(model),
+            mlp=moe_layer_spec(config) if moe else _dense_mlp(config),
             mlp_bda=_residual(config, model.sandwich_mlp_gain),
         ),
     )
@@ -99,63 +96,52 @@ def _residual(config: PanguTransformerConfig, gain: float) -> Any:
     return ModuleSpec(module=SandwichResidual, params={"config": config, "gain": gain})
 
 
-def _output_projection(model: ModelConfig) -> type:
-    plain = _row(model, "linear_proj")
-    return BIASED[plain] if model.add_attention_output_bias else plain
+def _output_projection(config: PanguTransformerConfig) -> type:
+    plain = row(config, "linear_proj")
+    return BIASED[plain] if _model(config).add_attention_output_bias else plain
 
 
-def _adapted(model: ModelConfig, name: LoraModule) -> bool:
-    return model.lora_rank > 0 and name in model.lora_modules
-
-
-def _column(model: ModelConfig, name: LoraModule) -> type:
-    return column(model.activation_bits, lora=_adapted(model, name))
-
-
-def _row(model: ModelConfig, name: LoraModule) -> type:
-    return row(model.activation_bits, lora=_adapted(model, name))
-
-
-def _gqa(model: ModelConfig) -> ModuleSpec:
+def _gqa(config: PanguTransformerConfig) -> ModuleSpec:
+    model = _model(config)
     qk_norm = Norm if model.qk_layernorm else IdentityOp
     by_channel = model.kv_bits and model.key_rounding == "channel"
     return ModuleSpec(
         module=RoundedKeysAttention if by_channel else SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=_column(model, "linear_qkv"),
+            linear_qkv=column(config, "linear_qkv"),
             core_attention=CoreAttention,
-            linear_proj=_output_projection(model),
+            linear_proj=_output_projection(config),
             q_layernorm=qk_norm,
             k_layernorm=qk_norm,
         ),
     )
 
 
-def _mla(model: ModelConfig) -> ModuleSpec:
-    qk_norm = Norm if model.qk_layernorm else IdentityOp
+def _mla(config: PanguTransformerConfig) -> ModuleSpec:
+    qk_norm = Norm if _model(config).qk_layernorm else IdentityOp
     return ModuleSpec(
-        module=MLASelfAttention,
+        module=LatentAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=MLASelfAttentionSubmodules(
-            linear_q_proj=_column(model, "linear_q_proj"),
-            linear_q_down_proj=_column(model, "linear_q_down_proj"),
-            linear_q_up_proj=_column(model, "linear_q_up_proj"),
-            linear_kv_down_proj=_column(model, "linear_kv_down_proj"),
-            linear_kv_up_proj=_column(model, "linear_kv_up_proj"),
+            linear_q_proj=column(config, "linear_q_proj"),
+            linear_q_down_proj=column(config, "linear_q_down_proj"),
+            linear_q_up_proj=column(config, "linear_q_up_proj"),
+            linear_kv_down_proj=column(config, "linear_kv_down_proj"),
+            linear_kv_up_proj=column(config, "linear_kv_up_proj"),
             core_attention=CoreAttention,
-            linear_proj=_output_projection(model),
+            linear_proj=_output_projection(config),
             q_layernorm=qk_norm,
             kv_layernorm=qk_norm,
         ),
     )
 
 
-def _dense_mlp(model: ModelConfig) -> ModuleSpec:
+def _dense_mlp(config: PanguTransformerConfig) -> ModuleSpec:
     return ModuleSpec(
         module=MLP,
         submodules=MLPSubmodules(
-            linear_fc1=_column(model, "linear_fc1"), linear_fc2=_row(model, "linear_fc2")
+            linear_fc1=column(config, "linear_fc1"), linear_fc2=row(config, "linear_fc2")
         ),
     )
 

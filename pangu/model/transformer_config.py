@@ -32,15 +32,14 @@ def transformer_config(config: Config) -> PanguTransformerConfig:
     model = config.model
     dtype = backends.torch_dtype(config.backend.precision)
     heads = model.num_attention_heads
-    moe = config.moe
-    if model.num_experts:
-        moe = replace(moe, dispatcher=resolved(config))
+    moe = replace(config.moe, dispatcher=resolved(config)) if model.num_experts else config.moe
     if config.train.leap_heads_only or model.lora_rank:  # the balancing bias keeps its bits too
         moe = replace(moe, expert_bias_update_rate=0.0)
     settings = PanguTransformerConfig(
         model=model,
         moe=moe,
         activation_bits=model.activation_bits,
+        input_transforms=model.input_transforms,
         lora_rank=model.lora_rank,
         lora_alpha=model.lora_alpha,
         lora_modules=frozenset(model.lora_modules if model.lora_rank else ()),

@@ -45,8 +45,14 @@ class MoETransformerConfig(MLATransformerConfig):
 
     moe: MoEConfig = field(default_factory=MoEConfig)
     activation_bits: int = 0  # of what comes into linears and experts; 0: as it is
+    input_transforms: bool = False  # it passes a learned matrix first
     lora_rank: int = 0  # of the adapters beside `lora_modules`; 0: there are none
     lora_alpha: float = 1.0
     lora_modules: frozenset[str] = frozenset()
     recomputed: frozenset[str] = frozenset()  # modules, of `memory.recompute_modules`
     step: StepTokens | None = None  # of the step under way; None where no engine counts
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether anything is done to what comes into linears."""
+        return self.activation_bits > 0 or self.input_transforms

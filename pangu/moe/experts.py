@@ -8,29 +8,30 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import CheckpointWithoutOutput
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from pangu import backends
 from pangu.ops.grouped_matmul import grouped_matmul
-from pangu.ops.rounded_linear import round_tokens
+from pangu.ops.rounded_linear import input_rounding
 from pangu.ops.swiglu import swiglu
 
 
 class WeightedActivation(torch.nn.Module):
     """SwiGLU times the routing weight, before the second product, rounded where that is asked."""
 
-    def __init__(self, bits: int, group: dist.ProcessGroup) -> None:
+    def __init__(self, rounding: torch.nn.Module) -> None:
         super().__init__()
-        self.bits, self.group = bits, group
+        self.input_rounding = rounding
 
     def forward(self, hidden_N2F: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:
         """`[N, 2F]` and `[N]` → `[N, F]`."""
-        return round_tokens(swiglu(hidden_N2F, weights_N), self.bits, self.group)
+        rounded_NF: torch.Tensor = self.input_rounding(swiglu(hidden_N2F, weights_N))
+        return rounded_NF
 
 
 class GroupedExperts(MegatronModule):
@@ -68,8 +69,8 @@ class GroupedExperts(MegatronModule):
         if config.perform_initialization:
             config.init_method(self.w1)
             config.output_layer_init_method(self.w2)
-        self.activation_bits = getattr(config, "activation_bits", 0)
-        self.activate = WeightedActivation(self.activation_bits, self.tp_group)
+        self.input_rounding = input_rounding(config, hidden)  # one for all experts
+        self.activate = WeightedActivation(input_rounding(config, width, self.tp_group))
         # Also of a plain configuration of megatron-core, which has no such field.
         self.recomputed: frozenset[str] = getattr(config, "recomputed", frozenset())
 
@@ -97,7 +98,7 @@ class GroupedExperts(MegatronModule):
         counts_E = tokens_per_expert
 
         def first(rows_NH: torch.Tensor) -> torch.Tensor:
-            rows_NH = round_tokens(rows_NH, self.activation_bits)
+            rows_NH = self.input_rounding(rows_NH)
             return grouped_matmul(rows_NH, self.w1.flatten(2), counts_E, parameter=self.w1)
 
         def both(rows_NH: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:
@@ -122,9 +123,12 @@ class GroupedExperts(MegatronModule):
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, ShardedTensor]:
         """One global tensor per weight, numbered by global expert: any EP, ETP, TP, PP or DP can
-        read what any other wrote."""
+        read what any other wrote. Transforms of inputs are the same on all ranks."""
         prepended = len(sharded_offsets)
-        return {
+        same = make_sharded_tensors_for_checkpoint(
+            dict(self.named_buffers()), prefix, sharded_offsets=sharded_offsets
+        )
+        return same | {
             prefix + name: ShardedTensor.from_rank_offsets(
                 prefix + name,
                 parameter,

@@ -124,12 +124,10 @@ class ExpertLayer(MoELayer):
 
 def moe_layer_spec(config: MoETransformerConfig) -> ModuleSpec:
     """What takes the place of the MLP in an MoE layer of `config`."""
-    bits, adapted = config.activation_bits, config.lora_modules
     shared = ModuleSpec(
         module=SharedExpertMLP,
         submodules=MLPSubmodules(
-            linear_fc1=column(bits, lora="linear_fc1" in adapted),
-            linear_fc2=row(bits, lora="linear_fc2" in adapted),
+            linear_fc1=column(config, "linear_fc1"), linear_fc2=row(config, "linear_fc2")
         ),
     )
     return ModuleSpec(

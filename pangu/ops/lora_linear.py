@@ -102,16 +102,16 @@ class LoraRow(RoundedRow):
         return _sharded(self, {"weight": 1, "lora_a": 1}, prefix, sharded_offsets, metadata)
 
 
-def column(bits: int, *, lora: bool = False) -> type[ColumnParallelLinear]:
-    """The linear for inputs of `bits` bits (0: as they are), cut by its outputs; perhaps with an
-    adapter."""
-    if lora:
+def column(config: Any, name: str) -> type[ColumnParallelLinear]:
+    """The linear called `name` in a model of `config`, cut by its outputs: perhaps with rounded
+    inputs, perhaps with an adapter."""
+    if name in config.lora_modules:
         return LoraColumn
-    return RoundedColumn if bits else ColumnParallelLinear
+    return RoundedColumn if config.rounds_inputs else ColumnParallelLinear
 
 
-def row(bits: int, *, lora: bool = False) -> type[RowParallelLinear]:
+def row(config: Any, name: str) -> type[RowParallelLinear]:
     """The same, cut by its inputs."""
-    if lora:
+    if name in config.lora_modules:
         return LoraRow
-    return RoundedRow if bits else RowParallelLinear
+    return RoundedRow if config.rounds_inputs else RowParallelLinear

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
+from pangu.ops.input_transform import InputTransform
+
 
 def round_tokens(
     x: torch.Tensor, bits: int, group: dist.ProcessGroup | None = None
@@ -32,15 +34,45 @@ def round_tokens(
     return x + (nearest.to(x.dtype) - x).detach()
 
 
+class TokenRounding(torch.nn.Module):
+    """`round_tokens`, as a module."""
+
+    def __init__(self, bits: int, group: dist.ProcessGroup | None) -> None:
+        super().__init__()
+        self.bits, self.group = bits, group
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return round_tokens(x, self.bits, self.group)
+
+
+def input_rounding(
+    config: Any, size: int, group: dist.ProcessGroup | None = None
+) -> TokenRounding | InputTransform:
+    """What a model of `config` does to `[..., size]` before a matrix; ranks of `group` hold parts
+    of the channels. A plain configuration of megatron-core asks for nothing."""
+    bits = getattr(config, "activation_bits", 0)
+    if getattr(config, "input_transforms", False):
+        return InputTransform(size, bits, group)
+    return TokenRounding(bits, group)
+
+
 class RoundedColumn(ColumnParallelLinear):
     """Every rank sees whole tokens."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.input_rounding = input_rounding(self.config, self.input_size)
+
     def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return super().forward(round_tokens(input_, self.config.activation_bits), *args, **kwargs)
+        return super().forward(self.input_rounding(input_), *args, **kwargs)
 
 
 class RoundedRow(RowParallelLinear):
     """Every rank sees its part of each token's channels."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.input_rounding = input_rounding(self.config, self.input_size, self.tp_group)
+
     def forward(self, input_: torch.Tensor) -> Any:
-        return super().forward(round_tokens(input_, self.config.activation_bits, self.tp_group))
+        return super().forward(self.input_rounding(input_))

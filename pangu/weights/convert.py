@@ -137,6 +137,11 @@ def export_model(
         WeightsError: it is no folder of ours, or no class of Hugging Face computes its model.
     """
     path, config, source = model_folder.opened(path)
+    if config.model.input_transforms:
+        raise WeightsError(
+            f"{path} turns the inputs of its linears by learned products of two matrices, clipped: "
+            "compressed-tensors has no transform that says so, and it runs here alone"
+        )
     config, source = merged(config, source)
     codes = Quantized.of(path)
     if codes is not None:  # bits of activations stand in the description of the layout

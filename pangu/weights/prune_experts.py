@@ -15,8 +15,9 @@ from configs.schema import Config, MoEConfig
 from pangu.checkpoint.tensor_files import Source, WeightsError
 
 Kept = Mapping[str, list[int]]  # by layer (`decoder.layers.3.mlp`): experts, in order
-# Everything of a router and of routed experts has the experts in its first dimension.
-_BY_EXPERT = re.compile(r"(?P<layer>.+\.mlp)\.(?P<part>router|experts)\..+")
+# Everything of a router and of routed experts has the experts in its first dimension, but for what
+# is done to the inputs of all of them.
+_BY_EXPERT = re.compile(r"(?P<layer>.+\.mlp)\.(?P<part>router|experts)\.(?!.*input_rounding).+")
 
 
 def layer_and_part(name: str) -> tuple[str, str] | None:

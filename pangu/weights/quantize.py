@@ -108,12 +108,12 @@ def grid_of(weight_RC: Tensor, scheme: Scheme, stored: torch.dtype, *, clip: boo
     """The grid that the extremes of each group span; with `clip`, of up to half of them whichever
     leaves the least squared error. `stored` is what scales will be kept in."""
     groups = weight_RC.float().unflatten(1, (-1, scheme.group_size or weight_RC.size(1)))
-    grid = _spanned(groups, 1.0, scheme, stored)
+    grid = spanned(groups, 1.0, scheme, stored)
     if not clip:
         return grid
     least = _squared_error(groups, grid, scheme)
     for step in range(1, 21):
-        other = _spanned(groups, 1.0 - step / 40, scheme, stored)
+        other = spanned(groups, 1.0 - step / 40, scheme, stored)
         error = _squared_error(groups, other, scheme)
         better = error < least
         least = torch.where(better, error, least)
@@ -123,7 +123,9 @@ def grid_of(weight_RC: Tensor, scheme: Scheme, stored: torch.dtype, *, clip: boo
     return grid
 
 
-def _spanned(groups: Tensor, part: float, scheme: Scheme, stored: torch.dtype) -> Grid:
+def spanned(groups: Tensor, part: float | Tensor, scheme: Scheme, stored: torch.dtype) -> Grid:
+    """The grid of weights `[R, G, size]`, float32, that `part` (a number, or `[R, G]`) of each
+    group's extremes spans."""
     low, high = scheme.limits
     least = groups.amin(-1).clamp(max=0) * part
     most = groups.amax(-1).clamp(min=0) * part

@@ -19,13 +19,14 @@ from pangu.inference.forward import Enough, until_enough
 from pangu.moe.experts import GroupedExperts
 from pangu.ops.grouped_matmul import grouped_matmul
 from pangu.ops.swiglu import swiglu
+from pangu.weights import flatquant
 from pangu.weights.gptq import gptq
 from pangu.weights.quantize import Grid, Scheme, grid_of, rounded
+from pangu.weights.readers import matrices, norm_readers
 from pangu.weights.smoothing import awq_scales, smooth_scales
 
 Tensor = torch.Tensor
-Method = Literal["rtn", "awq", "gptq", "smoothquant"]
-_FIRST = ("linear_qkv", "linear_q_proj", "linear_q_down_proj", "linear_kv_down_proj")
+Method = Literal["rtn", "awq", "gptq", "smoothquant", "flatquant"]
 
 
 @dataclass
@@ -57,11 +58,13 @@ class Quantizer:
     """Method, scheme, and the dtype that weights and scales will be stored in.
 
     `grids` are by the name of the weight, in its own layout with groups in the place of inputs.
+    `epochs` are those of flatquant, over all windows for each layer.
     """
 
     method: Method
     scheme: Scheme
     stored: torch.dtype
+    epochs: int = 0
     grids: dict[str, Grid] = field(default_factory=dict)
     key_limits: dict[str, Tensor] = field(default_factory=dict)  # of KVQuant, float32, by name
 
@@ -87,6 +90,10 @@ class Quantizer:
                         call["hidden_states"] = layer(**call)[0]
 
     def _round_weights(self, layer: Any, prefix: str, calls: list[dict[str, Any]]) -> None:
+        if self.method == "flatquant":
+            found = flatquant.learn(layer, calls, self.scheme, self.stored, self.epochs)
+            self.grids |= {prefix + name: grid for name, grid in found.items()}
+            return
         observes = [] if self.method == "rtn" else calls
         seen = _observed(layer, observes, experts=self.method == "gptq")
         if self.method in ("awq", "smoothquant"):
@@ -119,21 +126,12 @@ class Quantizer:
     def _smooth(self, layer: Any, seen: dict[str, Inputs]) -> None:
         """Scale the channels that the norms feed, and what reads them; with AWQ, those of a dense
         layer's activations too."""
-        attention, mlp = layer.self_attention, layer.mlp
-        first = [name for name in _FIRST if hasattr(attention, name)]
-        readers = [getattr(attention, name).weight for name in first]
-        self._fold(layer.input_layernorm, readers, [], seen[f"self_attention.{first[0]}"])
-        shared = getattr(mlp, "shared_experts", None)
-        dense = [mlp.linear_fc1] if hasattr(mlp, "linear_fc1") else []
-        dense += [shared.linear_fc1] if shared is not None else []
-        readers, exact = [part.weight for part in dense], []
-        if hasattr(mlp, "experts"):
-            readers += [_rows_in(mlp.experts, number) for number in range(len(mlp.experts.w1))]
-            router = mlp.router
-            exact = [router.weight, router.up_weight] if router.gated else [router.weight]
-            exact += [router.parts.weight, router.parts.up_weight] if router.parts else []
-        self._fold(layer.pre_mlp_layernorm, readers, exact, seen["mlp"])
-        if self.method == "awq" and not exact and layer.config.gated_linear_unit:
+        names, mlp = dict(layer.named_parameters()), layer.mlp
+        for found in norm_readers(layer):
+            readers = [part for name in found.rounded for part in matrices(name, names[name])]
+            exact = [names[name] for name in found.exact]
+            self._fold(getattr(layer, found.norm), readers, exact, seen[found.seen])
+        if self.method == "awq" and hasattr(mlp, "linear_fc1") and layer.config.gated_linear_unit:
             scales = self._scales([mlp.linear_fc2.weight], [], seen["mlp.linear_fc2"])
             for part in (mlp.linear_fc1.weight, mlp.linear_fc1.bias):
                 if part is not None:
@@ -170,8 +168,7 @@ class Quantizer:
         self, experts: GroupedExperts, prefix: str, seen: dict[str, Inputs], name: str
     ) -> None:
         into, out = [], []
-        for number in range(len(experts.w1)):
-            rows = _rows_in(experts, number)
+        for number, rows in enumerate(matrices("experts.w1", experts.w1)):
             values, grid = self._rounded(rows, seen.get(f"{name}.w1.{number}"))
             rows.copy_(values)
             into.append(grid)
@@ -200,11 +197,6 @@ def widths(model: GPTModel) -> set[int]:
         elif isinstance(module, GroupedExperts):
             found |= {module.w1.size(1), module.w2.size(1)}
     return found
-
-
-def _rows_in(experts: GroupedExperts, number: int) -> Tensor:
-    """An expert's gate and up, `[2·F, H]`: a view, where the parts lie in one piece."""
-    return experts.w1[number].flatten(1).T
 
 
 def _stacked(grids: list[Grid], layout: Callable[[Tensor], Tensor]) -> Grid:
