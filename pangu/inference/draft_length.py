@@ -68,7 +68,7 @@ class Measured:
             "acceptance": [self.held[place] / self.reached[place] for place in places],
             "rounds": [
                 self._row(sequences, guesses, expected_experts)
-                for sequences, guesses in sorted(self.rounds)
+                for sequences, guesses in sorted(dict(self.rounds))  # another thread may add one
             ],
         }
 

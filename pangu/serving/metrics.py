@@ -77,8 +77,25 @@ class _EngineState(Collector):
         if self._bytes_read:
             read = self._bytes_read()
             yield counter("pangu_checkpoint_bytes_read", "Since the start", value=read)
+        yield from self._speculation()
         for name, found in (("guessed", counts.guessed), ("held", counts.held)):
             family = counter(f"pangu_{name}_tokens", "Guesses by place", labels=["place"])
             for place, count in sorted(dict(found).items()):
                 family.add_metric([str(place + 1)], count)
             yield family
+
+    def _speculation(self) -> Iterator[GaugeMetricFamily]:
+        """What rounds of the same size have brought, once drafts were made (arXiv 2505.19645)."""
+        if self._engine.drafter is None:
+            return
+        rows = self._engine.counts.measured.report()["rounds"]
+        told = {
+            "sigma": "Tokens of a round, over the most that it could bring",
+            "target_efficiency": "Time of a pass without guesses, over that of one with them",
+        }
+        for key, text in told.items():
+            gauge = GaugeMetricFamily(f"pangu_{key}", text, labels=["sequences", "guesses"])
+            for row in rows:
+                if row["guesses"] and row[key] is not None:
+                    gauge.add_metric([str(row["sequences"]), str(row["guesses"])], row[key])
+            yield gauge

@@ -6,11 +6,13 @@ from collections import Counter
 import gloo
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 from tiny_models import KINDS, TINY, build, decode, prompts, whole_forward
 
 from pangu.inference.batching import Request, Sequence
 from pangu.inference.sampling import Draws, Sampling, probabilities
 from pangu.inference.speculative import Draft, ModelDrafter, NgramDrafter, verified
+from pangu.serving.metrics import Metrics
 
 PROMPTS = prompts(6)
 SMALLER = ["model.num_layers=1", "model.num_experts=0", "model.ffn_hidden_size=16"]
@@ -62,6 +64,17 @@ def test_samples_with_looked_up_guesses_are_those_of_plain_decoding():
     engine = make(model, "ngram")
     assert decode(engine, requests(0.7)) == expected
     assert 0 < engine.counts.held[0] < engine.counts.guessed[0]
+    told = {
+        (family.name, int(sample.labels["sequences"]), int(sample.labels["guesses"])): sample.value
+        for family in text_string_to_metric_families(Metrics(engine).text().decode())
+        for sample in family.samples
+        if "sequences" in sample.labels
+    }
+    for row in engine.counts.measured.report()["rounds"]:
+        for name in ("sigma", "target_efficiency") if row["guesses"] else ():
+            key = f"pangu_{name}", row["sequences"], row["guesses"]
+            assert told.pop(key, None) == (None if row[name] is None else pytest.approx(row[name]))
+    assert told == {}
 
 
 def test_preemption_small_passes_and_prefixes_change_nothing():
