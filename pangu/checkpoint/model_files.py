@@ -9,8 +9,26 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from safetensors import SafetensorError, safe_open
 
-from pangu.checkpoint.tensor_files import INDEX, SINGLE, Rows, Safetensors
+from pangu.checkpoint.tensor_files import INDEX, SINGLE, Rows, Safetensors, WeightsError
+
+CODES = "quantization.safetensors"  # of a quantised model, beside its weights
+
+
+def scheme(folder: Path) -> str:
+    """What a model's folder is quantised by, as `W4A16`; "" where it is not.
+
+    Raises:
+        WeightsError: the file that says so is damaged.
+    """
+    if not (folder / CODES).is_file():
+        return ""
+    try:
+        with safe_open(folder / CODES, framework="pt") as file:
+            return str((file.metadata() or {}).get("name", "by no known scheme"))
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{folder / CODES} is damaged or incomplete: {error}") from None
 
 
 def holds_model(folder: Path) -> bool:

@@ -18,7 +18,7 @@ from configs.change_rules import begins_stage, changes, refused
 from configs.compose import read_file
 from configs.schema import Config
 from configs.violation import ConfigError, Violation
-from pangu.checkpoint import contents, manifest
+from pangu.checkpoint import contents, manifest, model_files
 from pangu.checkpoint.contents import CheckpointMismatch
 from pangu.checkpoint.manifest import DamagedCheckpoint, Manifest
 from pangu.checkpoint.run_state import RunState
@@ -284,6 +284,22 @@ def refuse_other_tokenizer(config: Config, found: Found, tokenizer: Tokenizer) -
 def describe_changes(config: Config, found: Found) -> str:
     """One line about what goes on otherwise than the checkpoint was trained; "" for nothing."""
     return ", ".join(map(str, changes(read_config(found.path), config)))
+
+
+def describe_codes(config: Config, found: Found) -> str:
+    """One line about what training makes of a quantised model's codes; "" where it has none."""
+    if not (scheme := model_files.scheme(found.path)):
+        return ""
+    if config.model.lora_rank or config.train.leap_heads_only:
+        then = (
+            "its weights keep the values of their codes, what is beside them is trained in floats"
+        )
+    else:
+        then = (
+            "its weights are trained on as floats, from the values of their codes, and the run's "
+            "checkpoints have codes no more: quantise the result anew, or train model.lora_rank"
+        )
+    return f"{found.path} is quantised ({scheme}): {then}"
 
 
 def _bound_restarts(config: Config, found: Found) -> None:

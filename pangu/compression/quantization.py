@@ -155,7 +155,7 @@ def write(folder: Path, out: Path, model: GPTModel, quantizer: Quantizer) -> Non
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for name in source.names():
-            if name.endswith(("key_low", "key_step")):  # of an earlier rounding
+            if name.endswith(("key_low", "key_step")):  # of a rounding before
                 continue
             before = source.read(name)
             inside = name in now and name.startswith("decoder.layers.")

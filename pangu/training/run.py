@@ -193,6 +193,8 @@ def build_trainer(config: Config, stop: StopSignal) -> Trainer:
         say(f"resuming from {found.path}")
         if changed := restore.describe_changes(config, found):
             say(f"changed since that checkpoint: {changed}")
+        if codes := restore.describe_codes(config, found):
+            say(codes)
     return Trainer(
         config=config,
         engine=engine,

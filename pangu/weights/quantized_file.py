@@ -18,11 +18,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from configs.compose import read_file
+from pangu.checkpoint import model_files
 from pangu.checkpoint.tensor_files import WeightsError
 from pangu.weights import model_folder
 from pangu.weights.quantize import Grid, Scheme
 
-FILE = "quantization.safetensors"
+FILE = model_files.CODES
 
 
 def save(folder: Path, scheme: Scheme, grids: Mapping[str, Grid], stored: torch.dtype) -> None:
@@ -53,10 +55,14 @@ def copy(
 
 def refuse(folder: Path, reason: str) -> None:
     """Raises:
-    WeightsError: the model in `folder` is quantised, which `reason` says why it may not be.
+    WeightsError: the model in `folder` is quantised, or was and has transforms of inputs still,
+        which `reason` says why it may not be.
     """
     if (codes := Quantized.of(folder)) is not None:
         raise WeightsError(f"{folder} is quantised already ({codes.scheme.name}): {reason}")
+    config = folder / model_folder.CONFIG
+    if config.is_file() and read_file(config, "model").model.input_transforms:
+        raise WeightsError(f"{folder} has model.input_transforms of a quantised model: {reason}")
 
 
 class Quantized:

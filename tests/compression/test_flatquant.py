@@ -107,7 +107,7 @@ def quantise(folder, out, *options):
     return compress(words)
 
 
-def test_export_names_why_there_is_none(folder, tmp_path):
+def test_what_cannot_be_made_of_it(folder, tmp_path, capsys):
     assert quantise(folder, tmp_path / "small", "--method", "flatquant", "--epochs", 1) == 0
     config = read_file(tmp_path / "small" / "config.yaml", "model")
     assert (config.model.input_transforms, config.model.activation_bits) == (True, 4)
@@ -116,3 +116,10 @@ def test_export_names_why_there_is_none(folder, tmp_path):
     with pytest.raises(WeightsError, match="compressed-tensors has no transform"):
         export_model(tmp_path / "small", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    # Without its codes, as a run that trained it on would leave it, it is turned all the same.
+    (tmp_path / "small" / "quantization.safetensors").unlink()
+    words = ["quantize", tmp_path / "small", "--scheme", "W8A16", "--out", tmp_path / "out"]
+    assert compress([*words, "--calibration", folder / "text"]) == 2
+    assert "has model.input_transforms of a quantised model" in " ".join(
+        capsys.readouterr().err.split()
+    )

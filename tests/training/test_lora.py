@@ -138,6 +138,35 @@ def test_export_merges_adapters(runs, tmp_path, capsys):
     )
 
 
+def test_a_quantised_model_trains_on_and_says_what_becomes_of_its_codes(runs, tmp_path, capsys):
+    """With adapters as QLoRA does, without as floats; neither goes out packed."""
+    folder, _ = runs
+    (tmp_path / "text").write_text("1 2 3")
+    words = ["quantize", folder / "base", "--scheme", "W4A16", "--calibration", tmp_path / "text"]
+    assert compress([*words, "--out", tmp_path / "small"]) == 0
+    start = [*DENSE, *SAVED, f"checkpoint.resume={tmp_path / 'small'}", "train.steps=2"]
+    rows, said = torch.arange(2 * 16).view(2, 16) * 7 % 256, {}
+    for name, more in (("adapters", LORA), ("all", [])):
+        capsys.readouterr()
+        gloo.alone(checkpoint_runs.train, tmp_path / name, [*start, *more])
+        said[name] = " ".join(capsys.readouterr().err.split())
+        assert f"{tmp_path / 'small'} is quantised (W4A16): its weights" in said[name]
+    assert "keep the values of their codes" in said["adapters"]
+    assert "trained on as floats" in said["all"]
+    small, adapted, trained = (opened(tmp_path / n)[2] for n in ("small", "adapters", "all"))
+    name = "decoder.layers.1.self_attention.linear_qkv.weight"
+    assert torch.equal(small.read(name), adapted.read(name))
+    assert not torch.equal(small.read(name), trained.read(name))
+    leave()
+    with loaded(tmp_path / "adapters", "cpu") as (model, _, _):
+        found = logits(model, rows)
+    export_model(tmp_path / "adapters", tmp_path / "out")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    assert getattr(read.config, "quantization_config", None) is None
+    with torch.no_grad():
+        assert (read(rows).logits - found).abs().max() <= 1e-5
+
+
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [
