@@ -10,6 +10,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from kubeflow.training import models
 from test_launchers import BIN, FACTS, ROOT, environ, expected, facts
 
 from launch.port import free_port
@@ -37,8 +38,48 @@ def test_the_job_and_its_service_fit_their_schemas() -> None:
         kubernetes_validate.validate(found["Job"], VERSION, strict=True)
 
 
+def as_kubeflow_has_it(value: Any, kind: str) -> Any:
+    """What the classes that Kubeflow makes of its own schema take; of Kubernetes' own kinds, all.
+
+    Raises:
+        AssertionError: a field that is not there, or of another type.
+        ValueError: one that must be there is not.
+    """
+    if kind.startswith("dict("):
+        inner = kind.removeprefix("dict(str, ").removesuffix(")")
+        return {name: as_kubeflow_has_it(each, inner) for name, each in value.items()}
+    if not kind.startswith("KubeflowOrg"):
+        assert (
+            not (plain := {"str": str, "int": int, "bool": bool}.get(kind)) or type(value) is plain
+        )
+        return value
+    model = getattr(models, kind)
+    fields = {name: field for field, name in model.attribute_map.items()}
+    assert set(value) <= set(fields), f"{kind} has no {set(value) - set(fields)}"
+    given = {
+        fields[name]: as_kubeflow_has_it(each, model.openapi_types[fields[name]])
+        for name, each in value.items()
+    }
+    return model(**given)
+
+
+def test_the_operators_job_is_what_the_operator_takes() -> None:
+    """By Kubeflow's own classes; to them a policy is any word, the choices are its documentation's."""
+    job = documents("pytorchjob.yaml")["PyTorchJob"]
+    kind = "KubeflowOrgV1PyTorchJob"
+    taken = as_kubeflow_has_it(job, kind)
+    assert taken.spec.run_policy.clean_pod_policy in ("None", "Running", "All")
+    for replica in taken.spec.pytorch_replica_specs.values():
+        assert replica.restart_policy in ("Always", "OnFailure", "Never", "ExitCode")
+    job["spec"]["runPolicy"]["backOffLimit"] = 20
+    with pytest.raises(AssertionError, match="backOffLimit"):
+        as_kubeflow_has_it(job, kind)
+    del job["spec"]["runPolicy"]["backOffLimit"], job["spec"]["pytorchReplicaSpecs"]
+    with pytest.raises(ValueError, match="pytorch_replica_specs"):
+        as_kubeflow_has_it(job, kind)
+
+
 def test_the_operators_pods_fit_their_schema() -> None:
-    """The rest of a PyTorchJob is the operator's, whose schema no package brings."""
     assert set(replicas()) == {"Master", "Worker"}
     for replica in replicas().values():
         template = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "pangu"}}
