@@ -60,6 +60,9 @@ class Backend:
     total_memory_bytes: int  # of the device; on a CPU the machine's, shared by its processes
     matrix_units: int  # cores over which a library spreads the tiles of a product; 1 where unknown
     peak_tflops: Callable[[str], float | None]
+    # What the device tells of itself now, by the name of a gauge: memory that anybody has of it and
+    # its temperature. From any thread; empty where the device is the host.
+    sensors: Callable[[], dict[str, float]]
     # Whether a tensor may be freed once its send is issued: streams keep the order, gloo does not.
     sends_in_stream_order: bool
     # Whether its collectives add float64 up: HCCL's do not.
@@ -75,6 +78,12 @@ class Backend:
     # host itself.
     host_tier: Callable[[Path], HostTier]
     in_place_of_cuda: InPlaceOfCuda | None  # None where it is CUDA
+
+
+def memory_gauges(free: int, total: int) -> dict[str, float]:
+    """Bytes of a device as `Backend.sensors` tells them."""
+    used = (total - free) / 2**30
+    return {"device_memory_used_gib": used, "device_memory_total_gib": total / 2**30}
 
 
 _current: Backend | None = None

@@ -132,6 +132,7 @@ def create(local_rank: int) -> Backend:
         matrix_units=1,
         description=f"{platform.processor() or platform.machine()} CPU",
         peak_tflops=lambda precision: None,
+        sensors=dict,
         sends_in_stream_order=False,
         reduces_float64=True,
         fused_adamw=True,

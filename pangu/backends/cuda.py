@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -10,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from pangu.backends import Backend, Operators
+from pangu.backends import Backend, Operators, memory_gauges
 from pangu.backends.host_tier import PinnedTier
 
 # Dense BF16 peaks in TFLOPS, from the vendor's data sheets; float16 has the same.
@@ -77,6 +78,12 @@ def create(local_rank: int) -> Backend:
         matches = [part for part in BF16_PEAKS if part in name]
         return BF16_PEAKS[max(matches, key=len)] if matches else None
 
+    def sensors() -> dict[str, float]:
+        told = memory_gauges(*torch.cuda.mem_get_info(device))
+        with contextlib.suppress(Exception):  # no nvidia-ml-py, or a driver that tells nothing
+            told["device_temperature_celsius"] = torch.cuda.temperature(device)
+        return told
+
     return Backend(
         name="cuda",
         device=device,
@@ -89,6 +96,7 @@ def create(local_rank: int) -> Backend:
         matrix_units=properties.multi_processor_count,
         description=name,
         peak_tflops=peak,
+        sensors=sensors,
         sends_in_stream_order=True,
         reduces_float64=True,
         fused_adamw=True,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pangu.backends import Backend, InPlaceOfCuda, Operators
+from pangu.backends import Backend, InPlaceOfCuda, Operators, memory_gauges
 from pangu.backends.host_tier import PinnedTier
 
 NO_CANN = (
@@ -62,6 +62,8 @@ def create(local_rank: int) -> Backend:
         description=npu.get_device_name(local_rank),
         # 910B comes in three parts that share a name: the peak must be given by the user.
         peak_tflops=lambda precision: None,
+        # torch-npu has no call for the temperature.
+        sensors=lambda: memory_gauges(*npu.mem_get_info(local_rank)),
         sends_in_stream_order=True,
         reduces_float64=False,
         fused_adamw=False,

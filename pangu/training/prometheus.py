@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from threading import Lock
 from typing import Any
 
@@ -12,16 +12,21 @@ from prometheus_client.registry import Collector
 
 
 class Exporter(Collector):
-    """Every number of the rows under `pangu_train_<key>`, until another row has the key.
+    """Every number of the rows under `pangu_train_<key>`, until another row has the key, and what
+    the device tells.
 
     `tokens` is a counter: those trained on since this process started.
     """
 
-    def __init__(self, port: int, **labels: str) -> None:
-        """Raises:
-        OSError: the port cannot be listened on.
+    def __init__(
+        self, port: int, *, sensors: Callable[[], dict[str, float]] = dict, **labels: str
+    ) -> None:
+        """`sensors` are asked at every request (`Backend.sensors`).
+
+        Raises:
+            OSError: the port cannot be listened on.
         """
-        self._labels, self._lock = labels, Lock()
+        self._labels, self._lock, self._sensors = labels, Lock(), sensors
         self._newest: dict[str, float] = {}
         self._tokens = 0.0
         registry = CollectorRegistry()
@@ -46,7 +51,7 @@ class Exporter(Collector):
         counter = CounterMetricFamily("pangu_train_tokens", "Trained since the start", labels=names)
         counter.add_metric(values, tokens)
         yield counter
-        for name, value in newest.items():
+        for name, value in (newest | self._sensors()).items():
             gauge = GaugeMetricFamily(f"pangu_train_{name}", "docs/metrics.md", labels=names)
             gauge.add_metric(values, value)
             yield gauge

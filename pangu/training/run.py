@@ -18,6 +18,7 @@ from configs.schema import Config
 from configs.violation import ConfigError, Violation
 from launch import port
 from launch.environment import ProcessEnvironment, report_refusal
+from pangu import backends
 from pangu.engines.megatron.fitting import select_backend
 from pangu.engines.ranks import say
 from pangu.processes import PEER_LOST, last_step
@@ -219,7 +220,8 @@ def watchers(config: Config) -> list[Watcher]:
         from pangu.training.prometheus import Exporter
 
         try:
-            found.append(Exporter(watch.prometheus_port, model=config.model.name, run=name))
+            number, sensors = watch.prometheus_port, backends.current().sensors
+            found.append(Exporter(number, sensors=sensors, model=config.model.name, run=name))
         except OSError as error:
             reason = f"cannot be listened on: {error.strerror}"
             violation = Violation("watch.prometheus_port", watch.prometheus_port, reason)

@@ -64,7 +64,7 @@ def as_kubeflow_has_it(value: Any, kind: str) -> Any:
 
 
 def test_the_operators_job_is_what_the_operator_takes() -> None:
-    """By Kubeflow's own classes; to them a policy is any word, the choices are its documentation's."""
+    """By Kubeflow's own classes. To them a policy is any word; the choices are as documented."""
     job = documents("pytorchjob.yaml")["PyTorchJob"]
     kind = "KubeflowOrgV1PyTorchJob"
     taken = as_kubeflow_has_it(job, kind)

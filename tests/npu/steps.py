@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch_npu  # noqa: F401 - registers the device
 from layouts import all_layouts
 
+from pangu import backends
 from pangu.backends.host_tier import PinnedTier
 from pangu.engines.megatron.fitting import select_backend
 from pangu.ops.cases import TOLERANCES, cases, compared
@@ -36,6 +37,7 @@ def main(layouts: Path, results: Path) -> None:
         if dist.get_rank() == 0:
             called = sorted(name for name in mode.called if name.startswith(("npu.", "c10d.")))
             said = {"wrong": wrong, "steps": found, "called": called, "swapped": sum(sent)}
+            said["sensors"] = backends.current().sensors()
             results.write_text(json.dumps(said))
         dist.destroy_process_group()
 

@@ -71,3 +71,5 @@ def test_operators_and_steps_on_npus_equal_those_on_a_cpu(tmp_path):
         ]
     assert {name.split(".")[1] for name in found["called"]} >= CALLED
     assert found["swapped"] > 1 << 19
+    memory = {"device_memory_used_gib": 0.0, "device_memory_total_gib": 64.0}  # as acl.c says
+    assert found["sensors"] == memory

@@ -36,8 +36,15 @@ def scraped(port: int) -> dict[str, tuple[float, dict[str, str]]]:
 
 
 def test_the_newest_row_is_told_and_tokens_add_up():
-    exporter = Exporter(port := free_port(), run="first")
-    assert scraped(port) == {"pangu_train_tokens_total": (0.0, {"run": "first"})}
+    degrees = [41.0]
+    exporter = Exporter(
+        port := free_port(), sensors=lambda: {"device_temperature_celsius": degrees[0]}, run="first"
+    )
+    degrees[0] = 42.0  # asked at every request
+    assert scraped(port) == {
+        "pangu_train_tokens_total": (0.0, {"run": "first"}),
+        "pangu_train_device_temperature_celsius": (42.0, {"run": "first"}),
+    }
     exporter.write({"step": 1, "loss": 2.5, "tokens": 100, "beside": "save"})
     exporter.write({"step": 1, "validation_loss": 2.75})
     exporter.write({"step": 2, "loss": None, "tokens": 50})
@@ -46,6 +53,7 @@ def test_the_newest_row_is_told_and_tokens_add_up():
         "pangu_train_tokens_total": 150,
         "pangu_train_step": 2,
         "pangu_train_validation_loss": 2.75,
+        "pangu_train_device_temperature_celsius": 42.0,
     }
     exporter.close()
     with socket.create_server(("127.0.0.1", port)):
@@ -110,6 +118,7 @@ def test_rank_0_of_a_run_tells_both_and_a_taken_port_is_refused(tmp_path, store)
     assert labels["run"] == tmp_path.name
     row = next(row for row in rows if row["step"] == step)
     assert found["pangu_train_loss"][0] == pytest.approx(row["loss"])
+    assert not any("device_temperature" in name or "device_memory" in name for name in found)
     assert first_code == 0
     client = MlflowClient(str(store))
     (experiment,) = client.search_experiments(filter_string="name = 'moge_tiny'")
