@@ -1,7 +1,7 @@
 """Every way in which a configuration cannot work, at once, with values that would.
 
 `violations` serves the trainer, the simulator and `python -m pangu.doctor`; the rules themselves
-are in `configs.shape_rules`, `configs.layout_rules` and `configs.run_rules`. A rule yields a
+are in `configs.shape_rules`, `layout_rules`, `run_rules` and `engine_rules`. A rule yields a
 `Problem` with values that might work in its place; here they are tried, and those that do shown.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from configs.compose import compose_dict, from_dict
+from configs.engine_rules import engine
 from configs.layout import num_virtual_stages
 from configs.layout_rules import batch, pipeline, ranks, sequence, widths
 from configs.problem import EP, Problem, get, with_value
@@ -183,7 +184,7 @@ def _forget(tree: dict[str, Any], path: list[str]) -> None:
 def _problems(config: Config, purpose: Purpose) -> list[Problem]:
     config, found = bounds(config)  # with which the other rules can divide
     broken = {problem.key for problem in found}
-    for rule in (*RULES, trainer_limits, profile) if purpose == "train" else RULES:
+    for rule in (*RULES, trainer_limits, engine, profile) if purpose == "train" else RULES:
         found += [problem for problem in rule(config) if problem.key not in broken]
     return found
 

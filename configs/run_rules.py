@@ -219,7 +219,6 @@ def trainer_limits(config: Config) -> Iterator[Problem]:
     plan_only = "the simulator plans it, the trainer does not run it"
     limits: tuple[tuple[str, list[Any]], ...] = (
         ("parallel.schedule", ["1f1b"]),
-        ("parallel.zero_stage", [0, 1]),
         ("backend.precision", ["auto", "fp32", "fp64", "bf16"]),
     )
     for key, allowed in limits:

@@ -206,7 +206,7 @@ class ParallelConfig:
     expert_model_parallel_size: Ranks = 1
     expert_tensor_parallel_size: Ranks = 1
     # 0: plain data parallelism; 1: optimizer state sharded (megatron-core's distributed
-    # optimizer); 2: gradients too; 3: weights too.
+    # optimizer); 2: gradients too; 3: weights too. engine=deepspeed has all of them.
     zero_stage: Annotated[int, Limits(0, 3)] = 1
     schedule: Literal["1f1b", "gpipe", "zero_bubble"] = "1f1b"
     # Expert communication of one micro-batch beside another's computing: a forward beside a
@@ -319,6 +319,20 @@ class BackendConfig:
 
 
 @dataclass
+class EngineConfig:
+    """What trains the model: megatron-core's optimizer, or DeepSpeed's ZeRO around the same model.
+
+    `offload` says where DeepSpeed keeps the optimizer's state, and at stage 3 the weights between
+    their uses; `config` has further keys of its JSON (`configs.engine_rules` names those that the
+    tree decides).
+    """
+
+    name: Literal["megatron", "deepspeed"] = "megatron"
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class LaunchConfig:
     """How many processes. `processes` is per node; torchrun, msrun and Slurm set their own."""
 
@@ -357,6 +371,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     backend: BackendConfig = field(default_factory=BackendConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

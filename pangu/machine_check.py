@@ -14,6 +14,7 @@ PACKAGES = (
     "torch",
     "torch-npu",
     "megatron-core",
+    "deepspeed",
     "transformer-engine",
     "apex",
     "numpy",

@@ -31,9 +31,9 @@ def steps(overrides: list[str], world_size: int, count: int) -> list[tuple[float
     from pangu.data.datasets import batches, build_datasets
     from pangu.engines.contract import StepShape
     from pangu.engines.megatron import process_groups
-    from pangu.engines.megatron.engine import MegatronEngine
     from pangu.engines.placement import ExpertPlacement
     from pangu.moe.load import read_load
+    from pangu.training.run import build_engine
 
     warnings.filterwarnings("ignore")
     config = load([*MODEL, f"launch.processes={world_size}", *overrides])
@@ -45,7 +45,7 @@ def steps(overrides: list[str], world_size: int, count: int) -> list[tuple[float
         validation_samples=0,
         seq_length=train.seq_length,
     )
-    engine = MegatronEngine.build(config)
+    engine = build_engine(config)
     shape = StepShape(config.num_microbatches, train.micro_batch_size, train.seq_length)
     iterator = batches(
         data.train,

@@ -67,13 +67,13 @@ def build(overrides: list[str], world_size: int = 1) -> Trained:
     from megatron.core import parallel_state
 
     from pangu.engines.megatron import process_groups
-    from pangu.engines.megatron.engine import MegatronEngine
+    from pangu.training.run import build_engine
 
     warnings.filterwarnings("ignore")
     config = load([*EVERYTHING, f"launch.processes={world_size}", *overrides])
     parallel_state.destroy_model_parallel()
     process_groups.initialize(config)
-    engine = MegatronEngine.build(config)
+    engine = build_engine(config)
     engine.set_learning_rate(config.optimizer.lr)
     return Trained(config, engine)
 

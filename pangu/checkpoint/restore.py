@@ -331,7 +331,8 @@ def restore(config: Config, found: Found, engine: Engine) -> Found:
     anew = begins_stage(read_config(found.path), config)
 
     def fill(source: Found) -> None:
-        contents.load(source.path, engine.chunks, everything, moments=not anew)
+        with engine.whole_weights(changing=True):
+            contents.load(source.path, engine.chunks, everything, moments=not anew)
         saved = read_config(source.path)
         same_size = source.manifest.world_size == dist.get_world_size()
         if same_size and saved.parallel == config.parallel:

@@ -91,7 +91,8 @@ class Saver:
             return Saved(state.step, made)
         everything = self.engine.state_parts()
         state_parts.initialize(everything)
-        plan = self._plan(everything, made)
+        with self.engine.whole_weights():
+            plan = self._plan(everything, made)
         self._writing = _Writing(
             Manifest(
                 step=state.step,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -71,3 +72,7 @@ class Engine(Protocol):
 
     def replicas(self) -> dist.ProcessGroup:
         """The ranks that hold copies of the same weights, and so can share the writing of them."""
+
+    def whole_weights(self, *, changing: bool = False) -> AbstractContextManager[None]:
+        """While it lasts, the weights of `chunks` are whole where ranks hold pieces of them
+        otherwise; `changing` those that all ranks write the same into stay so."""

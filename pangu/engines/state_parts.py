@@ -22,7 +22,8 @@ class Part:
     """Elements [start, end) of a parameter's main copy, which this rank's optimizer updates.
 
     `main` is None where other ranks of `group` hold all of the parameter; `group` is None where
-    this rank holds all of it.
+    this rank holds all of it. Where AdamW updates the pieces of many parameters as one tensor,
+    that is `flat`, and `main` lies at `offset` in it.
     """
 
     parameter: torch.nn.Parameter
@@ -31,12 +32,21 @@ class Part:
     start: int
     end: int
     group: dist.ProcessGroup | None
+    flat: torch.Tensor | None = None
+    offset: int = 0
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What AdamW keeps beside the tensor that it updates."""
+        assert self.main is not None
+        return self.adam.state[self.main if self.flat is None else self.flat]
 
     def local(self, name: str) -> torch.Tensor | None:
         """This rank's piece of the main copy or of a moment."""
         if self.main is None or name == MAIN:
             return self.main
-        return self.adam.state[self.main][name]
+        kept = self.state[name]
+        return kept if self.flat is None else kept[self.offset : self.offset + self.main.numel()]
 
     def whole(self, name: str) -> torch.Tensor:
         """The main copy or a moment in the parameter's shape. Collective over `group`.
@@ -68,13 +78,13 @@ class Part:
 def initialize(everything: list[Part]) -> None:
     """Give a fresh AdamW the zero moments that its first step would make."""
     for part in everything:
-        if part.main is None or part.adam.state[part.main]:
+        if part.main is None or (state := part.state):
             continue
-        state = part.adam.state[part.main]
         if _counts_per_parameter(part.adam):
             state["step"] = torch.tensor(0.0)
         for name in MOMENTS:
-            state[name] = torch.zeros_like(part.main.detach())
+            updated = part.main if part.flat is None else part.flat
+            state[name] = torch.zeros_like(updated.detach())
 
 
 def optimizer_step(everything: list[Part]) -> int:
@@ -94,7 +104,7 @@ def set_optimizer_step(everything: list[Part], step: int) -> None:
         if part.main is None:
             continue
         if _counts_per_parameter(part.adam):
-            part.adam.state[part.main]["step"].fill_(step)
+            part.state["step"].fill_(step)
         else:
             for group in part.adam.param_groups:
                 group["step"] = step
@@ -109,6 +119,6 @@ def _step(part: Part) -> Iterator[Any]:
     if part.main is None:
         return
     if _counts_per_parameter(part.adam):
-        yield part.adam.state[part.main].get("step", 0)
+        yield part.state.get("step", 0)
     else:
         yield part.adam.param_groups[0].get("step", 0)

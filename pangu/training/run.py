@@ -36,6 +36,7 @@ from pangu.training.resilience import (
 if TYPE_CHECKING:
     from pangu.checkpoint.restore import Found
     from pangu.checkpoint.run_state import RunState
+    from pangu.engines.contract import Engine
     from pangu.training.loop import Trainer
     from pangu.training.metrics import Watcher
     from pangu.training.schedule import PhaseAt
@@ -166,7 +167,6 @@ def build_trainer(config: Config, stop: StopSignal) -> Trainer:
         ConfigError: the run cannot start from the checkpoint.
     """
     from pangu.checkpoint import restore
-    from pangu.engines.megatron.engine import MegatronEngine
     from pangu.training.expert_load import LoadWindow
     from pangu.training.loop import Trainer, phase_datasets
     from pangu.training.metrics import MetricsFile
@@ -184,7 +184,7 @@ def build_trainer(config: Config, stop: StopSignal) -> Trainer:
     if first:
         # a run stays readable when its corpus moves, or Python's library with an upgrade
         datasets.tokenizer.save(folder / "tokenizer")
-    engine = MegatronEngine.build(config)
+    engine = build_engine(config)
     if found:
         found = restore.restore(config, found, engine)
         if found.manifest.step != state.step:  # the newest could not be read after all
@@ -206,6 +206,21 @@ def build_trainer(config: Config, stop: StopSignal) -> Trainer:
         load=LoadWindow(folder, config.moe, active=first),
         stop=stop,
     )
+
+
+def build_engine(config: Config) -> Engine:
+    """The model and its optimizer, by `engine.name`. Process groups must exist.
+
+    Raises:
+        ConfigError: this machine's backend cannot run it so.
+    """
+    if config.engine.name == "deepspeed":
+        from pangu.engines.deepspeed.engine import DeepSpeedEngine
+
+        return DeepSpeedEngine.build(config)
+    from pangu.engines.megatron.engine import MegatronEngine
+
+    return MegatronEngine.build(config)
 
 
 def watchers(config: Config) -> list[Watcher]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -96,3 +97,6 @@ class MegatronEngine:
 
     def replicas(self) -> dist.ProcessGroup:
         return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+    def whole_weights(self, *, changing: bool = False) -> AbstractContextManager[None]:
+        return nullcontext()

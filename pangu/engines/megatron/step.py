@@ -51,12 +51,15 @@ def run_schedule(
 
 
 def forward_step(
-    batches: Iterator[Batch], model: GPTModel
+    batches: Iterator[Batch], model: GPTModel, settings: PanguTransformerConfig | None = None
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
-    """megatron-core's hook: the model's output for the next micro-batch, and its loss function."""
+    """megatron-core's hook: the model's output for the next micro-batch, and its loss function.
+
+    `settings` are the model's own, where what wraps it has a `config` of another kind.
+    """
     batch = {name: tensor.to(backends.current().device) for name, tensor in next(batches).items()}
     document_ids = batch.pop("document_ids", None)  # all positions, on every context rank
-    further = _leap_targets(batch, get_model_config(model))
+    further = _leap_targets(batch, settings or get_model_config(model))
     batch.pop("documents", None)
     batch = split_sequence(batch)
     if further is not None:

@@ -1,0 +1,157 @@
+"""What each engine cannot train: the rules of `engine=deepspeed` and of what belongs to it alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from configs.problem import CP, EP, ETP, PP, TP, Problem, get
+from configs.schema import Config
+
+NAME, ZERO, OFFLOAD = "engine.name", "parallel.zero_stage", "engine.offload"
+MEGATRON: dict[str, list[Any]] = {NAME: ["megatron"]}
+
+# Keys of DeepSpeed's JSON that ours decide.
+DECIDED = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size",
+    "gradient_clipping": "optimizer.clip_grad",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.schedule",
+    "fp16": "backend.precision",
+    "bf16": "backend.precision",
+    "amp": "backend.precision",
+    "torch_autocast": "backend.precision",
+    "zero_optimization.stage": ZERO,
+    "zero_optimization.offload_optimizer": OFFLOAD,
+    "zero_optimization.offload_param": OFFLOAD,
+    "tensor_parallel": TP,
+    "sequence_parallel_size": CP,
+    "expert_parallel": EP,
+    "pipeline": PP,
+}
+# Keys with which its gradients would be other than the engine reckons with.
+FIXED = (
+    "gradient_allreduce_op",
+    "managed_gradient_accumulation",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+)
+
+
+def engine(config: Config) -> Iterator[Problem]:
+    """What the engine named does not train."""
+    if config.engine.name == "megatron":
+        yield from _megatron(config)
+        return
+    yield from _layout(config)
+    yield from _memory(config)
+    yield from _stage_3(config)
+    yield from _json(config)
+
+
+def _megatron(config: Config) -> Iterator[Problem]:
+    more: dict[str, list[Any]] = {NAME: ["deepspeed"]}
+    stage = config.parallel.zero_stage
+    if stage > 1:
+        reason = "megatron-core's optimizer shards its state alone; DeepSpeed also "
+        reason += "gradients (2) and weights (3)"
+        yield Problem("megatron ZeRO", ZERO, stage, reason, {ZERO: [0, 1], **more})
+    reason = "is DeepSpeed's, and engine=megatron has none of it"
+    if config.engine.offload != "none":
+        options = {OFFLOAD: ["none"], **more}
+        yield Problem("megatron offload", OFFLOAD, config.engine.offload, reason, options)
+    if config.engine.config:
+        key = "engine.config"
+        yield Problem("megatron JSON", key, config.engine.config, reason, {key: [{}], **more})
+
+
+def _layout(config: Config) -> Iterator[Problem]:
+    """DeepSpeed here is for data- and expert-parallel ranks."""
+    why = {
+        PP: "DeepSpeed's pipeline is for models of its own, and ZeRO 2 and 3 go with none",
+        TP: "DeepSpeed shards over data-parallel ranks, each of which has whole layers",
+        CP: "DeepSpeed shards over data-parallel ranks, each of which has whole sequences",
+        ETP: "DeepSpeed knows experts that are whole",
+    }
+    for key, reason in why.items():
+        if (size := get(config, key)) > 1:
+            yield Problem(f"deepspeed {key}", key, size, reason, {key: [1], **MEGATRON})
+    no: tuple[tuple[str, str], ...] = (
+        ("parallel.overlap_grad_reduce", "DeepSpeed has its own: "),
+        ("parallel.overlap_param_gather", "DeepSpeed gathers weights in its own way: "),
+        ("parallel.overlap_expert_parallel", "DeepSpeed runs one micro-batch after the other"),
+    )
+    for key, reason in no:
+        if get(config, key):
+            if reason.endswith(": "):
+                reason += "engine.config={zero_optimization:{overlap_comm:true}}"
+            yield Problem(f"deepspeed {key}", key, True, reason, {key: [False], **MEGATRON})
+    precision, allowed = config.backend.precision, ["auto", "fp32"]
+    if precision not in allowed:
+        key, reason = "backend.precision", "DeepSpeed trains in float32 here"
+        yield Problem("deepspeed precision", key, precision, reason, {key: allowed, **MEGATRON})
+    if config.model.num_experts and config.moe.placement == "dynamic":
+        key, reason = "moe.placement", "experts cannot move between DeepSpeed's pieces of weights"
+        options = {key: ["static"], **MEGATRON}
+        yield Problem("deepspeed placement", key, "dynamic", reason, options)
+
+
+def _memory(config: Config) -> Iterator[Problem]:
+    memory, offload, stage = config.memory, config.engine.offload, config.parallel.zero_stage
+    if memory.swap:
+        key, reason = "memory.swap", "activations are swapped beside megatron-core's schedule"
+        yield Problem("deepspeed swap", key, memory.swap, reason, {key: [[]], **MEGATRON})
+    if memory.swap_optimizer:
+        key, reason = "memory.swap_optimizer", "DeepSpeed has engine.offload for that"
+        options = {key: [False], **MEGATRON}
+        yield Problem("deepspeed swapped state", key, True, reason, options)
+    if offload == "nvme":
+        reason = "state on an NVMe drive cannot be saved in our checkpoints"
+        yield Problem("nvme", OFFLOAD, offload, reason, {OFFLOAD: ["cpu", "none"]})
+    elif offload != "none" and stage == 0:
+        reason = "stage 0 shards nothing, and DeepSpeed offloads what it has sharded"
+        options = {OFFLOAD: ["none"], ZERO: [1, 2, 3]}
+        yield Problem("offload of nothing", OFFLOAD, offload, reason, options)
+
+
+def _stage_3(config: Config) -> Iterator[Problem]:
+    if config.parallel.zero_stage != 3:
+        return
+    other: dict[str, list[Any]] = {ZERO: [0, 1, 2]}
+    if (size := config.parallel.expert_model_parallel_size) > 1:
+        reason = "ZeRO 3 shards weights over all data-parallel ranks, and experts on "
+        reason += f"{size} expert-parallel ranks are not copies of each other"
+        yield Problem("ZeRO 3 and EP", ZERO, 3, reason, {**other, EP: [1]})
+    if config.memory.recompute_granularity != "none":
+        key, granularity = "memory.recompute_granularity", config.memory.recompute_granularity
+        reason = "ZeRO 3 has given weights away when a layer is computed again"
+        yield Problem("ZeRO 3 again", key, granularity, reason, {key: ["none"], **other})
+    for key, value in (
+        ("model.lora_rank", config.model.lora_rank),
+        ("train.leap_heads_only", config.train.leap_heads_only),
+    ):
+        if value:
+            reason = "ZeRO 3 would cut weights into pieces that nobody trains"
+            yield Problem(f"ZeRO 3 {key}", key, value, reason, other)
+
+
+def _json(config: Config) -> Iterator[Problem]:
+    key, given = "engine.config", list(_dotted(config.engine.config))
+    for name, ours in DECIDED.items():
+        if any(path == name or path.startswith(f"{name}.") for path in given):
+            reason = f"{name} of DeepSpeed's JSON follows from {ours}"
+            yield Problem(f"JSON {name}", key, config.engine.config, reason, hint=f"{ours}=…")
+    for name in FIXED:
+        if name in given:
+            reason = f"{name} would change what the engine has reckoned with"
+            yield Problem(f"JSON {name}", key, config.engine.config, reason, hint="without it")
+
+
+def _dotted(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _dotted(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"

@@ -1,0 +1,69 @@
+"""DeepSpeed itself, imported for the device of this process, and its JSON made from our tree."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import defaultdict
+from types import ModuleType
+from typing import Any
+
+from configs.schema import Config
+from pangu import backends
+
+# Elements of a bucket of gradients, as DeepSpeed has it where nothing is said.
+LARGEST_BUCKET = 500_000_000
+
+
+def load() -> ModuleType:
+    """DeepSpeed's package. Process groups must exist.
+
+    On a CPU it would compile C++ (shared-memory collectives, its own AdamW), for minutes, and wait
+    without a word for the lock of a build that was killed. Its table of what can be built says no
+    there: torch's own operators do the same.
+    """
+    name = backends.current().name
+    os.environ["DS_ACCELERATOR"] = name
+    os.environ.setdefault("LOCAL_RANK", "0")  # of a process alone, without a launcher
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if name == "cpu":
+        deepspeed.ops.__compatible_ops__ = defaultdict(bool)
+    return deepspeed
+
+
+def settings(config: Config, elements: int) -> dict[str, Any]:
+    """DeepSpeed's JSON for a configuration, with `engine.config` merged in.
+
+    The optimizer is torch's AdamW, the learning rate our schedule's; `elements` are the model's.
+    """
+    zero: dict[str, Any] = {
+        "stage": config.parallel.zero_stage,
+        "reduce_bucket_size": min(LARGEST_BUCKET, elements),
+    }
+    if config.engine.offload != "none":
+        zero["offload_optimizer"] = {"device": config.engine.offload}
+        if config.parallel.zero_stage == 3:
+            zero["offload_param"] = {"device": config.engine.offload}
+    made = {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": config.num_microbatches,
+        # Stage 0 neither tells its norm nor looks for numbers that are none: the engine does both.
+        "gradient_clipping": config.optimizer.clip_grad if config.parallel.zero_stage else 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+    }
+    return _merged(made, config.engine.config)
+
+
+def _merged(made: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Both, mapping by mapping; where they meet, `more`."""
+    both = made | more
+    for key in made.keys() & more.keys():
+        if isinstance(made[key], dict) and isinstance(more[key], dict):
+            both[key] = _merged(made[key], more[key])
+    return both

@@ -1,0 +1,95 @@
+"""Steps of one model through either engine, in the processes that there are, and what each left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import gloo
+import torch
+import torch.distributed as dist
+from trained_model import Trained, build, micro_batch
+
+# What the engines could differ in: every kind of parameter, losses that exist in the backward
+# alone, decay, a clip that always binds.
+COMMON = [
+    "optimizer.lr=0.01",
+    "optimizer.weight_decay=0.5",
+    "optimizer.clip_grad=0.2",
+    "moe.aux_loss_coefficient=0.1",
+    "moe.z_loss_coefficient=0.01",
+]
+TRAINED = ((0.9, 0.3), (0.5, 1.0))  # part of the tokens, by rank and micro-batch
+
+
+@dataclass
+class Left:
+    """What steps gave: rows of loss, norm, loss of multi-token prediction, and whether each was
+    skipped; then weights and AdamW's moments, whole, by name, and the updates counted."""
+
+    rows: list[tuple[float, ...]]
+    skipped: list[bool]
+    tensors: dict[str, torch.Tensor]
+    updates: int
+
+
+def steps(overrides: list[str], world_size: int, poisoned: int = 2, count: int = 4) -> Left:
+    """`count` steps, of which number `poisoned` meets a NaN on the last rank alone."""
+    model = build([*COMMON, *overrides], world_size)
+    bad = False
+
+    def poison(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * torch.nan if bad and dist.get_rank() == world_size - 1 else output
+
+    module = getattr(model.chunks[0], "module", model.chunks[0])
+    module.decoder.final_layernorm.register_forward_hook(poison)
+    rows, skipped = [], []
+    for number in range(count):
+        bad = number == poisoned
+        share = TRAINED[dist.get_rank()]
+        seed = 100 * number + 10 * dist.get_rank()
+        batches = [micro_batch(seed + i, part) for i, part in enumerate(share)]
+        result = model.step(batches)
+        rows.append((result.loss, result.grad_norm, result.mtp_loss or 0.0))
+        skipped.append(result.skipped)
+    left = Left(rows, skipped, *_state(model, module))
+    gloo.drop_groups()
+    return left
+
+
+def _state(model: Trained, module: torch.nn.Module) -> tuple[dict[str, torch.Tensor], int]:
+    from pangu.engines import state_parts
+
+    parts = model.engine.state_parts()
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    held = {}
+    with model.engine.whole_weights():
+        for part in parts:
+            name = names[part.parameter]
+            held[name] = part.parameter.detach().clone()
+            for kind in (state_parts.MAIN, *state_parts.MOMENTS):
+                held[f"{kind} {name}"] = part.whole(kind).clone()
+    biases = {n: b.clone() for n, b in module.named_buffers() if n.endswith("expert_bias")}
+    return held | biases, state_parts.optimizer_step(parts)
+
+
+def all_steps(layouts: dict[str, list[str]], world_size: int) -> dict[str, Left]:
+    """`steps` of every layout, by name."""
+    return {name: steps(overrides, world_size) for name, overrides in layouts.items()}
+
+
+def farthest(found: Left, expected: Left, rank: int = 0, ranks: int = 1) -> dict[str, float]:
+    """The largest differences of rows, relative, and of each kind of tensor, relative to the whole
+    tensor's norm. `rank` of `ranks` has that part of the experts alone."""
+    worst = {"rows": 0.0}
+    for ours, theirs in zip(found.rows, expected.rows, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            if a == a or b == b:
+                worst["rows"] = max(worst["rows"], abs(a - b) / abs(b))
+    for name, tensor in expected.tensors.items():
+        if ".experts." in name:
+            tensor = tensor.chunk(ranks)[rank % ranks]
+        kind = name.partition(" ")[0] if " " in name else "weight"
+        error = (found.tensors[name] - tensor).norm() / tensor.norm().clamp(min=1e-12)
+        worst[kind] = max(worst.get(kind, 0.0), error.item())
+    return worst
