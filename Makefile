@@ -24,8 +24,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing into .venv, which takes some minutes"
-	$(BIN)/python -m pip install -qq --disable-pip-version-check \
-		-c constraints.txt -e ".[train,serve,test]"
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -qq --disable-pip-version-check \
+		-c constraints.txt -e ".[train,serve,deepspeed,test]"
 	@touch $@
 
 train: $(INSTALLED)

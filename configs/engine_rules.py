@@ -1,4 +1,4 @@
-"""What each engine cannot train: the rules of `engine=deepspeed` and of what belongs to it alone."""
+"""What each engine cannot train: rules of `engine=deepspeed` and of what belongs to it alone."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def _megatron(config: Config) -> Iterator[Problem]:
     more: dict[str, list[Any]] = {NAME: ["deepspeed"]}
     stage = config.parallel.zero_stage
     if stage > 1:
-        reason = "megatron-core's optimizer shards its state alone; DeepSpeed also "
-        reason += "gradients (2) and weights (3)"
+        reason = "the simulator plans it; megatron-core's optimizer shards its state alone, "
+        reason += "DeepSpeed gradients (2) and weights (3) too"
         yield Problem("megatron ZeRO", ZERO, stage, reason, {ZERO: [0, 1], **more})
     reason = "is DeepSpeed's, and engine=megatron has none of it"
     if config.engine.offload != "none":

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gloo
 import torch
 import torch.distributed as dist
+from checkpoint_runs import MODEL
+from torch.distributed import checkpoint as torch_checkpoint
 from trained_model import Trained, build, micro_batch
+
+from configs.compose import load
+from pangu.engines.megatron import safe_reader
 
 # What the engines could differ in: every kind of parameter, losses that exist in the backward
 # alone, decay, a clip that always binds.
 COMMON = [
-    "optimizer.lr=0.01",
+    "optimizer.lr=0.001",
+    "optimizer.adam_eps=1e-5",  # else AdamW makes whole steps of gradients that are noise
     "optimizer.weight_decay=0.5",
     "optimizer.clip_grad=0.2",
     "moe.aux_loss_coefficient=0.1",
@@ -76,6 +84,35 @@ def _state(model: Trained, module: torch.nn.Module) -> tuple[dict[str, torch.Ten
 def all_steps(layouts: dict[str, list[str]], world_size: int) -> dict[str, Left]:
     """`steps` of every layout, by name."""
     return {name: steps(overrides, world_size) for name, overrides in layouts.items()}
+
+
+def through(overrides: list[str], source: Path, target: Path) -> None:
+    """A checkpoint read into an engine's optimizer, and written again from there."""
+    from pangu.engines.megatron import process_groups
+    from pangu.training.resilience import StopSignal
+    from pangu.training.run import build_trainer
+
+    warnings.filterwarnings("ignore")
+    here = [f"launch.processes={dist.get_world_size()}", f"run_dir={target}"]
+    config = load([*MODEL, *here, f"checkpoint.resume={source}", *overrides])
+    process_groups.initialize(config)
+    trainer = build_trainer(config, StopSignal())
+    trainer.begin()
+    trainer.save()
+    assert trainer.saver.finish().error is None
+    dist.barrier()
+    gloo.drop_groups()
+
+
+def saved(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, moments too."""
+    reader = safe_reader.SafeReader(folder)
+    held = {}
+    for name, shape in safe_reader.shapes(reader.read_metadata()).items():
+        dtype = reader.read_metadata().state_dict_metadata[name].properties.dtype
+        held[name] = torch.empty(shape, dtype=dtype)
+    torch_checkpoint.load(held, storage_reader=reader, no_dist=True)
+    return held
 
 
 def farthest(found: Left, expected: Left, rank: int = 0, ranks: int = 1) -> dict[str, float]:

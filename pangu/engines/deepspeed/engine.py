@@ -48,7 +48,7 @@ class DeepSpeedEngine:
         self.replica, *_ = self.deepspeed.initialize(
             model=model,
             optimizer=self.adam,
-            config=library.settings(config, sum(p.numel() for p in trained)),
+            config=library.settings(config, sum(p.numel() for p in trained), DataParallelGroups),
             mpu=DataParallelGroups,
             dist_init_required=False,
         )
@@ -58,7 +58,8 @@ class DeepSpeedEngine:
         """The initialised model of a configuration, and its optimizer.
 
         Raises:
-            ConfigError: the backend's own precision is none that this engine has.
+            ConfigError: the backend's own precision is none that this engine has, or DeepSpeed
+                does not take `engine.config`.
         """
         if (dtype := backends.torch_dtype(config.backend.precision)) is not torch.float32:
             precision = config.backend.precision
@@ -153,7 +154,9 @@ class DeepSpeedEngine:
             nothing = torch.full(getattr(weight, "ds_shape", weight.shape), torch.nan)
             self.deepspeed.utils.safe_set_full_grad(weight, nothing.to(weight))
         self.replica.step()
-        return float(self.replica.get_global_grad_norm()) if self.replica.was_step_applied() else None
+        if not self.replica.was_step_applied():
+            return None
+        return float(self.replica.get_global_grad_norm())
 
     def _clip(self) -> float:
         """What DeepSpeed's optimizers do from stage 1 on."""

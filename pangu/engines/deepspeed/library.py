@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 from collections import defaultdict
+from copy import deepcopy
 from types import ModuleType
 from typing import Any
 
 from configs.schema import Config
+from configs.violation import ConfigError, Violation
 from pangu import backends
 
 # Elements of a bucket of gradients, as DeepSpeed has it where nothing is said.
@@ -35,11 +37,16 @@ def load() -> ModuleType:
     return deepspeed
 
 
-def settings(config: Config, elements: int) -> dict[str, Any]:
+def settings(config: Config, elements: int, groups: type) -> dict[str, Any]:
     """DeepSpeed's JSON for a configuration, with `engine.config` merged in.
 
     The optimizer is torch's AdamW, the learning rate our schedule's; `elements` are the model's.
+
+    Raises:
+        ConfigError: DeepSpeed does not take `engine.config`.
     """
+    from deepspeed.runtime.config import DeepSpeedConfig
+
     zero: dict[str, Any] = {
         "stage": config.parallel.zero_stage,
         "reduce_bucket_size": min(LARGEST_BUCKET, elements),
@@ -57,7 +64,15 @@ def settings(config: Config, elements: int) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
     }
-    return _merged(made, config.engine.config)
+    whole = _merged(made, config.engine.config)
+    try:
+        DeepSpeedConfig(deepcopy(whole), groups)
+    except Exception as error:  # its own, pydantic's, assertions: whatever a value makes it raise
+        if not config.engine.config:
+            raise
+        reason = f"DeepSpeed does not take it: {' '.join(str(error).split())}"
+        raise ConfigError([Violation("engine.config", config.engine.config, reason)]) from None
+    return whole
 
 
 def _merged(made: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""Where DeepSpeed keeps AdamW's state: by parameter (stage 0), or in flat tensors of which each rank
-has an equal piece (stages 1 to 3)."""
+"""Where DeepSpeed keeps AdamW's state: by parameter (stage 0), or in flat tensors of which each
+rank has an equal piece (stages 1 to 3)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,47 @@
+"""What an engine does not train is refused before a run, with values that work."""
+
+import pytest
+
+from configs.check import violations
+from configs.compose import load
+
+DS = "engine=deepspeed"
+PP = "parallel.pipeline_model_parallel_size"
+TP = "parallel.tensor_model_parallel_size"
+EP = "parallel.expert_model_parallel_size"
+ZERO = "parallel.zero_stage"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "suggestion"),
+    [
+        ([DS, f"{PP}=2"], PP, f"{PP}=1; or engine.name=megatron"),
+        ([DS, f"{TP}=2"], TP, f"{TP}=1; or engine.name=megatron"),
+        ([DS, "parallel.context_parallel_size=2"], "parallel.context_parallel_size", "=1; or"),
+        ([DS, f"{ZERO}=3", f"{EP}=2"], ZERO, f"{ZERO}=0, 1 or 2; or {EP}=1"),
+        ([DS, "parallel.overlap_grad_reduce=true"], "parallel.overlap_grad_reduce", "=false; or"),
+        ([DS, "backend.precision=bf16"], "backend.precision", "auto or fp32"),
+        ([DS, "memory.swap_optimizer=true", "backend=cpu"], "memory.swap_optimizer", "=false; or"),
+        ([DS, "memory=full", f"{ZERO}=3"], "memory.recompute_granularity", "=none; or"),
+        ([DS, "model.lora_rank=4", f"{ZERO}=3"], "model.lora_rank", f"{ZERO}=0, 1 or 2"),
+        ([DS, "moe.placement=dynamic"], "moe.placement", "=static; or"),
+        ([DS, "engine.offload=cpu", f"{ZERO}=0"], "engine.offload", f"none; or {ZERO}=1, 2 or 3"),
+        ([DS, "engine.offload=nvme"], "engine.offload", "cpu or none"),
+        ([DS, "engine.config={optimizer:{type:Lion}}"], "engine.config", "optimizer"),
+        ([DS, "engine.config={zero_optimization:{stage:2}}"], "engine.config", ZERO),
+        ([DS, "engine.config={gradient_allreduce_op:sum}"], "engine.config", "without it"),
+        ([f"{ZERO}=2"], ZERO, f"{ZERO}=0 or 1; or engine.name=deepspeed"),
+        (["engine.offload=cpu"], "engine.offload", "none; or engine.name=deepspeed"),
+        (["engine.config={steps_per_print:1}"], "engine.config", "{}; or engine.name=deepspeed"),
+    ],
+)
+def test_what_an_engine_does_not_train(overrides, key, suggestion):
+    (found,) = violations(load(["launch.processes=2", *overrides]))
+    assert found.key == key
+    assert suggestion in found.suggestion
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_deepspeed_trains_every_stage(stage):
+    more = "engine.config={zero_optimization:{overlap_comm:true}}"
+    assert violations(load(["launch.processes=2", DS, f"{ZERO}={stage}", more])) == []
