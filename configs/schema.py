@@ -25,6 +25,7 @@ from configs.limits import (
 )
 from configs.planning import InferenceConfig, SimulationConfig
 from configs.recording import CheckpointConfig, ProfileConfig, WatchConfig
+from configs.running import BackendConfig, EngineConfig, LaunchConfig
 
 KeyRounding = Literal["token", "channel"]
 # megatron-core's names of a layer's linears; gate and up are `linear_fc1`, and an MoE layer's are
@@ -305,40 +306,6 @@ class OptimizerConfig:
     weight_decay: Scale = 0.1
     clip_grad: Scale = 1.0
     phases: list[Phase] = field(default_factory=list)
-
-
-@dataclass
-class BackendConfig:
-    """Which device runs the model, and in which precision."""
-
-    name: Literal["auto", "cpu", "cuda", "npu"] = "auto"
-    precision: Literal["auto", "fp32", "fp64", "bf16", "fp16", "fp8", "int8", "fp4"] = "auto"
-    threads: Annotated[int, Limits(0, 4096)] = 0  # CPU threads per process; 0 = cores / processes
-    # null: measured with the device's own name; the peak behind MFU, in TFLOPS
-    peak_tflops: Positive | None = None
-
-
-@dataclass
-class EngineConfig:
-    """What trains the model: megatron-core's optimizer, or DeepSpeed's ZeRO around the same model.
-
-    `offload` says where DeepSpeed keeps the optimizer's state, and at stage 3 the weights between
-    their uses; `config` has further keys of its JSON (`configs.engine_rules` names those that the
-    tree decides).
-    """
-
-    name: Literal["megatron", "deepspeed"] = "megatron"
-    offload: Literal["none", "cpu", "nvme"] = "none"
-    config: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class LaunchConfig:
-    """How many processes. `processes` is per node; torchrun, msrun and Slurm set their own."""
-
-    processes: Annotated[int, Limits(1, 1024)] = 1
-    nodes: Ranks = 1
-    timeout_minutes: Annotated[float, Limits(0, 1e6, positive=True)] = 10.0  # of every collective
 
 
 @dataclass
