@@ -26,8 +26,7 @@ TYPES = {
     torch.bfloat16: "bf16",
     torch.int32: "i32",
     torch.int64: "i64",
-    torch.bool: "i1",
-    torch.uint8: "u8",
+    torch.int8: "i8",
 }
 short = sys.argv[1:] == ["short"]
 found: dict[str, dict[str, int]] = {}
@@ -89,11 +88,28 @@ def activations(dtype: torch.dtype) -> None:
         swiglu.swiglu(x, None).sum().backward()
 
 
+def losses(dtype: torch.dtype) -> None:
+    from pangu.ops.kernels import cross_entropy
+
+    logits = torch.ones(16, 151936, dtype=dtype, requires_grad=True)
+    labels = torch.zeros(16, dtype=torch.int64)
+    cross_entropy.cross_entropy(logits * 1.0, labels, None).sum().backward()
+
+
+def choices(dtype: torch.dtype) -> None:
+    from pangu.ops.kernels import choice
+
+    for k, width in ((8, 128),) if short else ((8, 128), (1, 8), (8, 512)):
+        weights = torch.ones(1024, width, requires_grad=True)
+        chosen = choice.highest(weights.detach(), k)
+        choice.choices(weights, chosen, k)[1].sum().backward()
+
+
 def main() -> None:
     JITFunction.run = compiled
     backends.select("cpu")
     for dtype in (torch.bfloat16,) if short else (torch.bfloat16, torch.float32):
-        for operator in (activations, norms, permutations):
+        for operator in (activations, norms, permutations, losses, choices):
             operator(dtype)
     print(json.dumps(found))
 

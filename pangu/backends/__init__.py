@@ -24,6 +24,8 @@ class Operators:
     `pangu/ops/<operator>.py`."""
 
     attention: Literal["sdpa", "npu"]
+    choice: Literal["torch", "triton"]
+    cross_entropy: Literal["blocks", "triton"]
     grouped_matmul: Literal["loop", "fused", "npu"]
     permute: Literal["torch", "npu", "triton"]
     rms_norm: Literal["lean", "torch", "npu", "triton"]

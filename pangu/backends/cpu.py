@@ -140,6 +140,8 @@ def create(local_rank: int) -> Backend:
         block_elements=2**18,
         operators=Operators(
             attention="sdpa",
+            choice="torch",
+            cross_entropy="blocks",
             grouped_matmul="loop",
             permute="torch",
             rms_norm="lean",

@@ -29,12 +29,21 @@ BF16_PEAKS = {
 # Without our own kernels.
 PLAIN = Operators(
     attention="sdpa",
+    choice="torch",
+    cross_entropy="blocks",
     grouped_matmul="fused",
     permute="torch",
     rms_norm="torch",
     swiglu="megatron",
 )
-OURS = replace(PLAIN, permute="triton", rms_norm="triton", swiglu="triton")
+OURS = replace(
+    PLAIN,
+    choice="triton",
+    cross_entropy="triton",
+    permute="triton",
+    rms_norm="triton",
+    swiglu="triton",
+)
 
 
 def kernels_missing(capability: tuple[int, int]) -> str:

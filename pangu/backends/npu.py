@@ -71,6 +71,8 @@ def create(local_rank: int) -> Backend:
         block_elements=None,
         operators=Operators(
             attention="npu",
+            choice="torch",
+            cross_entropy="blocks",
             grouped_matmul="npu",
             permute="npu",
             rms_norm="npu",

@@ -21,7 +21,7 @@ from pangu.model.init import initialize
 from pangu.model.layer_spec import block_spec, mtp_spec
 from pangu.model.leap_heads import LeapHeads, LeapTargets, leap_losses
 from pangu.model.transformer_config import PanguTransformerConfig, transformer_config
-from pangu.ops.cross_entropy import cross_entropy
+from pangu.ops.cross_entropy import cross_entropy, cross_entropy_triton, splits_vocabulary
 
 
 class PanguModel(GPTModel):
@@ -115,11 +115,16 @@ class PanguModel(GPTModel):
         megatron-core asks for the losses of each depth of multi-token prediction, then for the main
         one; the sum of each becomes a mean over its own labels, not over the main loss's.
         """
-        if self.config.tensor_model_parallel_size > 1:
+        split = self.config.tensor_model_parallel_size > 1
+        if split and not (splits_vocabulary() and logits.dtype != torch.float64):
             losses = super().compute_language_model_loss(labels, logits)
         else:
-            wide = logits if logits.dtype is torch.float64 else logits.float()
-            losses = cross_entropy(wide.flatten(0, 1), labels.t().flatten())
+            rows, wanted = logits.flatten(0, 1), labels.t().flatten()
+            losses = (
+                cross_entropy_triton(rows, wanted, self.pg_collection.tp)
+                if split
+                else cross_entropy(rows, wanted)
+            )
             losses = losses.view(labels.size(1), labels.size(0)).t().contiguous()
         if not self._mtp_masks:
             return losses

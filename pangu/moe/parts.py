@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from pangu.moe.config import MoETransformerConfig
-from pangu.moe.routing import highest, softmax
+from pangu.moe.routing import softmax
+from pangu.ops.choice import highest
 
 
 class ExpertParts(torch.nn.Module):

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 
 from configs.schema import MoEConfig
+from pangu.ops.choice import highest
 
 Scores = Callable[[torch.Tensor], torch.Tensor]
 Choice = Callable[[torch.Tensor], torch.Tensor]
@@ -88,20 +89,6 @@ def identity(logits_TE: torch.Tensor) -> torch.Tensor:
 
 
 # Choice.
-
-
-def highest(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """Bool mask of exactly k entries in each row (last dimension), the highest; of equal ones the
-    lowest index first.
-
-    By comparison with the k-th value, since `torch.topk` promises no order among equals. NaN
-    counts as lowest: a step gone wrong still has its static shape.
-    """
-    scores = scores.masked_fill(scores.isnan(), float("-inf"))
-    last = scores.topk(k, dim=-1).values[..., -1:] if k > 1 else scores.amax(-1, keepdim=True)
-    above, level = scores > last, scores == last
-    missing = k - above.sum(dim=-1, keepdim=True, dtype=torch.int32)
-    return above | (level & (level.cumsum(dim=-1, dtype=torch.int32) <= missing))
 
 
 def top_k(scores_TE: torch.Tensor, k: int) -> torch.Tensor:

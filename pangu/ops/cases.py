@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from pangu import backends
-from pangu.ops import attention, cross_entropy, grouped_matmul, permute, rms_norm, swiglu
+from pangu.ops import attention, choice, cross_entropy, grouped_matmul, permute, rms_norm, swiglu
 
 Tensor = torch.Tensor
 # Largest difference from the reference in float64, relative to its largest value. Matrix units may
@@ -90,6 +90,24 @@ def cases() -> Iterator[Case]:
         lambda x, w: rms_norm.rms_norm_reference(x, w, 1e-5),
         norm,
     )
+    yield Case(
+        "choice",
+        lambda x: choice.choices(x, choice.highest(x.detach(), 3), 3)[1],
+        lambda x: x.masked_select(choice.highest_reference(x.detach(), 3)).view(-1, 3),
+        (randn(tokens, experts),),
+    )
+    labels = torch.arange(tokens)
+    yield Case(
+        "cross_entropy",  # uses its input up
+        lambda x: cross_entropy.cross_entropy(x.clone(), labels.to(x.device)),
+        lambda x: cross_entropy.cross_entropy_reference(x, labels),
+        (randn(tokens, width),),
+    )
+    yield from _attention(randn)
+
+
+def _attention(randn: Callable[..., Tensor]) -> Iterator[Case]:
+    tokens = 96
     heads, documents = randn(tokens, 2, 4, 16), torch.arange(tokens).expand(2, -1) // 60
     keys = (randn(tokens, 2, 2, 16), randn(tokens, 2, 2, 16))
     for name, ids in (("attention", None), ("attention, documents", documents)):
@@ -103,13 +121,6 @@ def cases() -> Iterator[Case]:
             ),
             (heads, *keys),
         )
-    labels = torch.arange(tokens)
-    yield Case(
-        "cross_entropy",  # takes float32 alone, and uses its input up
-        lambda x: cross_entropy.cross_entropy(x.float().clone(), labels.to(x.device)),
-        lambda x: cross_entropy.cross_entropy_reference(x, labels),
-        (randn(tokens, width),),
-    )
 
 
 def compared(case: Case, dtype: torch.dtype) -> Outcome:

@@ -5,9 +5,11 @@ Shapes: N rows, V entries of the vocabulary.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from pangu import backends
@@ -43,9 +45,34 @@ class _CrossEntropy(torch.autograd.Function):
         return grad_NV.scatter_add_(1, labels_N[:, None], -grads[0][:, None]), None
 
 
+def cross_entropy_blocks(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+    """In float32 or wider, in place."""
+    wide = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    return _CrossEntropy.apply(wide, labels_N)
+
+
+def cross_entropy_triton(
+    logits_NV: torch.Tensor, labels_N: torch.Tensor, group: dist.ProcessGroup | None = None
+) -> torch.Tensor:
+    """One pass each way over the logits in their own dtype; float64 as `cross_entropy_blocks`.
+
+    With a group its ranks hold equal parts of the vocabulary, in order: collective.
+    """
+    if logits_NV.dtype == torch.float64 and group is None:
+        return cross_entropy_blocks(logits_NV, labels_N)
+    kernels = importlib.import_module("pangu.ops.kernels.cross_entropy")
+    return kernels.cross_entropy(logits_NV, labels_N, group)
+
+
+def splits_vocabulary() -> bool:
+    """Whether this process's kernel takes a part of the vocabulary (`cross_entropy_triton`)."""
+    return backends.current().operators.cross_entropy == "triton"
+
+
 def cross_entropy(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
-    """Losses `[N]` in nats; labels are integers below V, logits float32 or float64.
+    """Losses `[N]` in nats, at least float32; labels are integers below V.
 
     Differentiable once, and **the logits are used up**: nobody may read them afterwards.
     """
-    return _CrossEntropy.apply(logits_NV, labels_N)
+    variants = {"blocks": cross_entropy_blocks, "triton": cross_entropy_triton}
+    return variants[backends.current().operators.cross_entropy](logits_NV, labels_N)

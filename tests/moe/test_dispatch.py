@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from configs.dispatch import dispatcher
 from configs.schema import ParallelConfig
 from pangu.moe.dispatch import MogeDispatcher
-from pangu.moe.dispatch.choices import choices
+from pangu.ops.choice import choices
 
 EXPERT_CHOICE = replace(layers.TOP_K, router="expert_choice")
 

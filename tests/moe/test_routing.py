@@ -10,7 +10,8 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 
 from configs.schema import MoEConfig
-from pangu.moe.routing import Routing, highest, routing_for, softmax, within_capacity
+from pangu.moe.routing import Routing, routing_for, softmax, within_capacity
+from pangu.ops.choice import highest
 
 
 def moge_reference(logits, groups, k):

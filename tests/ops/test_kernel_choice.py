@@ -19,11 +19,9 @@ from pangu.ops.kernels import swiglu
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def ours(monkeypatch):
-    """This process's backend with our kernels and, beside them, what runs on a CPU."""
+def take(monkeypatch, **variants):
+    """This process's backend with these, and what it had."""
     here = backends.current()
-    variants = {name: kind for name, kind in asdict(cuda.OURS).items() if kind == "triton"}
     operators = replace(here.operators, **variants)
     monkeypatch.setattr(backends, "_current", replace(here, operators=operators))
     return here.operators
@@ -54,9 +52,11 @@ def test_an_old_gpu_runs_plain_forms(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_kernels_that_hold_stay(ours):
-    assert trial.keep_what_holds(ours) == ""
-    assert backends.current().operators.swiglu == "triton"
+def test_kernels_that_hold_stay(monkeypatch):
+    ours = {name: kind for name, kind in asdict(cuda.OURS).items() if kind == "triton"}
+    plain = take(monkeypatch, **ours)
+    assert trial.keep_what_holds(plain) == ""
+    assert backends.current().operators == replace(plain, **ours)
 
 
 @pytest.mark.parametrize(
@@ -66,12 +66,11 @@ def test_kernels_that_hold_stay(ours):
         (lambda x, w: x.chunk(2, -1)[0] * w[:, None] * float("nan"), "swiglu (off by inf)"),
     ],
 )
-def test_a_kernel_that_fails_its_trial_is_not_used(broken, reason, ours, monkeypatch):
+def test_a_kernel_that_fails_its_trial_is_not_used(broken, reason, monkeypatch):
     monkeypatch.setattr(swiglu, "swiglu", broken)
-    assert trial.keep_what_holds(ours) == f"these operators run in their plain forms: {reason}"
-    assert backends.current().operators == replace(
-        ours, permute="triton", rms_norm="triton", swiglu=ours.swiglu
-    )
+    plain = take(monkeypatch, swiglu="triton")
+    assert trial.keep_what_holds(plain) == f"these operators run in their plain forms: {reason}"
+    assert backends.current().operators == plain
 
 
 def test_every_kernel_compiles_for_a_hopper_gpu(tmp_path):

@@ -52,6 +52,8 @@ def test_variants_are_named_for_every_operator():
     names = asdict(backends.current().operators)
     assert names == {
         "attention": "sdpa",
+        "choice": "torch",
+        "cross_entropy": "blocks",
         "grouped_matmul": "loop",
         "permute": "torch",
         "rms_norm": "lean",  # keeps its input alone

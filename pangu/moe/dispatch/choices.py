@@ -5,27 +5,13 @@ from __future__ import annotations
 import torch
 
 from configs.schema import MoEConfig
+from pangu.ops.choice import choices
 from pangu.ops.permute import Permutation, plan, plan_map
 
 
 def choices_per_token(moe: MoEConfig) -> int | None:
     """How many experts every token has; None where tokens differ in it."""
     return moe.top_k if moe.fixed_choices else None
-
-
-def choices(
-    weights: torch.Tensor, chosen: torch.Tensor, k: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices, ascending, and weights of the k chosen entries of each row: both `[..., k]`.
-
-    `weights` and the bool `chosen` are `[..., E]` with exactly k chosen in each row. Nothing here
-    has a shape that depends on values, so the host need not wait for the device.
-    """
-    size = chosen.size(-1)
-    # Distinct keys, larger for lower indices: the k highest are the chosen ones in order.
-    keys = torch.arange(size, 0, -1, dtype=torch.int32, device=chosen.device) * chosen
-    indices = size - keys.topk(k, dim=-1).values.long()
-    return indices, weights.gather(-1, indices)
 
 
 def pack(weights_TE: torch.Tensor, chosen_TE: torch.Tensor, k: int | None) -> torch.Tensor:

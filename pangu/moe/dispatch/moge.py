@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 
 from pangu.moe.dispatch.allgather import AllGatherDispatcher
-from pangu.moe.dispatch.choices import choices
+from pangu.ops.choice import choices
 from pangu.ops.permute import Permutation, plan
 
 
