@@ -82,6 +82,12 @@ class StageParameters:
     # Embedding table that another stage holds too (tied with its head, or for its MTP modules):
     # an all-reduce between the stages adds up the gradients.
     copied: Array = 0.0
+    adapters: Array | None = None  # of `dense`, where they alone are trained
+
+    @property
+    def trained(self) -> StageParameters:
+        """Those that have gradients."""
+        return self if self.adapters is None else StageParameters(self.adapters, 0.0)
 
     @property
     def total(self) -> Array:
@@ -125,15 +131,18 @@ def stage_parameters(s: Shapes, contents: list[StageContent]) -> StageParameters
         patches = total(content.patch for content in contents)
         shared = shared + patches * patch_linear(model).parameters()
     experts: Array = 0.0
+    low = dense * kinds["dense"].adapters
     if model.num_experts:
+        low = low + moe * kinds["moe"].adapters
         shared = shared + moe * kinds["moe"].dense
         experts = moe * kinds["moe"].experts
     if model.mtp_num_layers:
         inside = kinds[mtp_kind(model)]
         extra = model.mtp_num_layers * mtp
+        low = low + extra * inside.adapters
         shared = shared + extra * (inside.dense + mtp_extra(model, layout.tp))
         experts = experts + extra * inside.experts
-    return StageParameters(shared, experts, copied)
+    return StageParameters(shared, experts, copied, low if model.lora_rank else None)
 
 
 def kept_activations(s: Shapes, counts: Counts) -> Array:
@@ -275,24 +284,27 @@ def rank_memory(
     shard = layout.dp * layout.cp
     expert_shard = layout.expert_dp
 
-    def sharded(stage: int) -> Array:
-        by_dense = parameters.dense / np.where(layout.zero >= stage, shard, 1)
-        return by_dense + parameters.experts / np.where(layout.zero >= stage, expert_shard, 1)
+    def sharded(stage: int, held: StageParameters) -> Array:
+        by_dense = held.dense / np.where(layout.zero >= stage, shard, 1)
+        return by_dense + held.experts / np.where(layout.zero >= stage, expert_shard, 1)
 
     # Quantised weights are kept plain and transposed, in place of 16-bit ones.
-    weights = sharded(3) * (2 * ELEMENT_BYTES[s.dtype] if ELEMENT_BYTES[s.dtype] < 2 else element)
+    quantised = ELEMENT_BYTES[s.dtype] < 2
+    weights = sharded(3, parameters) * (2 * ELEMENT_BYTES[s.dtype] if quantised else element)
+    trained = parameters.trained
     matrices = _matrices(blocks)
-    gradients = sharded(2) * (4.0 if s.traits.fp32_gradients or not half else element)
+    gradients = sharded(2, trained) * (4.0 if s.traits.fp32_gradients or not half else element)
     state = 12.0 if half else 8.0  # float32 master weights and Adam's two moments
-    optimizer = np.where(s.layout.swap_optimizer, 0.0, sharded(1) * state)
-    if s.traits.transformer_engine:
+    optimizer = np.where(s.layout.swap_optimizer, 0.0, sharded(1, trained) * state)
+    if s.traits.transformer_engine and not s.model.lora_rank:
         gradients = gradients + element * total(matrices.values())
     whole = whole_layers(s, blocks, contents)
     live = live_activations(layout, kept, contents, rank)
     head = total(content.head for content in contents)
     embeds = total(content.embedding for content in contents)
     first = chunk_activations(layout, kept, contents[0])
-    at_embedding = embeds * embedding_gradient(s) - first
+    table = 0.0 if s.model.lora_rank else embedding_gradient(s)
+    at_embedding = embeds * table - first
     temporary = np.maximum(kept.layer_peak, np.where(head > 0, kept.head_peak, 0.0))
     temporary = np.maximum(temporary, at_embedding)
     return Memory(weights, gradients, optimizer, live, temporary + whole, communication_buffers(s))

@@ -7,7 +7,7 @@ read too, so that parameters, FLOPs and bytes cannot disagree. Arguments that de
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -113,6 +113,49 @@ def mlp_linears(model: ModelConfig, width: int, name: str = "mlp") -> list[Linea
     ]
 
 
+# The trainer's names of linears that adapters stand beside (`model.lora_modules`).
+_ADAPTED = {
+    "attention.qkv": "linear_qkv",
+    "attention.q": "linear_q_proj",
+    "attention.q_down": "linear_q_down_proj",
+    "attention.q_up": "linear_q_up_proj",
+    "attention.kv_down": "linear_kv_down_proj",
+    "attention.kv_up": "linear_kv_up_proj",
+    "attention.proj": "linear_proj",
+    "mlp.fc1": "linear_fc1",
+    "mlp.fc2": "linear_fc2",
+}
+
+
+def adapters(model: ModelConfig, kind: LayerKind) -> list[tuple[Linear, Linear]]:
+    """A and B of every adapter of a layer (LoRA), which are cut as the linear beside them: A by its
+    inputs where that is, B by its outputs. Of experts only the shared one has any."""
+    if not model.lora_rank:
+        return []
+    width = model.ffn_hidden_size if kind == "dense" else model.shared_expert_ffn_hidden_size
+    linears = attention_linears(model) + (mlp_linears(model, width) if width else [])
+    return [
+        (
+            replace(
+                linear,
+                name=f"{linear.name}.lora_a",
+                outputs=model.lora_rank,
+                split="row" if linear.split == "row" else "replicated",
+                bias=False,
+            ),
+            replace(
+                linear,
+                name=f"{linear.name}.lora_b",
+                inputs=model.lora_rank,
+                split="column" if linear.split == "column" else "replicated",
+                bias=False,
+            ),
+        )
+        for linear in linears
+        if _ADAPTED[linear.name] in model.lora_modules
+    ]
+
+
 def norm_parameters(model: ModelConfig, width: int) -> int:
     return 2 * width if model.normalization == "LayerNorm" else width
 
@@ -139,11 +182,13 @@ class LayerParameters:
     router: Array
     shared_experts: Array
     experts: Array  # routed experts held by the rank
+    adapters: Array = 0
 
     @property
     def dense(self) -> Array:
         """Everything whose gradients are reduced over the data-parallel group."""
-        return self.attention + self.norms + self.mlp + self.router + self.shared_experts
+        linears = self.attention + self.mlp + self.router + self.shared_experts
+        return linears + self.norms + self.adapters
 
     @property
     def total(self) -> Array:
@@ -177,15 +222,17 @@ def layer_parameters(
     """Parameters of a layer on one rank of `tp` × `ep` × `etp`."""
     attention = sum(linear.parameters(tp) for linear in attention_linears(model))
     norms = layer_norms(model)
+    low = sum(one.parameters(tp) for pair in adapters(model, kind) for one in pair)
     if kind == "dense":
         mlp = sum(linear.parameters(tp) for linear in mlp_linears(model, model.ffn_hidden_size))
-        return LayerParameters(attention, norms, mlp, 0, 0, 0)
+        return LayerParameters(attention, norms, mlp, 0, 0, 0, low)
     router = router_rows(model, moe) * model.hidden_size + router_scales(model, moe)
     shared: Array = 0
     if width := model.shared_expert_ffn_hidden_size:
         shared = sum(linear.parameters(tp) for linear in mlp_linears(model, width))
     expert = sum(linear.parameters(etp) for linear in mlp_linears(model, model.moe_ffn_hidden_size))
-    return LayerParameters(attention, norms, 0, router, shared, expert * model.num_experts / ep)
+    experts = expert * model.num_experts / ep
+    return LayerParameters(attention, norms, 0, router, shared, experts, low)
 
 
 def layer_counts(model: ModelConfig) -> dict[LayerKind, int]:
@@ -296,10 +343,11 @@ def model_flops_per_token(
 ) -> float:
     """FLOPs of forward and backward per trained token: the numerator of MFU.
 
-    6 FLOPs per active matrix element (the head is one, the embedding look-up is not), plus
-    attention's two products. Recomputation is not counted. With `causal` (the convention used
-    throughout) only the unmasked half of the scores counts: 3·s·heads·(d_qk + d_v) per layer;
-    without it, as Megatron's and PaLM's formulas have it, twice that. `mtp` counts the
+    6 FLOPs per active matrix element (the head is one, the embedding look-up is not), 4 of one
+    that is frozen because adapters alone are trained, plus attention's two products. Recomputation
+    is not counted. With `causal` (the convention used throughout) only the unmasked half of the
+    scores counts: 3·s·heads·(d_qk + d_v) per layer; without it, as Megatron's and PaLM's formulas
+    have it, twice that. `mtp` counts the
     multi-token-prediction modules and their use of the head.
     """
     model, moe = config.model, config.moe
@@ -307,15 +355,22 @@ def model_flops_per_token(
     scores = length * model.num_attention_heads * (qk_size(model) + v_size(model))
     attention = (3 if causal else 6) * scores
     head = model.vocab_size * model.hidden_size
-    total = 6.0 * (head + len(model.patched_layers) * float(patch_linear(model).matrix()))
+    each = 4.0 if model.lora_rank else 6.0
+    total = each * (head + len(model.patched_layers) * float(patch_linear(model).matrix()))
     for kind, layers in layer_counts(model).items():
         if layers:
             matrices = float(matmul_parameters_per_token(model, moe, kind))
-            total += layers * (6.0 * matrices + attention)
+            total += layers * (each * matrices + 6.0 * _low_rank(model, kind) + attention)
     if mtp and model.leap_heads:
-        total += 6.0 * (model.leap_heads - 1) * (head + model.hidden_size**2)
+        total += each * (model.leap_heads - 1) * (head + model.hidden_size**2)
     if mtp and model.mtp_num_layers:
         matrices = float(matmul_parameters_per_token(model, moe, mtp_kind(model)))
         matrices += float(mtp_projection(model).matrix() + head)
-        total += model.mtp_num_layers * (6.0 * matrices + attention)
+        low = 6.0 * _low_rank(model, mtp_kind(model))
+        total += model.mtp_num_layers * (each * matrices + low + attention)
     return total
+
+
+def _low_rank(model: ModelConfig, kind: LayerKind) -> float:
+    """Elements of a layer's adapters."""
+    return float(sum(one.matrix() for pair in adapters(model, kind) for one in pair))

@@ -39,6 +39,7 @@ def data_parallel(parts: Parts, parameters: StageParameters, seconds: RankSecond
     """Gradient reduction, optimizer step and parameter gathering of one rank."""
     layout, hw, s = parts.layout, parts.hardware, parts.shapes
     element = 4.0 if s.traits.fp32_gradients else s.element
+    parameters = parameters.trained
     reduce: Array = 0.0
     gather: Array = 0.0
     held: Array = 0.0

@@ -8,15 +8,52 @@ from simulator.array import Array
 from simulator.counts.attention import attention
 from simulator.counts.mlp import dense_mlp
 from simulator.counts.moe import moe
-from simulator.counts.records import Counts, Saved, Shapes, matmul
+from simulator.counts.records import Counts, Saved, Shapes, matmul, vector
+from simulator.counts.tensor_parallel import after_row, before_column
 from simulator.counts.vocabulary import embedding, head, mtp_entrance
-from simulator.parameters import LayerKind, Linear, mtp_kind, patch_linear
+from simulator.parameters import LayerKind, Linear, adapters, mtp_kind, patch_linear
 
 
 def layer(s: Shapes, kind: LayerKind, load: Array = 1.0) -> Counts:
     """One transformer layer."""
     counts = attention(s) + (dense_mlp(s) if kind == "dense" else moe(s, load))
-    return _side_by_side(counts) if s.traits.parallel_block and kind == "dense" else counts
+    counts = _side_by_side(counts) if s.traits.parallel_block and kind == "dense" else counts
+    return sum(low_rank(s, kind), _frozen(s, counts))
+
+
+def _frozen(s: Shapes, counts: Counts) -> Counts:
+    """What is left of `counts` where adapters alone are trained: no gradients of weights."""
+    if not s.model.lora_rank:
+        return counts
+    return replace(
+        counts,
+        operators=[each for each in counts.operators if each.phase != "weight_gradient"],
+        messages=[each for each in counts.messages if each.phase != "weight_gradient"],
+    )
+
+
+def low_rank(s: Shapes, kind: LayerKind) -> list[Counts]:
+    """The adapters of a layer (LoRA). What they multiply is kept once more only where it is `rank`
+    wide: the linear beside them keeps its input."""
+    tp, rank = s.layout.tp, s.model.lora_rank
+    found = []
+    for a, b in adapters(s.model, kind):
+        row = a.split == "row"  # of its inputs this rank has a part, else of the sequence
+        before, after = (s.tokens, s.shard) if row else (s.shard, s.tokens)
+        output = after * b.local_outputs(tp) * s.element
+        around = after_row if row else before_column
+        found.append(
+            Counts(
+                operators=[
+                    *matmul(s, a, before, tp),
+                    *matmul(s, b, after, tp),
+                    *vector(f"{b.name} added", 5 * output, 2 * output),
+                ],
+                messages=around(s, b.name, rank) if a.split != b.split else [],
+                saved=[Saved(f"{b.name} input", after * rank * s.linear_element)],
+            )
+        )
+    return found
 
 
 # What attention and MLP have in common where they stand side by side: the norm and its output,
@@ -82,10 +119,11 @@ def blocks(s: Shapes, load: Array = 1.0) -> Blocks:
     for _ in range(model.mtp_num_layers):
         inside = moe_layer if mtp_kind(model) == "moe" else dense
         assert inside is not None
-        module = mtp_entrance(s) + inside
+        module = _frozen(s, mtp_entrance(s)) + inside
         mtp = module if mtp is None else mtp + module
         end = end + head(s)
     for _ in range(1, model.leap_heads):
         end = end + leap_step(s) + head(s)
-    patch = layer_patch(s) if model.patched_layers else None
-    return Blocks(dense, moe_layer, embedding(s), mtp, end, patch)
+    patch = _frozen(s, layer_patch(s)) if model.patched_layers else None
+    entrance, end = _frozen(s, embedding(s)), _frozen(s, end)
+    return Blocks(dense, moe_layer, entrance, mtp, end, patch)

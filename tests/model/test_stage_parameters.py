@@ -24,11 +24,14 @@ LAYOUTS = {
         "model.mtp_num_layers=0",
         "model.leap_heads=3",
     ],
+    "adapters": ["model.lora_rank=4", "parallel.pipeline_model_parallel_size=2"],
+    "adapters cut": ["model.lora_rank=4", "parallel.tensor_model_parallel_size=2"],
     "tied": ["parallel.pipeline_model_parallel_size=2", "model.tie_embeddings=true"],
 }
 
 
-def built(layouts: list[list[str]]) -> list[int]:
+def built(layouts: list[list[str]]) -> list[tuple[int, int]]:
+    """Parameters of this rank in each layout, and how many of them are trained."""
     from megatron.core import parallel_state
 
     from pangu.engines.megatron import process_groups
@@ -39,7 +42,9 @@ def built(layouts: list[list[str]]) -> list[int]:
         config = load([*MTP, f"launch.processes={dist.get_world_size()}", *overrides])
         process_groups.initialize(config)
         chunks, _ = build_model(config)
-        counts.append(sum(p.numel() for chunk in chunks for p in chunk.parameters()))
+        parameters = [p for chunk in chunks for p in chunk.parameters()]
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        counts.append((sum(p.numel() for p in parameters), trained))
         parallel_state.destroy_model_parallel()
     return counts
 
@@ -55,8 +60,9 @@ def test_a_rank_holds_what_the_trainer_builds_on_it():
     ranks = run(2, built, list(LAYOUTS.values()))
     for index, (name, overrides) in enumerate(LAYOUTS.items()):
         for rank in (0, 1):
-            stage = 0 if name == "tensor" else rank
-            assert counted(overrides, stage).total == ranks[rank][index], (name, rank)
+            stage = 0 if name in ("tensor", "adapters cut") else rank
+            held = counted(overrides, stage)
+            assert (held.total, held.trained.total) == ranks[rank][index], (name, rank)
 
 
 @pytest.mark.parametrize(("name", "table"), [("tensor", 0), ("pipeline", 256 * 32)])
@@ -70,7 +76,7 @@ APART += ["parallel.virtual_pipeline_model_parallel_size=2"]
 APART += ["parallel.pipeline_layout=[1,1,1,1,1,1,0,0]"]
 
 
-def stepped() -> tuple[list[int], list[list[tuple[float, float]]]]:
+def stepped() -> tuple[list[tuple[int, int]], list[list[tuple[float, float]]]]:
     layouts = [[*MTP[len(MODEL) :], *overrides] for overrides in (APART, LOSS_APART)]
     results = [steps(overrides, 4, 2) for overrides in layouts]
     return built([APART]), results
@@ -81,7 +87,7 @@ def test_mtp_on_a_stage_of_its_own():
     beside the loss, which stays on the last stage."""
     ranks = run(4, stepped)
     held = [int(counted(APART, rank, 4).total) for rank in range(4)]
-    parameters = [counts[0] for counts, _ in ranks]
+    parameters = [counts[0][0] for counts, _ in ranks]
     assert sum(held) == sum(parameters)
     # megatron-core has the last norm beside the last layer, the count beside the loss
     assert held == pytest.approx(parameters, abs=32)

@@ -18,6 +18,8 @@ from pangu.model.build import build_model
 from pangu.trained_model import loaded
 from pangu.weights.convert import export_model
 from pangu.weights.model_folder import opened
+from simulator.parameters import count_parameters, model_flops_per_token
+from simulator.ranks import pipeline_ranks
 
 LORA = ["model.lora_rank=4", "model.lora_alpha=8"]
 WITHOUT = ["model.mtp_num_layers=0", "optimizer.clip_grad=0", "backend.precision=fp64"]
@@ -68,6 +70,28 @@ def test_adapters_train_as_in_plain_torch_and_nothing_else_moves():
             assert torch.equal(value, before[name]), name
     for name, value in model.chunks[0].module.named_buffers():
         assert "expert_bias" not in name or torch.equal(value, buffers[name])
+
+
+def test_the_simulator_has_the_bytes_of_adapters_alone():
+    """Gradients and AdamW's moments as they are in the trainer, in bytes; of FLOPs a third less for
+    what is frozen."""
+    gloo.single()
+    words = ["parallel.zero_stage=0", "model.mtp_num_layers=0", "backend.precision=fp32"]
+    model = build([*LORA, *words])
+    model.step([micro_batch(0, 1.0, size=2)])
+    buffers = model.chunks[0].buffers + model.chunks[0].expert_parallel_buffers
+    gradients = sum(buffer.grad_data.nbytes for buffer in buffers)
+    states = [each.optimizer.state for each in model.optimizer.chained_optimizers]
+    moments = [m for state in states for held in state.values() for m in held.values()]
+    (rank,) = pipeline_ranks(model.config)
+    assert int(rank.memory.gradients) == gradients > 0
+    assert int(rank.memory.optimizer) == sum(m.nbytes for m in moments if m.dim())
+    plain = load([*EVERYTHING, *words])
+    low = count_parameters(model.config).parts["adapters"]
+    assert count_parameters(model.config).total == count_parameters(plain).total + low
+    products = model_flops_per_token(plain, seq_length=1) - 3 * 2 * 4 * (8 + 8)  # attention's own
+    found = model_flops_per_token(model.config, seq_length=1) - 3 * 2 * 4 * (8 + 8)
+    assert found == pytest.approx(products * 2 / 3 + 6 * low, rel=1e-9)
 
 
 DENSE = ["model.num_layers=2", "model.num_experts=0", "model.ffn_hidden_size=64"]
