@@ -105,11 +105,21 @@ def choices(dtype: torch.dtype) -> None:
         choice.choices(weights, chosen, k)[1].sum().backward()
 
 
+def turns(dtype: torch.dtype) -> None:
+    from pangu.ops.kernels import rotary
+
+    for size, turned, pairs in (
+        ((128, 128, False),) if short else ((128, 128, False), (192, 64, True))
+    ):
+        x = torch.ones(64, 1, 8, size, dtype=dtype, requires_grad=True)
+        rotary.rotary(x, torch.ones(64, 1, 1, turned), pairs=pairs, scale=1.0).sum().backward()
+
+
 def main() -> None:
     JITFunction.run = compiled
     backends.select("cpu")
     for dtype in (torch.bfloat16,) if short else (torch.bfloat16, torch.float32):
-        for operator in (activations, norms, permutations, losses, choices):
+        for operator in (activations, norms, permutations, losses, choices, turns):
             operator(dtype)
     print(json.dumps(found))
 

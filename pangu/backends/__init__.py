@@ -29,6 +29,7 @@ class Operators:
     grouped_matmul: Literal["loop", "fused", "npu"]
     permute: Literal["torch", "npu", "triton"]
     rms_norm: Literal["lean", "torch", "npu", "triton"]
+    rotary: Literal["torch", "triton"]
     swiglu: Literal["blocks", "megatron", "npu", "triton"]
 
 

@@ -145,6 +145,7 @@ def create(local_rank: int) -> Backend:
             grouped_matmul="loop",
             permute="torch",
             rms_norm="lean",
+            rotary="torch",
             swiglu="blocks",
         ),
         host_tier=FileTier,

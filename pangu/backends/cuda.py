@@ -34,6 +34,7 @@ PLAIN = Operators(
     grouped_matmul="fused",
     permute="torch",
     rms_norm="torch",
+    rotary="torch",
     swiglu="megatron",
 )
 OURS = replace(
@@ -42,6 +43,7 @@ OURS = replace(
     cross_entropy="triton",
     permute="triton",
     rms_norm="triton",
+    rotary="triton",
     swiglu="triton",
 )
 

@@ -76,6 +76,7 @@ def create(local_rank: int) -> Backend:
             grouped_matmul="npu",
             permute="npu",
             rms_norm="npu",
+            rotary="torch",
             swiglu="npu",
         ),
         # torch-npu's own `transfer_to_npu` renames for every module of the process; here the rest

@@ -8,7 +8,16 @@ from typing import NamedTuple
 import torch
 
 from pangu import backends
-from pangu.ops import attention, choice, cross_entropy, grouped_matmul, permute, rms_norm, swiglu
+from pangu.ops import (
+    attention,
+    choice,
+    cross_entropy,
+    grouped_matmul,
+    permute,
+    rms_norm,
+    rotary,
+    swiglu,
+)
 
 Tensor = torch.Tensor
 # Largest difference from the reference in float64, relative to its largest value. Matrix units may
@@ -102,6 +111,13 @@ def cases() -> Iterator[Case]:
         lambda x: cross_entropy.cross_entropy(x.clone(), labels.to(x.device)),
         lambda x: cross_entropy.cross_entropy_reference(x, labels),
         (randn(tokens, width),),
+    )
+    angles = randn(tokens, 1, 1, 16)
+    yield Case(
+        "rotary",
+        lambda x: rotary.rotary(x, angles.float().to(x.device)),
+        lambda x: rotary.rotary_reference(x, angles.float()),
+        (randn(tokens, 2, 4, 24),),
     )
     yield from _attention(randn)
 

@@ -57,6 +57,7 @@ def test_variants_are_named_for_every_operator():
         "grouped_matmul": "loop",
         "permute": "torch",
         "rms_norm": "lean",  # keeps its input alone
+        "rotary": "torch",
         "swiglu": "blocks",
     }
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -43,8 +45,29 @@ def wrap_model(
         settings.grad_sync_func = [chunk.start_grad_sync for chunk in wrapped]
         if len(wrapped) == 1:
             settings.grad_sync_func = settings.grad_sync_func[0]
-    settings.finalize_model_grads_func = finalize_model_grads
+    settings.finalize_model_grads_func = finalize
     return wrapped
+
+
+def finalize(
+    chunks: list[DistributedDataParallel], tokens: torch.Tensor | None, **others: Any
+) -> None:
+    """Gradients of a global batch, summed over all ranks and divided by its tokens: `tokens`, int
+    of one element, of this rank, which only last stages have; None leaves them sums.
+
+    The engine asks on the host whether there are any tokens, and waits for the device; without any
+    there is no gradient either.
+    """
+    finalize_model_grads(chunks, None, **others)
+    if tokens is None:
+        return
+    last = parallel_state.get_pipeline_model_parallel_last_rank()
+    dist.broadcast(tokens, last, parallel_state.get_pipeline_model_parallel_group())
+    dist.all_reduce(
+        tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
+    )
+    for chunk in chunks:
+        chunk.scale_gradients(1.0 / tokens.clamp(min=1))
 
 
 def shards_optimizer(config: Config) -> bool:

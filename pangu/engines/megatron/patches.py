@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from pangu.backends import InPlaceOfCuda
+from pangu.ops.rotary import rotary
 from pangu.ops.swiglu import swiglu
 
 
@@ -124,6 +125,36 @@ def _multi_tensor_scale(
             torch.mul(source, scale, out=target)
 
 
+def _norm_on_device(holder: Any, name: str, stand_in: InPlaceOfCuda | None) -> None:
+    if getattr(holder, name) is holder.local_multi_tensor_l2_norm:
+        setattr(holder, name, _multi_tensor_l2_norm)
+
+
+def _multi_tensor_l2_norm(
+    chunk_size: int, overflow: torch.Tensor, lists: list[list[torch.Tensor]], per_tensor: bool
+) -> tuple[torch.Tensor, None]:
+    """The norm of all tensors together, `[1]`."""
+    norms = torch._foreach_norm([tensor for tensors in lists for tensor in tensors])
+    return torch.linalg.vector_norm(torch.stack(norms)).reshape(1).float(), None
+
+
+def _our_rotary(holder: Any, name: str, stand_in: InPlaceOfCuda | None) -> None:
+    theirs = getattr(holder, name)
+
+    def turned(
+        x: torch.Tensor,
+        angles: torch.Tensor,
+        rotary_interleaved: bool = False,
+        multi_latent_attention: bool = False,
+        mscale: float = 1.0,
+    ) -> torch.Tensor:
+        if rotary_interleaved or x.dim() != 4 or angles.size(1) != 1:
+            return theirs(x, angles, rotary_interleaved, multi_latent_attention, mscale)
+        return rotary(x, angles, pairs=multi_latent_attention, scale=mscale)
+
+    setattr(holder, name, turned)
+
+
 def _our_swiglu(holder: Any, name: str, stand_in: InPlaceOfCuda | None) -> None:
     def biased(x: torch.Tensor, bias: torch.Tensor | None, *ignored: bool) -> torch.Tensor:
         return swiglu(x if bias is None else x + bias)
@@ -181,6 +212,20 @@ PATCHES = (
         "without apex or Transformer Engine it multiplies into new tensors and copies back",
         _scale_in_place,
         "tests/engines/test_patches.py",
+    ),
+    Patch(
+        "optimizer.clip_grads:l2_norm_impl",
+        "everywhere",
+        "without apex or Transformer Engine it asks the device for every tensor's norm, one by one",
+        _norm_on_device,
+        "tests/training/test_no_waiting.py",
+    ),
+    Patch(
+        "models.common.embeddings.rope_utils:_apply_rotary_pos_emb_bshd",
+        "everywhere",
+        "it writes both halves, turned and unturned, before it adds them; the backend says how",
+        _our_rotary,
+        "tests/training/test_kernel_steps.py",
     ),
     Patch(
         "transformer.mlp:bias_swiglu_impl",

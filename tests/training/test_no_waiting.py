@@ -1,0 +1,99 @@
+"""On a GPU a MoGE step's host does not wait for its device between first kernel and loss."""
+
+from unittest.mock import patch
+
+import in_interpreter  # noqa: F401 - before any kernel
+import pytest
+import torch
+import waits
+from gloo import alone
+from layouts import steps
+
+from pangu import backends
+from pangu.backends import cuda
+from pangu.engines.megatron import engine
+from pangu.engines.megatron.fitting import select_backend
+
+SMALL = [
+    "experiment=quickstart",
+    "model.num_layers=2",
+    "model.vocab_size=128",
+    "train.seq_length=16",
+    "train.global_batch_size=2",
+]
+
+
+def asked(overrides):
+    """What the host asks in the second step: inside the passes of its micro-batches, and after."""
+    inside, after, schedule = [], [], engine.run_schedule
+
+    def passes(*given, **named):
+        with waits.noticed() as found:
+            result = schedule(*given, **named)
+        inside.append(found)
+        return result
+
+    def whole(*given, **named):
+        with waits.noticed() as found:
+            result = step(*given, **named)
+        after.append(found)
+        return result
+
+    step = engine.MegatronEngine.train_step
+    with (
+        patch.object(engine, "run_schedule", passes),
+        patch.object(engine.MegatronEngine, "train_step", whole),
+    ):
+        alone(steps, overrides, 1, 2)
+    return inside[1], after[1]
+
+
+AFTER = [  # the norm of dense and of expert gradients, whether all is finite, what is reported
+    "megatron/core/optimizer/clip_grads.py get_grad_norm_fp32: _local_scalar_dense",
+    "megatron/core/optimizer/clip_grads.py get_grad_norm_fp32: _local_scalar_dense",
+    "pangu/engines/megatron/optimizer.py apply_gradients: _local_scalar_dense",
+    "pangu/engines/megatron/engine.py train_step: _local_scalar_dense",
+    "pangu/engines/megatron/engine.py train_step: _local_scalar_dense",
+]
+
+
+@pytest.mark.parametrize("router", ["moge", "top_k"])
+def test_nobody_asks_between_the_first_kernel_and_the_loss(router):
+    """On the operators that a GPU has; afterwards, of a whole step, five times."""
+    select_backend("cpu")
+    here = backends.current().operators
+    backends.use(cuda.OURS)
+    try:
+        inside, whole = asked([*SMALL, f"moe.router={router}"])
+    finally:
+        backends.use(here)
+    assert inside == []
+    assert whole == AFTER
+
+
+def test_questions_are_noticed():
+    x = torch.arange(3)
+    with waits.noticed() as found:
+        x.sum().item()
+        x.nonzero()
+        x.tolist()
+        x.cpu()
+        torch.ones(2).sum()
+    assert [each.rpartition(": ")[2] for each in found] == [
+        "_local_scalar_dense",
+        "nonzero",
+        "tolist",
+        "cpu",
+    ]
+
+
+def test_the_norm_of_gradients_is_found_in_one_question():
+    from megatron.core.optimizer import clip_grads
+
+    select_backend("cpu")
+    gradients = [torch.randn(3, 4), torch.randn(5), torch.randn(1)]
+    with waits.noticed() as found:
+        norm, _ = clip_grads.l2_norm_impl(0, None, [gradients], False)
+    assert found == []
+    expected = torch.cat([each.flatten() for each in gradients]).norm()
+    torch.testing.assert_close(norm, expected.reshape(1))
