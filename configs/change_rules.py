@@ -37,7 +37,8 @@ _KEYS: dict[Kind, str] = {
     """,
     "function": """
         model.rotary_base model.norm_epsilon model.activation_bits model.kv_bits model.leap_stride
-        model.lora_alpha
+        model.lora_alpha model.rope_scaling model.rope_factor model.rope_original_positions
+        model.rope_fast model.rope_slow model.rope_attention_factor
         moe.router moe.top_k moe.num_expert_groups moe.topk_group moe.score_function
         moe.softmax_after_top_k moe.renormalize moe.scaling_factor moe.active_parts
     """,
@@ -74,6 +75,15 @@ _APPLIES: dict[str, Callable[[Config], bool]] = {
     "model.lora_alpha": lambda config: config.model.lora_rank > 0,
     "model.lora_modules": lambda config: config.model.lora_rank > 0,
     "model.rotary_base": lambda config: config.model.position_embedding == "rope",
+    **dict.fromkeys(
+        (
+            "model.rope_factor",
+            "model.rope_original_positions",
+            "model.rope_fast",
+            "model.rope_slow",
+        ),
+        lambda config: config.model.rope_scaling != "none",
+    ),
 }
 _LONGEST = 60  # characters of a value that are shown
 

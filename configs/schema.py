@@ -65,6 +65,15 @@ class ModelConfig:
     qk_layernorm: bool = False
     rotary_base: Annotated[float, Limits(1, 1e18)] = 10000.0
     position_embedding: Literal["rope", "learned"] = "rope"
+    # Positions beyond the original length: pairs of channels that turn less than `rope_slow` times
+    # over it are slowed down by the factor, those that turn more than `rope_fast` times stay (YaRN,
+    # and Llama 3.1's way). Queries and keys are multiplied by the attention factor each.
+    rope_scaling: Literal["none", "yarn", "llama3"] = "none"
+    rope_factor: Annotated[float, Limits(1, 1e6)] = 1.0
+    rope_original_positions: Count = 4096
+    rope_fast: Positive = 32.0
+    rope_slow: Positive = 1.0
+    rope_attention_factor: Positive = 1.0
 
     activation: Literal["swiglu", "gelu"] = "swiglu"
     add_mlp_bias: bool = False

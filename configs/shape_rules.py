@@ -29,8 +29,8 @@ def attention(config: Config) -> Iterator[Problem]:
                 yield Problem(f"mla {name}", key, getattr(model, name), reason, hint=hint)
         if model.kv_bits and model.key_rounding == "channel":
             reason = "latent attention has no keys before their rotation"
-            ways = {"model.key_rounding": ["token"]}
-            yield Problem("keys", "model.key_rounding", "channel", reason, ways)
+            token = {"model.key_rounding": ["token"]}
+            yield Problem("keys", "model.key_rounding", "channel", reason, token)
     if model.position_embedding == "rope":
         mla = model.attention == "mla"
         size = model.kv_channels or model.hidden_size // model.num_attention_heads
@@ -39,6 +39,10 @@ def attention(config: Config) -> Iterator[Problem]:
         if size % 2:
             reason = "rotary embedding turns pairs of channels: the head size must be even"
             yield Problem("rope", key, size, reason, {key: [size - 1, size + 1]})
+    if model.rope_scaling != "none" and model.rope_fast <= model.rope_slow:
+        reason = f"fast pairs turn more often than slow ones, here {model.rope_slow} times"
+        ways: dict[str, list[Any]] = {"model.rope_fast": [2 * model.rope_slow]}
+        yield Problem("rope scaling", "model.rope_fast", model.rope_fast, reason, ways)
 
 
 def patches(config: Config) -> Iterator[Problem]:

@@ -77,6 +77,8 @@ class CoreAttention(MegatronModule):
         self.scale = softmax_scale or 1.0 / math.sqrt(head_size)
         self.cp_group: dist.ProcessGroup = pg_collection.cp
         model: ModelConfig | None = getattr(config, "model", None)
+        if model:  # of query and key
+            self.scale *= model.rope_attention_factor**2
         self.kv_bits = model.kv_bits if model else 0
         self.key_rounding = model.key_rounding if model else "token"
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.multi_token_prediction import (
@@ -20,6 +21,7 @@ from pangu import backends
 from pangu.model.init import initialize
 from pangu.model.layer_spec import block_spec, mtp_spec
 from pangu.model.leap_heads import LeapHeads, LeapTargets, leap_losses
+from pangu.model.rope_scaling import scaled_frequencies
 from pangu.model.transformer_config import PanguTransformerConfig, transformer_config
 from pangu.ops.cross_entropy import cross_entropy, cross_entropy_triton, splits_vocabulary
 
@@ -178,6 +180,8 @@ def _build_chunk(
         vp_stage=vp_stage,
     )
     for module in chunk.modules():
+        if isinstance(module, RotaryEmbedding):
+            module.inv_freq = scaled_frequencies(module.inv_freq, model)
         if isinstance(module, MLP):  # the initialiser must know which matrices are two in one
             module.linear_fc1.weight.gated = settings.gated_linear_unit
     return chunk.to(backends.current().device)

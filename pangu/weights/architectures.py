@@ -13,6 +13,7 @@ from configs.compose import from_dict
 from configs.schema import Config, ModelConfig, MoEConfig
 from configs.violation import ConfigError
 from pangu.checkpoint.tensor_files import WeightsError
+from pangu.weights import rope_scaling
 
 Fields = dict[str, Any]  # a config.json
 
@@ -82,7 +83,7 @@ def model_of(fields: Fields, name: str) -> tuple[ModelConfig, MoEConfig]:
         model, moe = _model(fields, kind, name), _routing(fields, kind)
         if carved := fields.get("carved"):
             moe = _carved(model, carved)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"config.json lacks {error}, or holds what is no number") from None
     try:  # types and names, as of any configuration
         from_dict({"model": asdict(model), "moe": asdict(moe)})
@@ -92,8 +93,8 @@ def model_of(fields: Fields, name: str) -> tuple[ModelConfig, MoEConfig]:
 
 
 def _refuse_unsupported(fields: Fields) -> None:
-    rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
-    if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
+    rope, kind = rope_scaling.parameters(fields)
+    if kind not in ("default", "yarn", "llama3") or rope.get("truncate", True) is not True:
         raise WeightsError(f"config.json scales its rotary positions ({kind}): not supported")
     window = fields.get("sliding_window") if fields.get("use_sliding_window", True) else None
     if window and window < fields.get("max_position_embeddings", window):
@@ -132,6 +133,7 @@ def _model(f: Fields, kind: str, name: str) -> ModelConfig:
         add_mlp_bias=bool(f.get("mlp_bias")),
         patched_layers=list(f.get("patched_layers") or []),
         qk_layernorm=kind in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
+        **rope_scaling.ours(f, latent=kind == "DeepseekV3ForCausalLM"),
     )
     if kind == "MixtralForCausalLM":
         model.num_experts, model.moe_ffn_hidden_size = (
@@ -301,6 +303,8 @@ def _fields(config: Config, kind: Architecture) -> Fields:
         fields |= _carved_fields(config)
     elif model.num_experts:
         fields |= _expert_fields(config, kind)
+    if model.rope_scaling != "none":
+        fields["rope_scaling"] = rope_scaling.theirs(model)
     if model.patched_layers:
         fields["patched_layers"] = list(model.patched_layers)
     if kind.name == "LlamaForCausalLM":

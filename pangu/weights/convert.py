@@ -208,7 +208,8 @@ def _write_config(folder: Path, fields: architectures.Fields, written: set[torch
         before = {key: before[key] for key in before if key.endswith("_token_id")}
     if "num_experts" in fields:  # transformers 5 calls Qwen3-MoE's so, and would believe it more
         before.pop("num_local_experts", None)
-    theta = {"rope_type": "default", "rope_theta": fields["rope_theta"]}
+    scaling = fields.get("rope_scaling", {"rope_type": "default"})
+    theta = {"rope_theta": fields["rope_theta"]} | scaling
     # Of a model with a float32 balancing bias, what the rest is in.
     dtype = str(min(written, key=lambda one: one.itemsize)).removeprefix("torch.")
     merged = before | fields | {"rope_parameters": theta, "dtype": dtype, "torch_dtype": dtype}

@@ -43,12 +43,34 @@ COMMON = {
     "bos_token_id": 0,
 }
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+# Short enough for the tests' tokens to lie beyond it, at a base where some pairs turn slowly.
+SCALED = {"rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
 CLASSES = {
     "llama": LlamaConfig(**COMMON),
     "llama_tied": LlamaConfig(**COMMON, tie_word_embeddings=True),
     "llama_biased": LlamaConfig(**COMMON, attention_bias=True),
     "qwen2": Qwen2Config(**COMMON, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
     "qwen3": Qwen3Config(**COMMON, head_dim=12),
+    "llama_3.1": LlamaConfig(
+        **COMMON,
+        rope_parameters={
+            **SCALED,
+            "rope_type": "llama3",
+            "low_freq_factor": 0.5,
+            "high_freq_factor": 2.0,
+        },
+    ),
+    "llama_yarn": LlamaConfig(**COMMON, rope_parameters={**SCALED, "rope_type": "yarn"}),
+    "qwen2_yarn": Qwen2Config(
+        **COMMON,
+        rope_parameters={
+            **SCALED,
+            "rope_type": "yarn",
+            "beta_fast": 2.0,
+            "beta_slow": 0.5,
+            "attention_factor": 0.8,
+        },
+    ),
     "mixtral": MixtralConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2),
     "qwen3_moe": Qwen3MoeConfig(**COMMON, **EXPERTS, num_experts=8, head_dim=12),
     "qwen3_moe_renormalized": Qwen3MoeConfig(
@@ -97,6 +119,21 @@ def load_ours(folder: Path, config=None):
     return chunks[0].eval()
 
 
+CLASSES["deepseek_v3_yarn"] = DeepseekV3Config(
+    **{
+        **CLASSES["deepseek_v3"].to_diff_dict(),
+        "rope_parameters": {
+            **SCALED,
+            "rope_type": "yarn",
+            "beta_fast": 2.0,
+            "beta_slow": 0.5,
+            "mscale": 0.7,
+            "mscale_all_dim": 0.7,
+        },
+    }
+)
+
+
 TOKENS = torch.arange(2 * 24).view(2, 24) * 7 % 64
 
 
@@ -108,7 +145,8 @@ def logits_of_ours(model):
 @pytest.mark.parametrize("name", CLASSES)
 def test_in_and_out(name, tmp_path):
     theirs = save_theirs(name, tmp_path / "theirs")
-    import_model(tmp_path / "theirs", tmp_path / "ours")
+    config = import_model(tmp_path / "theirs", tmp_path / "ours")
+    assert (config.model.rope_scaling == "none") == ("yarn" not in name and "3.1" not in name)
     with torch.no_grad():
         expected = theirs(TOKENS).logits
     found = logits_of_ours(load_ours(tmp_path / "ours"))
@@ -338,7 +376,10 @@ def edit(**changes):
         (edit(architectures=["GPT2LMHeadModel"]), "known are LlamaForCausalLM"),
         (edit(num_hidden_layers=4), "missing"),
         (edit(hidden_size="wide"), "config.json"),
-        (edit(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "yarn"),
+        (edit(rope_parameters={"rope_type": "dynamic", "factor": 4.0}), "(dynamic): not supported"),
+        (edit(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "'original_max_position_emb"),
+        (edit(rope_parameters={**SCALED, "rope_type": "yarn", "factor": "x"}), "is no number"),
+        (edit(rope_scaling="yarn"), "rope_scaling is no table"),
         (lambda folder: (folder / "config.json").write_text("[" * 100_000), "cannot be read"),
         (lambda folder: (folder / "config.json").unlink(), "is missing"),
     ],
