@@ -6,12 +6,13 @@ NPU := .torch-npu/.installed
 TRITON := .triton/.installed
 ARGS ?=
 
-.PHONY: help install train test check bench docs sbom clean
+.PHONY: help install train test test-gpu check bench docs sbom clean
 
 help:
 	@echo "make install   create .venv with pinned versions of all that training and tests need"
 	@echo "make train     train the quick-start model with two processes (ARGS='key=value ...')"
 	@echo "make test      unit, distributed and end-to-end tests (ARGS='-k name ...')"
+	@echo "make test-gpu  operators and two steps on an NVIDIA GPU against references on its host"
 	@echo "make check     lint, format and types; Dockerfiles"
 	@echo "make bench     benchmarks (what each is and takes: benchmarks/README.md)"
 	@echo "make docs      the documentation as a site, with the reference: dist/site"
@@ -49,6 +50,10 @@ $(TRITON): pyproject.toml
 test: $(INSTALLED) $(NPU) $(TRITON)
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
+# Without a GPU: 2, and a sentence. How fast it is: benchmarks/gpu.py.
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pangu.doctor backend=cuda --device-check
+
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -57,7 +62,7 @@ check: $(INSTALLED)
 
 # All that end within minutes; see benchmarks/README.md.
 bench: $(INSTALLED)
-	@set -e; for file in $(filter-out benchmarks/routing_quality.py benchmarks/compression_ladder.py benchmarks/expert_pruning.py,$(sort $(wildcard benchmarks/*.py))); do \
+	@set -e; for file in $(filter-out benchmarks/gpu.py benchmarks/routing_quality.py benchmarks/compression_ladder.py benchmarks/expert_pruning.py,$(sort $(wildcard benchmarks/*.py))); do \
 		echo "== $$file"; $(BIN)/python "$$file"; \
 	done
 

@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 
 import in_interpreter  # noqa: F401 - first
 import pytest
-from gloo import alone
+from gloo import alone, run
 from layouts import steps
 
 from pangu import backends
@@ -17,36 +17,42 @@ MOGE = [
     "model.vocab_size=130",
     "model.sandwich_norm=true",
     "moe.top_k=4",
-    "train.seq_length=19",
+    "train.seq_length=18",
     "train.global_batch_size=2",
 ]
 
 
-def on_kernels(overrides):
+SPLIT = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+
+
+def on_kernels(overrides, world_size):
     """Two steps with every operator of which there is a kernel run as it, and what was launched."""
     from triton.runtime.interpreter import InterpretedFunction
 
     here, launched = backends.current(), set()
     ours = {name: kind for name, kind in asdict(cuda.OURS).items() if kind == "triton"}
-    run = InterpretedFunction.run
+    launch = InterpretedFunction.run
 
     def noted(kernel, *given, **named):
         launched.add(kernel.fn.__module__.rpartition(".")[2])
-        return run(kernel, *given, **named)
+        return launch(kernel, *given, **named)
 
     backends.use(replace(here.operators, **ours))
     InterpretedFunction.run = noted
     try:
-        return alone(steps, overrides, 1, 2), launched
+        return steps(overrides, world_size, 2), launched
     finally:
-        InterpretedFunction.run = run
+        InterpretedFunction.run = launch
         backends.use(here.operators)
 
 
+@pytest.mark.distributed
 def test_steps_are_those_of_plain_operators():
+    """Alone, and with the vocabulary and the experts on two ranks."""
     select_backend("cpu")
-    found, launched = on_kernels(MOGE)
     expected = alone(steps, MOGE, 1, 2)
-    for ours, plain in zip(found, expected, strict=True):
-        assert ours == pytest.approx(plain, rel=2e-6)
-    assert launched == {name for name, kind in asdict(cuda.OURS).items() if kind == "triton"}
+    split = run(2, on_kernels, [*MOGE, *SPLIT], 2)
+    for found, launched in (alone(on_kernels, MOGE, 1), *split):
+        for ours, plain in zip(found, expected, strict=True):
+            assert ours == pytest.approx(plain, rel=2e-6)
+        assert launched == {name for name, kind in asdict(cuda.OURS).items() if kind == "triton"}

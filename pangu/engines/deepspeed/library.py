@@ -24,15 +24,15 @@ def load() -> ModuleType:
     without a word for the lock of a build that was killed. Its table of what can be built says no
     there: torch's own operators do the same.
     """
-    name = backends.current().name
-    os.environ["DS_ACCELERATOR"] = name
+    backend = backends.current()
+    os.environ["DS_ACCELERATOR"] = backend.name
     os.environ.setdefault("LOCAL_RANK", "0")  # of a process alone, without a launcher
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if name == "cpu":
+    if not backend.asynchronous:
         deepspeed.ops.__compatible_ops__ = defaultdict(bool)
     return deepspeed
 

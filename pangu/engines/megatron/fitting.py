@@ -60,9 +60,12 @@ PREFIX = "megatron.core"
 _fitted = False
 
 
-def select_backend(name: str = "auto", local_rank: int = 0, precision: str = "auto") -> Backend:
+def select_backend(
+    name: str = "auto", local_rank: int = 0, precision: str = "auto", *, try_kernels: bool = True
+) -> Backend:
     """Choose the device of this process and fit megatron-core to it, once: nothing may have
-    imported megatron-core before.
+    imported megatron-core before. Our own kernels are tried (`pangu.ops.trial`), unless it is they
+    that are to be looked at.
 
     Raises:
         RuntimeError: the backend's device or library is missing; the message says which.
@@ -76,7 +79,7 @@ def select_backend(name: str = "auto", local_rank: int = 0, precision: str = "au
         if backend.in_place_of_cuda is not None:
             redirect(backend.in_place_of_cuda, precision)
         patches.apply(backend.in_place_of_cuda, precision)
-        line = trial.keep_what_holds(cuda.PLAIN)
+        line = trial.keep_what_holds(cuda.PLAIN) if try_kernels else ""
         if line and local_rank == 0:
             print(f"note: {line}", file=sys.stderr)
     return backends.current()

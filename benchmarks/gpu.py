@@ -1,0 +1,341 @@
+"""Everything about speed on one GPU, prepared so that one call of a few minutes measures it:
+
+    python benchmarks/gpu.py [--only operators|layers] [--output FILE.json]
+
+1. every operator as the backend runs it against its float64 reference (`pangu.ops.cases`);
+2. every operator that has a Triton kernel beside its plain form, forward and backward, at the sizes
+   of Qwen3-30B, each under balanced, Zipf and one-hot routing where rows belong to experts;
+3. the MoE layer at four published shapes, on kernels and on plain operators, beside transformers'.
+
+A table on stdout and, with --output, JSON; it ends with 1 where an operator differs, and without a
+GPU with 2 and a sentence. `--rehearse` runs all of it on a CPU in tiny sizes, kernels in Triton's
+interpreter, so that nothing breaks on the day; its times mean nothing. Not run on a GPU so far.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+ZIPF = 1.2
+ROUTINGS = ("balanced", "Zipf", "one-hot")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the operators' inputs, of layers, and how long each is run."""
+
+    tokens: int = 32_768
+    hidden: int = 2048
+    width: int = 768
+    experts: int = 128
+    top_k: int = 8
+    heads: int = 32
+    head_size: int = 128
+    vocabulary: int = 151_936
+    logit_rows: int = 8192
+    seconds: float = 0.2
+
+
+TINY = Sizes(24, 32, 16, 8, 2, 2, 8, 50, 6, 0.0)
+LAYERS = {  # hidden, width, experts, top-k, tokens
+    "Qwen3-30B": (2048, 768, 128, 8, (8192, 32_768)),
+    "Mixtral": (4096, 14_336, 8, 2, (8192,)),
+    "Pangu Pro": (5120, 1344, 64, 8, (8192, 32_768)),
+    "Pangu Ultra, 64 experts": (7680, 2048, 64, 8, (8192,)),
+}
+TINY_LAYERS = {"tiny": (32, 16, 8, 2, (24,))}
+
+
+def refuse() -> int:
+    print("error: benchmarks/gpu.py needs an NVIDIA GPU, torch sees none", file=sys.stderr)
+    return 2
+
+
+def milliseconds(run: Callable[[], Any], seconds: float) -> float:
+    """Median of a call's time on the device, after three that are not counted."""
+    import torch
+
+    from pangu import backends
+
+    for _ in range(3):
+        run()
+    backend, found, start = backends.current(), [], time.perf_counter()
+    while not found or (time.perf_counter() - start < seconds and len(found) < 200):
+        if backend.asynchronous:
+            begun, over = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begun.record()
+            run()
+            over.record()
+            over.synchronize()
+            found.append(begun.elapsed_time(over))
+        else:
+            begin = time.perf_counter()
+            run()
+            found.append(1e3 * (time.perf_counter() - begin))
+    return statistics.median(found)
+
+
+def peak_gib(run: Callable[[], Any]) -> float:
+    """Device memory that a call holds at once, beyond what is held before it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0.0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def both_ways(function: Callable[..., Any], *inputs: Any) -> Callable[[], None]:
+    """Forward and backward; `inputs` that are floating-point get a gradient."""
+    import torch
+
+    leaves = [each for each in inputs if each.requires_grad]
+    upstream = torch.ones_like(function(*inputs))
+
+    def run() -> None:
+        torch.autograd.grad(function(*inputs), leaves, upstream)
+
+    return run
+
+
+def chosen_experts(routing: str, sizes: Sizes) -> Any:
+    """Distinct experts of each token, `[T, K]`, ascending."""
+    import torch
+
+    shape, device = (sizes.tokens, sizes.top_k), _device()
+    if routing == "one-hot":
+        return torch.arange(sizes.top_k, device=device).expand(shape)
+    power = ZIPF if routing == "Zipf" else 0.0
+    popularity = torch.arange(1.0, sizes.experts + 1, device=device) ** -power
+    drawn = torch.multinomial(popularity.expand(sizes.tokens, -1), sizes.top_k)
+    return drawn.sort(dim=1).values
+
+
+def _device() -> Any:
+    from pangu import backends
+
+    return backends.current().device
+
+
+def operators(sizes: Sizes) -> Iterator[tuple[str, str, Callable[[], Any]]]:
+    """(operator, what, call) of everything that has a kernel."""
+    import torch
+
+    from pangu.ops import choice, cross_entropy, permute, rms_norm, rotary, swiglu
+
+    s, dtype = sizes, torch.bfloat16
+
+    def randn(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(*shape, dtype=kind, device=_device()).requires_grad_()
+
+    rows = s.tokens * s.top_k
+    gates, weights = randn(rows, 2 * s.width), randn(rows, kind=torch.float32)
+    yield "swiglu", f"{rows} × {s.width}", both_ways(swiglu.swiglu, gates, weights)
+    for width, count in ((s.hidden, s.tokens), (s.head_size, s.tokens * s.heads)):
+        x, gain = randn(count, width), randn(width)
+        norm = both_ways(lambda x, gain: rms_norm.rms_norm(x, gain, 1e-6), x, gain)
+        yield "rms_norm", f"{count} × {width}", norm
+    heads, angles = randn(s.tokens, 1, s.heads, s.head_size), randn(s.tokens, 1, 1, s.head_size)
+    turned = both_ways(lambda x: rotary.rotary(x, angles.detach().float()), heads)
+    yield "rotary", f"{s.tokens} × {s.heads} × {s.head_size}", turned
+    logits = randn(s.logit_rows, s.vocabulary)
+    labels = torch.zeros(s.logit_rows, dtype=torch.int64, device=_device())
+    lost = both_ways(lambda x: cross_entropy.cross_entropy(x * 1.0, labels), logits)
+    yield "cross_entropy", f"{s.logit_rows} × {s.vocabulary}, with a copy", lost
+    scores = randn(s.tokens, s.experts, kind=torch.float32)
+    grouped = scores.detach().unflatten(1, (s.top_k, -1))
+    yield "choice", "MoGE", lambda: choice.highest(grouped, 1)
+    yield "choice", "top-k", lambda: choice.highest(scores.detach(), s.top_k)
+    chosen = choice.highest(scores.detach(), s.top_k)
+    listed = both_ways(lambda x: choice.choices(x, chosen, s.top_k)[1], scores)
+    yield "choice", "the list", listed
+    tokens, back = randn(s.tokens, s.hidden), randn(rows, s.hidden)
+    for routing in ROUTINGS:
+        experts = chosen_experts(routing, s)
+        yield "permute", f"sort, {routing}", lambda e=experts: permute.plan(e, s.experts)
+        plan = permute.plan(experts, s.experts)
+        there = both_ways(lambda x, p=plan: permute.permute(x, p), tokens)
+        yield "permute", f"to experts, {routing}", there
+        yield (
+            "permute",
+            f"back, {routing}",
+            both_ways(lambda x, p=plan: permute.unpermute(x, p), back),
+        )
+
+
+def measured_operators(sizes: Sizes) -> list[dict[str, Any]]:
+    """Each on its kernel and in its plain form."""
+    from pangu import backends
+
+    ours, found = backends.current().operators, {}
+    plain = plain_forms()
+    for name, variants in (("kernel", ours), ("plain", plain)):
+        backends.use(variants)
+        for operator, what, run in operators(sizes):
+            row = found.setdefault((operator, what), {"operator": operator, "what": what})
+            row[name] = milliseconds(run, sizes.seconds)
+    backends.use(ours)
+    return list(found.values())
+
+
+def plain_forms() -> Any:
+    """What this process would run without our kernels."""
+    from pangu import backends
+    from pangu.backends import cpu, cuda
+
+    return cuda.PLAIN if backends.current().asynchronous else cpu.create(0).operators
+
+
+def measured_layers(shapes: dict[str, tuple], sizes: Sizes) -> list[dict[str, Any]]:
+    """The MoE layer forward and backward: milliseconds and GiB, floor at 800 TFLOPS."""
+    import torch
+    from moe_layer import Shape, ours, transformers_block
+
+    from pangu import backends
+
+    kernels, found = backends.current().operators, []
+    plain = plain_forms()
+    dtype = torch.bfloat16 if backends.current().asynchronous else torch.float32
+    for name, (hidden, width, experts, top_k, all_tokens) in shapes.items():
+        for tokens in all_tokens:
+            shape = Shape(tokens, hidden, width, experts, top_k)
+            x = torch.randn(tokens, 1, hidden, dtype=dtype, device=_device()).requires_grad_()
+            row: dict[str, Any] = {"shape": name, "tokens": tokens}
+            row["floor"] = 18 * tokens * top_k * hidden * width / 800e12 * 1e3
+            makers: dict[str, Callable[[], Any]] = {
+                f"{router}, {routing}": lambda s=shape, r=router, k=routing: skewed(ours(s, r), k)
+                for router in ("moge", "top_k")
+                for routing in (ROUTINGS if router == "top_k" else ROUTINGS[:1])
+            }
+            makers["transformers"] = lambda s=shape: transformers_block(s, "grouped_mm")
+            for label, make in makers.items():
+                for kind, variants in (("", kernels), (", plain", plain)):
+                    if label == "transformers" and kind:
+                        continue
+                    backends.use(variants)
+                    row[label + kind] = _layer(make().to(_device(), dtype), x, sizes)
+            backends.use(kernels)
+            found.append(row)
+    return found
+
+
+def _layer(layer: Any, x: Any, sizes: Sizes) -> dict[str, float]:
+    from moe_layer import step
+
+    run = step(layer, x)
+    run()
+    return {"ms": milliseconds(run, sizes.seconds), "GiB": peak_gib(run)}
+
+
+def skewed(layer: Any, routing: str) -> Any:
+    """The layer, with an advantage of some experts in what it chooses by."""
+    import torch
+
+    if routing != "balanced":
+        base, experts = layer.router.functions, layer.router.num_experts
+        order = torch.arange(experts, dtype=torch.float32, device=_device())
+        ahead = -ZIPF * (order + 1).log() if routing == "Zipf" else -1e3 * order
+        layer.router.functions = lambda logits, bias=None: base(logits + ahead, bias)
+    return layer
+
+
+def checks() -> list[dict[str, Any]]:
+    """Every operator against its reference."""
+    from pangu.ops.cases import TOLERANCES, cases, compared
+
+    outcomes = [compared(case, dtype) for case in cases() for dtype in TOLERANCES]
+    return [
+        {
+            "operator": o.name,
+            "dtype": str(o.dtype),
+            "error": o.error,
+            "holds": o.holds,
+            "why": o.raised,
+        }
+        for o in outcomes
+    ]
+
+
+def table(found: dict[str, Any]) -> None:
+    for row in found.get("checks", []):
+        if not row["holds"]:
+            print(f"DIFFERS: {row['operator']} in {row['dtype']}: {row['why'] or row['error']}")
+    for row in found.get("operators", []):
+        ratio = row["plain"] / row["kernel"]
+        name = f"{row['operator']}, {row['what']}"
+        print(f"{name:48} {row['plain']:8.3f} ms → {row['kernel']:8.3f} ms  {ratio:5.2f} ×")
+    for row in found.get("layers", []):
+        print(f"{row['shape']}, {row['tokens']} tokens: floor {row['floor']:.1f} ms")
+        for label, value in row.items():
+            if isinstance(value, dict):
+                print(f"    {label:32} {value['ms']:8.2f} ms {value['GiB']:6.2f} GiB")
+
+
+def _groups() -> None:
+    """Process groups of this process alone."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    from pangu import backends
+
+    store = dist.FileStore(os.path.join(tempfile.mkdtemp(), "store"), 1)
+    library = backends.current().collective_library
+    dist.init_process_group(library, rank=0, world_size=1, store=store)
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1234)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", choices=("operators", "layers"))
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--rehearse", action="store_true")
+    given = parser.parse_args()
+    if given.rehearse:
+        os.environ["TRITON_INTERPRET"] = "1"
+        sys.path.append(str(ROOT / ".triton"))
+    import torch
+
+    if not given.rehearse and not torch.cuda.is_available():
+        return refuse()
+    from pangu import backends
+    from pangu.backends import cuda
+    from pangu.engines.megatron.fitting import select_backend
+
+    start = time.perf_counter()
+    backend = select_backend("cpu" if given.rehearse else "cuda", try_kernels=False)
+    if given.rehearse:
+        backends.use(replace(cuda.OURS, grouped_matmul="loop"))
+    _groups()
+    sizes = TINY if given.rehearse else Sizes()
+    found: dict[str, Any] = {"device": backend.description, "torch": torch.__version__}
+    found["checks"] = checks()
+    if given.only != "layers":
+        found["operators"] = measured_operators(sizes)
+    if given.only != "operators":
+        found["layers"] = measured_layers(TINY_LAYERS if given.rehearse else LAYERS, sizes)
+    found["seconds"] = time.perf_counter() - start
+    table(found)
+    if given.output:
+        given.output.write_text(json.dumps(found, indent=1))
+    return 0 if all(row["holds"] for row in found["checks"]) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
