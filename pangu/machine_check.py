@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes.util
 import os
 import platform
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 PACKAGES = (
@@ -77,7 +79,41 @@ def complaints(requested: str) -> list[str]:
         said.append(NO_CANN)
     if npu and torch and npu.split(".post")[0].split("+")[0] != torch.split("+")[0]:
         said.append(f"torch-npu {npu} needs torch of the same version, not {torch}")
-    return [*said, *impossible(requested)]
+    return [*said, *another_apex(), *held_locks(os.environ), *impossible(requested)]
+
+
+def another_apex() -> list[str]:
+    """The package index has an `apex` that is another project. NVIDIA's and Ascend's are told by
+    their optimizers; megatron-core asks for these, and takes torch's where there are none."""
+    found = find_spec("apex")
+    if found is None:
+        return []
+    folders = [Path(place) for place in found.submodule_search_locations or ()]
+    optimizers = [folder / "optimizers" / "__init__.py" for folder in folders]
+    if any("FusedAdam" in file.read_text() for file in optimizers if file.is_file()):
+        return []
+    where = found.origin or ", ".join(map(str, folders))
+    return [
+        f"apex ({where}) is not NVIDIA's or Ascend's: it has no FusedAdam, and is not used. pip "
+        "uninstall apex; theirs are built from source"
+    ]
+
+
+def held_locks(environ: Mapping[str, str]) -> list[str]:
+    """Locks that builds of torch's C++ extensions (DeepSpeed's too) have taken. Whoever is killed
+    leaves one, and every later build of that extension waits for it without a word."""
+    folder = Path(environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
+    said = []
+    for lock in sorted([*folder.glob("*/lock"), *folder.glob("*/*/lock")]):
+        try:
+            minutes = (time.time() - lock.stat().st_mtime) / 60
+        except OSError:  # given back meanwhile
+            continue
+        said.append(
+            f"every run that needs the extension {lock.parent.name} waits for {lock}, taken "
+            f"{minutes:.0f} minutes ago: if nothing builds it now, rm {lock}"
+        )
+    return said
 
 
 def impossible(requested: str) -> list[str]:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from configs.compose import load
 from configs.violation import Violation
-from pangu import machine_check
+from pangu import machine_check, preflight
 from pangu.data import files
 from pangu.violation_table import table
 from simulator.api import pipeline_ranks
@@ -127,6 +128,43 @@ def test_torch_npu_without_cann(monkeypatch: pytest.MonkeyPatch) -> None:
     found["megatron-core"] = None
     assert "megatron-core missing" in " ".join(machine_check.impossible("auto"))
     assert machine_check.backend("auto")[0] == "cpu"
+
+
+def test_an_apex_of_another_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what is in it: the name is on the package index, and is not NVIDIA's."""
+    optimizers = tmp_path / "apex" / "optimizers" / "__init__.py"
+    optimizers.parent.mkdir(parents=True)
+    (tmp_path / "apex" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    (said,) = machine_check.another_apex()
+    assert str(tmp_path) in said
+    assert "pip uninstall apex" in said
+    optimizers.write_text("from .fused_adam import FusedAdam\n")
+    assert machine_check.another_apex() == []
+    assert "apex" not in sys.modules
+
+
+def test_locks_that_killed_builds_left(tmp_path: Path) -> None:
+    folder = {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    assert machine_check.held_locks(folder) == []
+    locks = [tmp_path / "cpu_adam" / "lock", tmp_path / "py311_cpu" / "shm_comm" / "lock"]
+    for lock in locks:
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+        os.utime(lock, (0, time.time() - 600))
+    said = machine_check.held_locks(folder)
+    assert len(said) == 2
+    for sentence, lock in zip(said, locks, strict=True):
+        assert sentence.startswith(f"every run that needs the extension {lock.parent.name} waits")
+        assert sentence.endswith(f"10 minutes ago: if nothing builds it now, rm {lock}")
+
+
+def test_an_engine_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine_check, "packages", lambda: dict.fromkeys(machine_check.PACKAGES))
+    found = preflight.faults_here(load(["engine=deepspeed", "data=synthetic"]))
+    (engine,) = [violation for violation in found if violation.key == "engine.name"]
+    assert engine.reason == "it is not installed"
+    assert "pip install 'pangu-moe[deepspeed]'; or engine.name=megatron" in engine.suggestion
 
 
 def test_variables_are_filled_in() -> None:
