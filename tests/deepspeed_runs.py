@@ -41,7 +41,7 @@ class Left:
     updates: int
 
 
-def steps(overrides: list[str], world_size: int, poisoned: int = 2, count: int = 4) -> Left:
+def steps(overrides: list[str], world_size: int, poisoned: int = 1, count: int = 3) -> Left:
     """`count` steps, of which number `poisoned` meets a NaN on the last rank alone."""
     model = build([*COMMON, *overrides], world_size)
     bad = False

@@ -14,25 +14,28 @@ EP2 = "parallel.expert_model_parallel_size=2"
 LAYOUTS = {
     "megatron": [],
     **{f"stage {stage}": [DS, f"parallel.zero_stage={stage}"] for stage in range(4)},
-    **{f"stage {stage} ep2": [DS, f"parallel.zero_stage={stage}", EP2] for stage in (0, 1, 2)},
-    "stage 2 offloaded": [DS, "parallel.zero_stage=2", "engine.offload=cpu"],
+    **{f"stage {stage} ep2": [DS, f"parallel.zero_stage={stage}", EP2] for stage in (0, 2)},
     "stage 3 offloaded": [DS, "parallel.zero_stage=3", "engine.offload=cpu"],
 }
+THROUGH = ["stage 2 ep2", "stage 3"]
 # One run, its steps shared among engines: what each takes up the one before it has saved.
-CHAIN = {3: [DS, "parallel.zero_stage=3"], 4: [DS, "parallel.zero_stage=1", EP2], 6: []}
-LAST = "straight/checkpoints/step_00000006"
+CHAIN = {2: LAYOUTS["stage 3"], 3: [DS, "parallel.zero_stage=1", EP2], 4: []}
+FIRST, LAST = (f"straight/checkpoints/step_0000000{step}" for step in (1, 4))
 
 
 def everything(folder: Path) -> tuple[Any, ...]:
-    """Steps in every layout; a chain of engines beside a run at a stretch; a checkpoint through
-    each optimizer's state and back."""
+    """Steps in every layout; a run at a stretch, and from its first step on a chain of engines; a
+    checkpoint through each optimizer's state and back."""
     left = all_steps(LAYOUTS, 2)
-    straight, _ = train(folder / "straight", ["train.steps=6"])
-    for name in ("stage 0", "stage 2 ep2", "stage 3"):
+    kept = ["checkpoint.save_every=1", "checkpoint.keep_last=4"]
+    straight, _ = train(folder / "straight", ["train.steps=4", *kept])
+    for name in THROUGH:
         through(LAYOUTS[name], folder / LAST, folder / name.replace(" ", "_"))
-    chain, _ = train(folder / "chain", ["train.steps=2"])
+    chain = {}
+    source = f"checkpoint.resume={folder / FIRST}"
     for end, overrides in CHAIN.items():
-        chain, _ = train(folder / "chain", [f"train.steps={end}", *overrides])
+        chain, _ = train(folder / "chain", [f"train.steps={end}", source, *overrides])
+        source = "checkpoint.resume=auto"
     return left, straight, chain
 
 
@@ -49,19 +52,19 @@ def test_losses_norms_weights_and_moments_are_those_of_megatron(runs, name):
     on one rank in between changes nothing. Moments are linear in gradients: a factor would show."""
     for rank, (left, *_) in enumerate(runs[1]):
         found, expected = left[name], left["megatron"]
-        assert found.skipped == expected.skipped == [False, False, True, False]
-        assert found.updates == expected.updates == 3
+        assert found.skipped == expected.skipped == [False, True, False]
+        assert found.updates == expected.updates == 2
         worst = farthest(found, expected, rank, 2 if EP2 in LAYOUTS[name] else 1)
         assert worst.keys() >= {"rows", "weight", "main", "exp_avg", "exp_avg_sq"}
         assert {kind: error for kind, error in worst.items() if not error < 1e-5} == {}
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["stage 0", "stage 2 ep2", "stage 3"])
+@pytest.mark.parametrize("name", THROUGH)
 def test_a_checkpoint_through_deepspeed_is_the_same_to_the_bit(runs, name):
     folder, _ = runs
     expected = saved(folder / LAST)
-    found = saved(folder / name.replace(" ", "_") / "checkpoints/step_00000006")
+    found = saved(folder / name.replace(" ", "_") / "checkpoints/step_00000004")
     assert found.keys() == expected.keys()
     assert any(key.startswith("optimizer.exp_avg_sq.") for key in found)
     assert [key for key in found if not torch.equal(found[key], expected[key])] == []
@@ -70,6 +73,6 @@ def test_a_checkpoint_through_deepspeed_is_the_same_to_the_bit(runs, name):
 @pytest.mark.distributed
 def test_a_run_goes_on_with_the_other_engine_and_back(runs):
     for _, straight, chain in runs[1]:
-        assert chain.keys() == straight.keys() == set(range(1, 7))
-        for step, values in straight.items():
-            assert chain[step] == pytest.approx(values, rel=1e-5), step
+        assert straight.keys() - chain.keys() == {1}
+        for step, values in chain.items():
+            assert values == pytest.approx(straight[step], rel=1e-5), step
