@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,28 @@ from configs.violation import ConfigError, Violation
 FORMATS = (".png", ".svg", ".pdf")
 
 
+def must_be_drawable(path: Path | None) -> None:
+    """Raises:
+    ConfigError: of another format, or nobody here could draw it.
+    """
+    if path is None:
+        return
+    if path.suffix not in FORMATS:
+        raise ConfigError([Violation("--plot", path, f"ends with one of {', '.join(FORMATS)}")])
+    if importlib.util.find_spec("matplotlib") is None:
+        reason = "plots are drawn by matplotlib, which is not installed"
+        raise ConfigError([Violation("--plot", path, reason, "pip install matplotlib")])
+
+
 @contextlib.contextmanager
 def plotted(path: Path, **figure: Any) -> Iterator[tuple[Any, Any]]:
     """matplotlib's figure and axes, made with the keywords of `subplots`, that are written after
     the block; the format is that of the file's name.
 
     Raises:
-        ConfigError: another format.
+        ConfigError: another format, or matplotlib is not here.
     """
-    if path.suffix not in FORMATS:
-        raise ConfigError([Violation("--plot", path, f"ends with one of {', '.join(FORMATS)}")])
+    must_be_drawable(path)
     import matplotlib
 
     matplotlib.use("Agg")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from simulator.commands import values, wide_console
+from simulator.plot_file import must_be_drawable
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -56,6 +57,7 @@ def shape(
     from simulator.shape import search_shapes
     from simulator.shape_space import Ranges
 
+    must_be_drawable(plot)
     config = load_search_plan(overrides) if goal is Goal.training else load(overrides)
     ranges = Ranges(
         num_layers=values("--layers", layers),
@@ -81,11 +83,14 @@ def shape(
         print(json.dumps(to_json(result)))
     else:
         _show(config, goal, result, top)
-    if plot:
-        _plot(plot, config, goal, result, quiet=as_json)
+    _plot(plot, config, goal, result, quiet=as_json)
 
 
-def _plot(path: Path, config: Config, goal: Goal, result: ShapeResult, *, quiet: bool) -> None:
+def _plot(
+    path: Path | None, config: Config, goal: Goal, result: ShapeResult, *, quiet: bool
+) -> None:
+    if path is None:
+        return
     from simulator.shape_plot import pareto_plot
 
     pareto_plot(path, config, goal.value, result)

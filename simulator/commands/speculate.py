@@ -60,7 +60,9 @@ def speculate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Speed-up of speculative decoding over batch, draft length, sparsity and hardware."""
+    from simulator.plot_file import must_be_drawable
 
+    must_be_drawable(plot)
     machines, others = take("hardware", overrides)
     plans = [_plan([f"hardware={machine}", *others]) for machine in machines or ["null"]]
     lengths = [plans[0].inference.draft_tokens or DRAFT_TOKENS]

@@ -35,6 +35,7 @@ def validate(
     from rich.progress import track
 
     from configs.violation import ConfigError, Violation
+    from simulator.plot_file import must_be_drawable
     from simulator.validation.measure import outcomes
     from simulator.validation.rows import summarise
     from simulator.validation.serving import serving_outcomes
@@ -42,6 +43,7 @@ def validate(
 
     if publish and table:
         raise ConfigError([Violation("--publish", table, "publishes the packaged table alone")])
+    must_be_drawable(plot)
     console = wide_console()
     console.stderr = True
 

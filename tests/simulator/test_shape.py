@@ -15,6 +15,7 @@ from configs.violation import ConfigError
 from simulator.commands import values
 from simulator.commands.shape import limits
 from simulator.parameters import count_parameters
+from simulator.plot_file import must_be_drawable
 from simulator.shape import search_shapes, spread
 from simulator.shape_plot import pareto_plot
 from simulator.shape_space import Ranges, enumerate_shapes, shaped
@@ -134,11 +135,14 @@ def test_impossible_searches_are_named():
         search_shapes(load([*SERVED, "model=pangu_ultra_dense"]), RANGES, "inference")
 
 
-def test_plot(result, tmp_path):
+def test_plot(result, tmp_path, monkeypatch):
     pareto_plot(tmp_path / "front.png", load(SERVED), "inference", result)
     assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ConfigError, match="--plot"):
         pareto_plot(tmp_path / "front.txt", load(SERVED), "inference", result)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match="matplotlib, which is not installed"):
+        must_be_drawable(tmp_path / "front.png")
 
 
 @pytest.mark.end_to_end
