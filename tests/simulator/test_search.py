@@ -102,6 +102,9 @@ def test_ranking_and_front_are_ordered(result):
     assert steps == sorted(steps)
     peaks = [choice.prediction.peak_memory_gib for choice in result.pareto]
     assert peaks == sorted(peaks, reverse=True)
+    # From the fastest to the one that needs least, though there are more between than are shown.
+    assert peaks[-1] == pytest.approx(result.peak_gib.min(), rel=0.03)
+    assert result.pareto[0].config.parallel == result.choices[0].config.parallel
 
 
 def test_pinned_sizes_stay(config):
