@@ -136,6 +136,8 @@ def operators(sizes: Sizes) -> Iterator[tuple[str, str, Callable[[], Any]]]:
     """(operator, what, call) of everything that has a kernel."""
     import torch
 
+    from configs.schema import MoEConfig
+    from pangu.moe.routing import routing_for
     from pangu.ops import choice, cross_entropy, permute, rms_norm, rotary, swiglu
 
     s, dtype = sizes, torch.bfloat16
@@ -158,6 +160,9 @@ def operators(sizes: Sizes) -> Iterator[tuple[str, str, Callable[[], Any]]]:
     lost = both_ways(lambda x: cross_entropy.cross_entropy(x * 1.0, labels), logits)
     yield "cross_entropy", f"{s.logit_rows} × {s.vocabulary}, with a copy", lost
     scores = randn(s.tokens, s.experts, kind=torch.float32)
+    for router in ("moge", "top_k"):
+        route = routing_for(MoEConfig(router=router, num_expert_groups=s.top_k, top_k=s.top_k))
+        yield "routing", router, both_ways(lambda x, route=route: route(x)[0], scores)
     grouped = scores.detach().unflatten(1, (s.top_k, -1))
     yield "choice", "MoGE", lambda: choice.highest(grouped, 1)
     yield "choice", "top-k", lambda: choice.highest(scores.detach(), s.top_k)

@@ -115,11 +115,21 @@ def turns(dtype: torch.dtype) -> None:
         rotary.rotary(x, torch.ones(64, 1, 1, turned), pairs=pairs, scale=1.0).sum().backward()
 
 
+def routes(dtype: torch.dtype) -> None:
+    from pangu.ops.kernels import routing
+    from pangu.ops.routing import Rule
+
+    logits, bias = torch.ones(1024, 128, requires_grad=True), torch.ones(128)
+    for groups, given in ((8, None),) if short else ((8, None), (1, bias)):
+        rule = Rule(groups, 8, softmax=given is None, renormalize=True, factor=2.5)
+        routing.route(logits, given, rule)[0].sum().backward()
+
+
 def main() -> None:
     JITFunction.run = compiled
     backends.select("cpu")
     for dtype in (torch.bfloat16,) if short else (torch.bfloat16, torch.float32):
-        for operator in (activations, norms, permutations, losses, choices, turns):
+        for operator in (activations, norms, permutations, losses, choices, turns, routes):
             operator(dtype)
     print(json.dumps(found))
 

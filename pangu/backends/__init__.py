@@ -30,6 +30,7 @@ class Operators:
     permute: Literal["torch", "npu", "triton"]
     rms_norm: Literal["lean", "torch", "npu", "triton"]
     rotary: Literal["torch", "triton"]
+    routing: Literal["torch", "triton"]
     swiglu: Literal["blocks", "megatron", "npu", "triton"]
 
 

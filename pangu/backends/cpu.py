@@ -146,6 +146,7 @@ def create(local_rank: int) -> Backend:
             permute="torch",
             rms_norm="lean",
             rotary="torch",
+            routing="torch",
             swiglu="blocks",
         ),
         host_tier=FileTier,

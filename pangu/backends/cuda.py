@@ -35,6 +35,7 @@ PLAIN = Operators(
     permute="torch",
     rms_norm="torch",
     rotary="torch",
+    routing="torch",
     swiglu="megatron",
 )
 OURS = replace(
@@ -44,6 +45,7 @@ OURS = replace(
     permute="triton",
     rms_norm="triton",
     rotary="triton",
+    routing="triton",
     swiglu="triton",
 )
 

@@ -77,6 +77,7 @@ def create(local_rank: int) -> Backend:
             permute="npu",
             rms_norm="npu",
             rotary="torch",
+            routing="torch",
             swiglu="npu",
         ),
         # torch-npu's own `transfer_to_npu` renames for every module of the process; here the rest

@@ -15,6 +15,7 @@ import torch
 
 from configs.schema import MoEConfig
 from pangu.ops.choice import highest
+from pangu.ops.routing import Rule, in_one_pass, route_triton
 
 Scores = Callable[[torch.Tensor], torch.Tensor]
 Choice = Callable[[torch.Tensor], torch.Tensor]
@@ -40,6 +41,35 @@ class Routing:
             ranking_TE = scores_TE if expert_bias_E is None else scores_TE + expert_bias_E
             chosen_TE = self.choice(ranking_TE)
         return self.weights(scores_TE, chosen_TE), chosen_TE
+
+
+@dataclass(frozen=True)
+class OnePassRouting(Routing):
+    """Three functions that a rule says as well, by which a kernel does all of it in one pass."""
+
+    rule: Rule
+
+    def __call__(
+        self, logits_TE: torch.Tensor, expert_bias_E: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if in_one_pass():
+            return route_triton(logits_TE, expert_bias_E, self.rule)
+        return super().__call__(logits_TE, expert_bias_E)
+
+
+def _rule(moe: MoEConfig) -> Rule | None:
+    """The rule of a router that has one."""
+    if moe.router not in ("moge", "top_k") or moe.softmax_after_top_k:
+        return None
+    if moe.score_function == "gated":
+        return None
+    return Rule(
+        num_groups=moe.num_expert_groups if moe.router == "moge" else 1,
+        k=moe.top_k,
+        softmax=moe.score_function == "softmax",
+        renormalize=moe.renormalize,
+        factor=moe.scaling_factor,
+    )
 
 
 def routing_for(moe: MoEConfig) -> Routing:
@@ -68,7 +98,10 @@ def routing_for(moe: MoEConfig) -> Routing:
         weights = partial(renormalized, weights=weights)
     if moe.scaling_factor != 1.0:
         weights = partial(scaled, weights=weights, factor=moe.scaling_factor)
-    return Routing(scores, choices[moe.router], weights)
+    rule = _rule(moe)
+    if rule is None:
+        return Routing(scores, choices[moe.router], weights)
+    return OnePassRouting(scores, choices[moe.router], weights, rule)
 
 
 # Scores.

@@ -16,6 +16,7 @@ from pangu.ops import (
     permute,
     rms_norm,
     rotary,
+    routing,
     swiglu,
 )
 
@@ -112,6 +113,19 @@ def cases() -> Iterator[Case]:
         lambda x: cross_entropy.cross_entropy_reference(x, labels),
         (randn(tokens, width),),
     )
+    yield from _routed_turned_and_attended(randn)
+
+
+def _routed_turned_and_attended(randn: Callable[..., Tensor]) -> Iterator[Case]:
+    tokens = 96
+    rule = routing.Rule(2, 2, softmax=True, renormalize=False, factor=1.0)
+    route = routing.route_triton if routing.in_one_pass() else routing.route_reference
+    yield Case(
+        "routing",
+        lambda x: route(x.float(), None, rule)[0],
+        lambda x: routing.route_reference(x, None, rule)[0],
+        (randn(tokens, 8),),
+    )
     angles = randn(tokens, 1, 1, 16)
     yield Case(
         "rotary",
@@ -119,11 +133,6 @@ def cases() -> Iterator[Case]:
         lambda x: rotary.rotary_reference(x, angles.float()),
         (randn(tokens, 2, 4, 24),),
     )
-    yield from _attention(randn)
-
-
-def _attention(randn: Callable[..., Tensor]) -> Iterator[Case]:
-    tokens = 96
     heads, documents = randn(tokens, 2, 4, 16), torch.arange(tokens).expand(2, -1) // 60
     keys = (randn(tokens, 2, 2, 16), randn(tokens, 2, 2, 16))
     for name, ids in (("attention", None), ("attention, documents", documents)):

@@ -58,6 +58,7 @@ def test_variants_are_named_for_every_operator():
         "permute": "torch",
         "rms_norm": "lean",  # keeps its input alone
         "rotary": "torch",
+        "routing": "torch",
         "swiglu": "blocks",
     }
 
