@@ -15,6 +15,7 @@ from torch.distributed import checkpoint as torch_checkpoint
 from trained_model import Trained, build, micro_batch
 
 from configs.compose import load
+from configs.violation import ConfigError
 from pangu.engines.megatron import safe_reader
 
 # What the engines could differ in: every kind of parameter, losses that exist in the backward
@@ -102,6 +103,24 @@ def through(overrides: list[str], source: Path, target: Path) -> None:
     assert trainer.saver.finish().error is None
     dist.barrier()
     gloo.drop_groups()
+
+
+def refusal(more: str) -> str:
+    """What is said of `engine.config` before a model is built."""
+    from pangu.engines.deepspeed import library
+    from pangu.engines.deepspeed.groups import DataParallelGroups
+    from pangu.engines.megatron import process_groups
+
+    config = load([*MODEL, "launch.processes=2", "engine=deepspeed", f"engine.config={more}"])
+    process_groups.initialize(config)
+    library.load()
+    try:
+        library.settings(config, 1, DataParallelGroups)
+    except ConfigError as error:
+        return str(error)
+    finally:
+        gloo.drop_groups()
+    return ""
 
 
 def saved(folder: Path) -> dict[str, torch.Tensor]:

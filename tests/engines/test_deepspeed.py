@@ -7,19 +7,24 @@ import gloo
 import pytest
 import torch
 from checkpoint_runs import train
-from deepspeed_runs import all_steps, farthest, saved, through
+from deepspeed_runs import all_steps, farthest, refusal, saved, through
+
+from pangu.report.run_files import METRICS, read_metrics
 
 DS = "engine=deepspeed"
 EP2 = "parallel.expert_model_parallel_size=2"
+OVERLAP = "engine.config={zero_optimization:{overlap_comm:true}}"
 LAYOUTS = {
     "megatron": [],
     **{f"stage {stage}": [DS, f"parallel.zero_stage={stage}"] for stage in range(4)},
-    **{f"stage {stage} ep2": [DS, f"parallel.zero_stage={stage}", EP2] for stage in (0, 2)},
-    "stage 3 offloaded": [DS, "parallel.zero_stage=3", "engine.offload=cpu"],
+    "stage 0 ep2": [DS, "parallel.zero_stage=0", EP2],
+    "stage 2 ep2 recomputed": [DS, "parallel.zero_stage=2", EP2, "memory=full"],
+    "stage 3 offloaded": [DS, "parallel.zero_stage=3", "engine.offload=cpu", OVERLAP],
 }
-THROUGH = ["stage 2 ep2", "stage 3"]
+THROUGH = ["stage 2 ep2 recomputed", "stage 3"]
 # One run, its steps shared among engines: what each takes up the one before it has saved.
 CHAIN = {2: LAYOUTS["stage 3"], 3: [DS, "parallel.zero_stage=1", EP2], 4: []}
+JUDGED = ["train.validate_every=1", "train.validation_batches=1"]
 FIRST, LAST = (f"straight/checkpoints/step_0000000{step}" for step in (1, 4))
 
 
@@ -28,15 +33,15 @@ def everything(folder: Path) -> tuple[Any, ...]:
     checkpoint through each optimizer's state and back."""
     left = all_steps(LAYOUTS, 2)
     kept = ["checkpoint.save_every=1", "checkpoint.keep_last=4"]
-    straight, _ = train(folder / "straight", ["train.steps=4", *kept])
+    straight, _ = train(folder / "straight", ["train.steps=4", *kept, *JUDGED])
     for name in THROUGH:
         through(LAYOUTS[name], folder / LAST, folder / name.replace(" ", "_"))
     chain = {}
     source = f"checkpoint.resume={folder / FIRST}"
     for end, overrides in CHAIN.items():
-        chain, _ = train(folder / "chain", [f"train.steps={end}", source, *overrides])
+        chain, _ = train(folder / "chain", [f"train.steps={end}", source, *overrides, *JUDGED])
         source = "checkpoint.resume=auto"
-    return left, straight, chain
+    return left, straight, chain, refusal("{zero_optimization:{overlap_com:true}}")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +77,25 @@ def test_a_checkpoint_through_deepspeed_is_the_same_to_the_bit(runs, name):
 
 @pytest.mark.distributed
 def test_a_run_goes_on_with_the_other_engine_and_back(runs):
-    for _, straight, chain in runs[1]:
+    folder, left = runs
+    for _, straight, chain, _ in left:
         assert straight.keys() - chain.keys() == {1}
         for step, values in chain.items():
             assert values == pytest.approx(straight[step], rel=1e-5), step
+    judged = [held_out(folder / name) for name in ("straight", "chain")]
+    assert judged[0].keys() - judged[1].keys() == {1}
+    assert judged[1] == {step: pytest.approx(judged[0][step], rel=1e-5) for step in judged[1]}
+
+
+def held_out(run: Path) -> dict[int, float]:
+    rows = read_metrics(run / METRICS)
+    return {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
+
+
+@pytest.mark.distributed
+def test_what_deepspeed_does_not_take_is_said_in_a_sentence(runs):
+    for *_, said in runs[1]:
+        assert said.startswith("engine.config=")
+        assert "DeepSpeed does not take it" in said
+        assert "overlap_com" in said
+        assert "\n" not in said
