@@ -2,18 +2,22 @@
 once each.
 
 Operators run on CPU tensors; where they would launch a kernel it is compiled instead, down to the
-machine's code, for the very arguments it was given. A line of JSON for each kernel: what it takes
-of the machine.
+machine's code, for the very arguments it was given. In JSON, for each kernel and each time: what it
+takes of the machine.
 """
 
 import json
+import re
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / ".triton"))
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -29,7 +33,7 @@ TYPES = {
     torch.int8: "i8",
 }
 short = sys.argv[1:] == ["short"]
-found: dict[str, dict[str, int]] = {}
+found: dict[str, list[dict[str, int]]] = {}
 
 
 def compiled(kernel: JITFunction, *given, grid, warmup, **named):
@@ -55,7 +59,19 @@ def compiled(kernel: JITFunction, *given, grid, warmup, **named):
     source = ASTSource(kernel, signature, constants, attributes)
     built = triton.compile(source, target=HOPPER, options=options or None)
     name = f"{kernel.fn.__module__.rsplit('.', 1)[1]}.{kernel.__name__}"
-    found[name] = {"shared": built.metadata.shared, "warps": built.metadata.num_warps}
+    takes = {"warps": built.metadata.num_warps, "shared": built.metadata.shared}
+    found.setdefault(name, []).append(takes | registers(built.asm["cubin"]))
+
+
+def registers(machine_code: bytes) -> dict[str, int]:
+    """Of a thread, and the bytes of its own memory into which it spills what has no register."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(machine_code)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    count = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+    return {"registers": count["REG"], "spilled": count["STACK"] + count["LOCAL"]}
 
 
 def norms(dtype: torch.dtype) -> None:

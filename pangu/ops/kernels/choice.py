@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 TILE = 4096
+LISTED = 1024  # a scan along rows needs more registers
 WIDEST = 1024
 MOST = 32  # choices; the search is unrolled
 
@@ -93,9 +94,9 @@ def _spread(
     tl.store(grad_weights_ptr + place, found, mask=present[:, None] & (column < width))
 
 
-def _tile(width: int) -> tuple[int, int]:
+def _tile(width: int, elements: int = TILE) -> tuple[int, int]:
     columns = triton.next_power_of_2(width)
-    return max(1, TILE // columns), columns
+    return max(1, elements // columns), columns
 
 
 def highest(scores: torch.Tensor, k: int) -> torch.Tensor:
@@ -120,7 +121,7 @@ class _Choices(torch.autograd.Function):
         indices_RK = torch.empty((rows, k), dtype=torch.int64, device=chosen_RX.device)
         listed_RK = weights_RX.new_empty((rows, k))
         if listed_RK.numel():
-            size, columns = _tile(width)
+            size, columns = _tile(width, LISTED)
             given = (weights_RX, chosen_RX.view(torch.int8), indices_RK, listed_RK)
             _list[(triton.cdiv(rows, size),)](*given, rows, width, k, size, columns)
         ctx.save_for_backward(indices_RK)

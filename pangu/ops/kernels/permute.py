@@ -15,6 +15,7 @@ import triton.language as tl
 
 TILE = 4096
 BLOCK = 128  # choices that a program places: it compares each with each
+SOME = 32  # experts whose choices it counts at a time
 
 
 @triton.jit
@@ -80,14 +81,15 @@ def _count(
     blocks: tl.tensor,
     experts: tl.constexpr,
     BLOCK: tl.constexpr,
-    EXPERTS: tl.constexpr,
+    SOME: tl.constexpr,
 ) -> None:
     """Choices of each expert in each block, `[E, blocks]`."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     chosen = tl.load(experts_ptr + place, mask=place < choices, other=-1).to(tl.int32)
-    expert = tl.arange(0, EXPERTS)
-    found = tl.sum((chosen[:, None] == expert[None, :]).to(tl.int32), axis=0)
-    tl.store(counts_ptr + expert * blocks + tl.program_id(0), found, mask=expert < experts)
+    for first in range(0, experts, SOME):
+        expert = first + tl.arange(0, SOME)
+        found = tl.sum((chosen[:, None] == expert[None, :]).to(tl.int32), axis=0)
+        tl.store(counts_ptr + expert * blocks + tl.program_id(0), found, mask=expert < experts)
 
 
 @triton.jit
@@ -160,11 +162,11 @@ def sort_choices(
     order_N, tokens_N, slots_N = experts_TK.new_empty((3, choices), dtype=torch.int64)
     counts_EB = experts_TK.new_zeros((num_experts, max(1, blocks)), dtype=torch.int32)
     if choices:
-        width = triton.next_power_of_2(num_experts)
-        _count[(blocks,)](experts_TK, counts_EB, choices, blocks, num_experts, BLOCK, width)
+        _count[(blocks,)](experts_TK, counts_EB, choices, blocks, num_experts, BLOCK, SOME)
         ends = counts_EB.flatten().cumsum(0)  # int64
         before = ends - counts_EB.flatten()
         per_token = experts_TK.size(1)
         places = (order_N, tokens_N, slots_N)
-        _place[(blocks,)](experts_TK, before, *places, choices, blocks, per_token, BLOCK)
+        sizes = (choices, blocks, per_token, BLOCK)
+        _place[(blocks,)](experts_TK, before, *places, *sizes, num_warps=8)
     return order_N, tokens_N, slots_N, counts_EB.sum(dim=1)

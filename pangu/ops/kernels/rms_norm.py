@@ -85,7 +85,7 @@ def _backward(
 def _tile(width: int) -> tuple[int, int, int]:
     """Rows and columns of a tile, and warps."""
     columns = triton.next_power_of_2(width)
-    return max(1, TILE // columns), columns, 4 if columns <= TILE else 16
+    return max(1, TILE // columns), columns, 8 if columns <= TILE else 16
 
 
 class _RmsNorm(torch.autograd.Function):
