@@ -6,6 +6,7 @@ here; TRITON_INTERPRET is set by tests/conftest.py, before anybody can have impo
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ assert os.environ["TRITON_INTERPRET"] == "1"
 sys.path.append(str(Path(__file__).parents[1] / ".triton"))
 if sys.platform != "linux":
     pytest.skip("Triton has wheels for Linux alone", allow_module_level=True)
+if find_spec("triton") is None:
+    raise ImportError("Triton is not here: make .triton/.installed")
 
 # Of the largest value of a result. Kernels round to bfloat16 once, at the end; the interpreter cuts
 # off there, which is a whole unit of the last place, where a GPU rounds.
