@@ -124,10 +124,6 @@ def _stage_3(config: Config) -> Iterator[Problem]:
         reason = "ZeRO 3 shards weights over all data-parallel ranks, and experts on "
         reason += f"{size} expert-parallel ranks are not copies of each other"
         yield Problem("ZeRO 3 and EP", ZERO, 3, reason, {**other, EP: [1]})
-    if config.memory.recompute_granularity != "none":
-        key, granularity = "memory.recompute_granularity", config.memory.recompute_granularity
-        reason = "ZeRO 3 has given weights away when a layer is computed again"
-        yield Problem("ZeRO 3 again", key, granularity, reason, {key: ["none"], **other})
     for key, value in (
         ("model.lora_rank", config.model.lora_rank),
         ("train.leap_heads_only", config.train.leap_heads_only),

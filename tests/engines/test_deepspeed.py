@@ -13,13 +13,21 @@ from pangu.report.run_files import METRICS, read_metrics
 
 DS = "engine=deepspeed"
 EP2 = "parallel.expert_model_parallel_size=2"
-OVERLAP = "engine.config={zero_optimization:{overlap_comm:true}}"
+# Else stage 3 keeps weights of up to 100,000 elements whole.
+CUT = "stage3_param_persistence_threshold:0"
+STAGE_3 = [DS, "parallel.zero_stage=3"]
 LAYOUTS = {
     "megatron": [],
-    **{f"stage {stage}": [DS, f"parallel.zero_stage={stage}"] for stage in range(4)},
+    **{f"stage {stage}": [DS, f"parallel.zero_stage={stage}"] for stage in (0, 1, 2)},
+    "stage 3": [*STAGE_3, f"engine.config={{zero_optimization:{{{CUT}}}}}"],
     "stage 0 ep2": [DS, "parallel.zero_stage=0", EP2],
     "stage 2 ep2 recomputed": [DS, "parallel.zero_stage=2", EP2, "memory=full"],
-    "stage 3 offloaded": [DS, "parallel.zero_stage=3", "engine.offload=cpu", OVERLAP],
+    "stage 3 offloaded recomputed": [
+        *STAGE_3,
+        "engine.offload=cpu",
+        "memory=full",
+        f"engine.config={{zero_optimization:{{overlap_comm:true,{CUT}}}}}",
+    ],
 }
 THROUGH = ["stage 2 ep2 recomputed", "stage 3"]
 # One run, its steps shared among engines: what each takes up the one before it has saved.
