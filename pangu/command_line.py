@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -100,7 +101,12 @@ def progress_bar(steps: Iterable) -> Iterable:
 
 
 def run(app: typer.Typer, arguments: list[str], *mistakes: type[Exception]) -> int:
-    """The exit code of `app`: 0 done, 2 one of `mistakes` or wrong words on the command line."""
+    """The exit code of `app`: 0 done, 2 one of `mistakes` or wrong words on the command line.
+
+    Raises:
+        SystemExit: a SIGTERM came; what was half written is gone then, as after Ctrl-C.
+    """
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         return app(arguments, standalone_mode=False) or 0
     except mistakes as error:
@@ -111,4 +117,6 @@ def run(app: typer.Typer, arguments: list[str], *mistakes: type[Exception]) -> i
         if not hasattr(error, "show"):  # click's own
             raise
         error.show()
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 2

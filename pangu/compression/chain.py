@@ -114,10 +114,16 @@ def _folder(chain: Chain, number: int) -> Path:
 
 
 def _run(words: list[str]) -> str:
-    done = subprocess.run([sys.executable, "-m", *words], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise ConfigError([Violation("steps", " ".join(words), f"exit code {done.returncode}")])
-    return done.stdout
+    command = [sys.executable, "-m", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            output, _ = process.communicate()
+        except BaseException:
+            process.terminate()  # it removes what it has half written
+            raise
+    if process.returncode:
+        raise ConfigError([Violation("steps", " ".join(words), f"exit code {process.returncode}")])
+    return output
 
 
 def _judged(chain: Chain, name: str, words: list[str], folder: Path) -> Row:

@@ -86,10 +86,10 @@ def model_of(fields: Fields, name: str) -> tuple[ModelConfig, MoEConfig]:
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"config.json lacks {error}, or holds what is no number") from None
     try:  # types and names, as of any configuration
-        from_dict({"model": asdict(model), "moe": asdict(moe)})
+        typed = from_dict({"model": asdict(model), "moe": asdict(moe)})
     except ConfigError as error:
         raise WeightsError(f"config.json does not describe a model: {error}") from None
-    return model, moe
+    return typed.model, typed.moe
 
 
 def _refuse_unsupported(fields: Fields) -> None:

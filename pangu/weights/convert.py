@@ -58,7 +58,7 @@ def import_model(path: Path, out: Path, progress: Progress = iter) -> Config:
         folder.finish()
         kept = folder.partial / model_folder.HUGGING_FACE
         _keep_companions(source, path, kept)
-        _keep_tokenizer(kept, folder.partial / model_folder.TOKENIZER, fields)
+        _keep_tokenizer(path, kept, folder.partial / model_folder.TOKENIZER, fields)
         model_folder.describe(folder, config)
         model_folder.seal(folder)
     return config
@@ -113,14 +113,16 @@ def _keep_companions(source: Source, path: Path, kept: Path) -> None:
     write_tokenizer(source, kept)
 
 
-def _keep_tokenizer(kept: Path, target: Path, fields: architectures.Fields) -> None:
-    """Our tokenizer folder, where the model brings a tokenizer that we read."""
+def _keep_tokenizer(path: Path, kept: Path, target: Path, fields: architectures.Fields) -> None:
+    """Our tokenizer folder, where the model brings a tokenizer that we read: in `path`, or (of a
+    single file) made in `kept`."""
     end = fields.get("eos_token_id")
     end = end[0] if isinstance(end, list) else end
     for name in ("tokenizer.json", "tokenizer.model"):
         if (kept / name).is_file():
+            file = path / name if path.is_dir() else kept / name
             try:
-                load_tokenizer(kept / name, eod=end).save(target)
+                load_tokenizer(file, eod=end).save(target)
             except DataError as error:
                 raise WeightsError(f"the tokenizer cannot be read: {error}") from None
             return

@@ -2,6 +2,9 @@
 itself: logits of ours equal theirs, and what goes out is what came in, to the last bit."""
 
 import json
+import os
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import checkpoint_runs
 import gloo
 import pytest
 import torch
+import typer
 from gloo import single
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -25,10 +29,12 @@ from configs.compose import load, read_file
 from configs.schema import LaunchConfig, ParallelConfig
 from pangu.checkpoint import restore
 from pangu.checkpoint.tensor_files import Safetensors, WeightsError
+from pangu.command_line import run
 from pangu.convert import main
 from pangu.model.build import build_model
 from pangu.weights.architectures import fields_of
 from pangu.weights.convert import export_model, import_model
+from pangu.weights.writer import ModelFolder
 
 COMMON = {
     "vocab_size": 64,
@@ -106,6 +112,23 @@ def save_theirs(name: str, folder: Path, dtype: torch.dtype = torch.float32):
     model = model.eval().to(dtype)
     model.save_pretrained(folder)
     return model
+
+
+def test_a_command_that_is_told_to_end_leaves_nothing(tmp_path):
+    app = typer.Typer()
+
+    @app.command()
+    def work() -> None:
+        with ModelFolder(tmp_path / "out") as folder:
+            folder.add("half", torch.ones(2))
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+
+    with pytest.raises(SystemExit) as left:
+        run(app, [])
+    assert left.value.code == 143
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def one_process(config):
@@ -380,6 +403,11 @@ def edit(**changes):
         (edit(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "'original_max_position_emb"),
         (edit(rope_parameters={**SCALED, "rope_type": "yarn", "factor": "x"}), "is no number"),
         (edit(rope_scaling="yarn"), "rope_scaling is no table"),
+        (edit(num_attention_heads="four"), "config.json"),
+        (
+            lambda folder: (folder / "tokenizer.json").write_text("{"),
+            "theirs/tokenizer.json cannot",
+        ),
         (lambda folder: (folder / "config.json").write_text("[" * 100_000), "cannot be read"),
         (lambda folder: (folder / "config.json").unlink(), "is missing"),
     ],
