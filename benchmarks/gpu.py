@@ -1,11 +1,12 @@
 """Everything about speed on one GPU, prepared so that one call of a few minutes measures it:
 
-    python benchmarks/gpu.py [--only operators|layers] [--output FILE.json]
+    python benchmarks/gpu.py [--only operators|layers|steps] [--output FILE.json]
 
 1. every operator as the backend runs it against its float64 reference (`pangu.ops.cases`);
 2. every operator that has a Triton kernel beside its plain form, forward and backward, at the sizes
    of Qwen3-30B, each under balanced, Zipf and one-hot routing where rows belong to experts;
-3. the MoE layer at four published shapes, on kernels and on plain operators, beside transformers'.
+3. the MoE layer at four published shapes, on kernels and on plain operators, beside transformers';
+4. training steps of three models, on kernels and on plain operators, by kind of kernel.
 
 A table on stdout and, with --output, JSON; it ends with 1 where an operator differs, and without a
 GPU with 2 and a sentence. `--rehearse` runs all of it on a CPU in tiny sizes, kernels in Triton's
@@ -26,6 +27,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gpu_steps import show
+
 ROOT = Path(__file__).parents[1]
 ZIPF = 1.2
 ROUTINGS = ("balanced", "Zipf", "one-hot")
@@ -45,9 +48,10 @@ class Sizes:
     vocabulary: int = 151_936
     logit_rows: int = 8192
     seconds: float = 0.2
+    least: int = 3
 
 
-TINY = Sizes(24, 32, 16, 8, 2, 2, 8, 50, 6, 0.0)
+TINY = Sizes(24, 32, 16, 8, 2, 2, 8, 50, 6, 0.0, 1)
 LAYERS = {  # hidden, width, experts, top-k, tokens
     "Qwen3-30B": (2048, 768, 128, 8, (8192, 32_768)),
     "Mixtral": (4096, 14_336, 8, 2, (8192,)),
@@ -62,16 +66,16 @@ def refuse() -> int:
     return 2
 
 
-def milliseconds(run: Callable[[], Any], seconds: float) -> float:
-    """Median of a call's time on the device, after three that are not counted."""
+def milliseconds(run: Callable[[], Any], seconds: float, least: int = 1) -> float:
+    """Median of a call's time on the device, after as many as `least` that are not counted."""
     import torch
 
     from pangu import backends
 
-    for _ in range(3):
+    for _ in range(least):
         run()
     backend, found, start = backends.current(), [], time.perf_counter()
-    while not found or (time.perf_counter() - start < seconds and len(found) < 200):
+    while len(found) < least or (time.perf_counter() - start < seconds and len(found) < 200):
         if backend.asynchronous:
             begun, over = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begun.record()
@@ -193,7 +197,7 @@ def measured_operators(sizes: Sizes) -> list[dict[str, Any]]:
         backends.use(variants)
         for operator, what, run in operators(sizes):
             row = found.setdefault((operator, what), {"operator": operator, "what": what})
-            row[name] = milliseconds(run, sizes.seconds)
+            row[name] = milliseconds(run, sizes.seconds, sizes.least)
     backends.use(ours)
     return list(found.values())
 
@@ -227,7 +231,8 @@ def measured_layers(shapes: dict[str, tuple], sizes: Sizes) -> list[dict[str, An
                 for router in ("moge", "top_k")
                 for routing in (ROUTINGS if router == "top_k" else ROUTINGS[:1])
             }
-            makers["transformers"] = lambda s=shape: transformers_block(s, "grouped_mm")
+            if backends.current().asynchronous:  # in a rehearsal its import alone takes seconds
+                makers["transformers"] = lambda s=shape: transformers_block(s, "grouped_mm")
             for label, make in makers.items():
                 for kind, variants in (("", kernels), (", plain", plain)):
                     if label == "transformers" and kind:
@@ -244,7 +249,7 @@ def _layer(layer: Any, x: Any, sizes: Sizes) -> dict[str, float]:
 
     run = step(layer, x)
     run()
-    return {"ms": milliseconds(run, sizes.seconds), "GiB": peak_gib(run)}
+    return {"ms": milliseconds(run, sizes.seconds, sizes.least), "GiB": peak_gib(run)}
 
 
 def skewed(layer: Any, routing: str) -> Any:
@@ -290,6 +295,8 @@ def table(found: dict[str, Any]) -> None:
             if isinstance(value, dict):
                 print(f"    {label:32} {value['ms']:8.2f} ms {value['GiB']:6.2f} GiB")
 
+    show(found.get("steps", []))
+
 
 def _groups() -> None:
     """Process groups of this process alone."""
@@ -308,7 +315,7 @@ def _groups() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", choices=("operators", "layers"))
+    parser.add_argument("--only", choices=("operators", "layers", "steps"))
     parser.add_argument("--output", type=Path)
     parser.add_argument("--rehearse", action="store_true")
     given = parser.parse_args()
@@ -319,6 +326,8 @@ def main() -> int:
 
     if not given.rehearse and not torch.cuda.is_available():
         return refuse()
+    from gpu_steps import BATCH, MODELS, TINY_BATCH, TINY_MODELS, measured_steps
+
     from pangu import backends
     from pangu.backends import cuda
     from pangu.engines.megatron.fitting import select_backend
@@ -331,10 +340,13 @@ def main() -> int:
     sizes = TINY if given.rehearse else Sizes()
     found: dict[str, Any] = {"device": backend.description, "torch": torch.__version__}
     found["checks"] = checks()
-    if given.only != "layers":
+    if given.only in (None, "operators"):
         found["operators"] = measured_operators(sizes)
-    if given.only != "operators":
+    if given.only in (None, "layers"):
         found["layers"] = measured_layers(TINY_LAYERS if given.rehearse else LAYERS, sizes)
+    if given.only in (None, "steps"):
+        models = (TINY_MODELS, TINY_BATCH) if given.rehearse else (MODELS, BATCH)
+        found["steps"] = measured_steps(*models)
     found["seconds"] = time.perf_counter() - start
     table(found)
     if given.output:

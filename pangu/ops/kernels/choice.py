@@ -18,7 +18,7 @@ MOST = 32  # choices; the search is unrolled
 
 
 @triton.jit
-def _highest(
+def _choice_highest(
     scores_ptr: tl.tensor,
     chosen_ptr: tl.tensor,
     rows: tl.tensor,
@@ -43,7 +43,7 @@ def _highest(
 
 
 @triton.jit
-def _list(
+def _choice_list(
     weights_ptr: tl.tensor,
     chosen_ptr: tl.tensor,
     indices_ptr: tl.tensor,
@@ -70,7 +70,7 @@ def _list(
 
 
 @triton.jit
-def _spread(
+def _choice_spread(
     grad_ptr: tl.tensor,
     indices_ptr: tl.tensor,
     grad_weights_ptr: tl.tensor,
@@ -108,7 +108,7 @@ def highest(scores: torch.Tensor, k: int) -> torch.Tensor:
         rows = scores.numel() // width
         size, columns = _tile(width)
         grid = (triton.cdiv(rows, size),)
-        _highest[grid](scores, chosen.view(torch.int8), rows, width, k, size, columns)
+        _choice_highest[grid](scores, chosen.view(torch.int8), rows, width, k, size, columns)
     return chosen
 
 
@@ -123,7 +123,7 @@ class _Choices(torch.autograd.Function):
         if listed_RK.numel():
             size, columns = _tile(width, LISTED)
             given = (weights_RX, chosen_RX.view(torch.int8), indices_RK, listed_RK)
-            _list[(triton.cdiv(rows, size),)](*given, rows, width, k, size, columns)
+            _choice_list[(triton.cdiv(rows, size),)](*given, rows, width, k, size, columns)
         ctx.save_for_backward(indices_RK)
         ctx.mark_non_differentiable(indices_RK)
         ctx.width = width
@@ -138,7 +138,7 @@ class _Choices(torch.autograd.Function):
         if grad_weights.numel():
             size, columns = _tile(ctx.width)
             given = (grad_RK, indices_RK, grad_weights)
-            _spread[(triton.cdiv(rows, size),)](*given, rows, ctx.width, k, size, columns)
+            _choice_spread[(triton.cdiv(rows, size),)](*given, rows, ctx.width, k, size, columns)
         return grad_weights, None, None
 
 

@@ -17,7 +17,7 @@ BLOCK = 4096
 
 
 @triton.jit
-def _forward(
+def _cross_entropy_forward(
     logits_ptr: tl.tensor,
     labels_ptr: tl.tensor,
     totals_ptr: tl.tensor,
@@ -47,7 +47,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _cross_entropy_backward(
     logits_ptr: tl.tensor,
     labels_ptr: tl.tensor,
     totals_ptr: tl.tensor,
@@ -79,7 +79,7 @@ class _CrossEntropy(torch.autograd.Function):
         first = width * group.rank() if group is not None else 0
         if rows:
             given = (logits_NV, labels_N, totals_N, own_N, first)
-            _forward[(rows,)](*given, width, BLOCK, num_warps=8)
+            _cross_entropy_forward[(rows,)](*given, width, BLOCK, num_warps=8)
         if group is not None:
             highest_N = totals_N.clone()
             dist.all_reduce(highest_N, dist.ReduceOp.MAX, group)
@@ -98,7 +98,7 @@ class _CrossEntropy(torch.autograd.Function):
         if rows:
             given = (logits_NV, labels_N, totals_N, grad_N, ctx.first)
             grid = (rows, triton.cdiv(width, BLOCK))
-            _backward[grid](*given, width, BLOCK, num_warps=8)
+            _cross_entropy_backward[grid](*given, width, BLOCK, num_warps=8)
         return logits_NV, None, None
 
 

@@ -19,7 +19,7 @@ SOME = 32  # experts whose choices it counts at a time
 
 
 @triton.jit
-def _gather(
+def _permute_gather(
     source_ptr: tl.tensor,
     index_ptr: tl.tensor,
     out_ptr: tl.tensor,
@@ -37,7 +37,7 @@ def _gather(
 
 
 @triton.jit
-def _gather_sum(
+def _permute_gather_sum(
     source_ptr: tl.tensor,
     slots_ptr: tl.tensor,
     starts_ptr: tl.tensor,
@@ -74,7 +74,7 @@ def _gather_sum(
 
 
 @triton.jit
-def _count(
+def _permute_count(
     experts_ptr: tl.tensor,
     counts_ptr: tl.tensor,
     choices: tl.tensor,
@@ -93,7 +93,7 @@ def _count(
 
 
 @triton.jit
-def _place(
+def _permute_place(
     experts_ptr: tl.tensor,
     before_ptr: tl.tensor,
     order_ptr: tl.tensor,
@@ -132,7 +132,7 @@ def gather(source: torch.Tensor, index_N: torch.Tensor) -> torch.Tensor:
     size, columns = _tile(width)
     if out.numel():
         grid = (triton.cdiv(rows, size), triton.cdiv(width, columns))
-        _gather[grid](source, index_N, out, rows, width, size, columns)
+        _permute_gather[grid](source, index_N, out, rows, width, size, columns)
     return out
 
 
@@ -147,7 +147,7 @@ def gather_sum(
     if out.numel():
         grid = (triton.cdiv(tokens, size), triton.cdiv(width, columns))
         sizes = (tokens, slots_N.numel(), width, choices or 0, size, columns)
-        _gather_sum[grid](source, slots_N, starts_T, out, *sizes)
+        _permute_gather_sum[grid](source, slots_N, starts_T, out, *sizes)
     return out
 
 
@@ -162,11 +162,11 @@ def sort_choices(
     order_N, tokens_N, slots_N = experts_TK.new_empty((3, choices), dtype=torch.int64)
     counts_EB = experts_TK.new_zeros((num_experts, max(1, blocks)), dtype=torch.int32)
     if choices:
-        _count[(blocks,)](experts_TK, counts_EB, choices, blocks, num_experts, BLOCK, SOME)
+        _permute_count[(blocks,)](experts_TK, counts_EB, choices, blocks, num_experts, BLOCK, SOME)
         ends = counts_EB.flatten().cumsum(0)  # int64
         before = ends - counts_EB.flatten()
         per_token = experts_TK.size(1)
         places = (order_N, tokens_N, slots_N)
         sizes = (choices, blocks, per_token, BLOCK)
-        _place[(blocks,)](experts_TK, before, *places, *sizes, num_warps=8)
+        _permute_place[(blocks,)](experts_TK, before, *places, *sizes, num_warps=8)
     return order_N, tokens_N, slots_N, counts_EB.sum(dim=1)

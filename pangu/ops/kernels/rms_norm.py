@@ -18,7 +18,7 @@ WIDEST = 16384  # a row is in registers as a whole
 
 
 @triton.jit
-def _forward(
+def _rms_norm_forward(
     x_ptr: tl.tensor,
     weight_ptr: tl.tensor,
     residual_ptr: tl.tensor,
@@ -47,7 +47,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _rms_norm_backward(
     x_ptr: tl.tensor,
     weight_ptr: tl.tensor,
     inverse_ptr: tl.tensor,
@@ -106,7 +106,7 @@ class _RmsNorm(torch.autograd.Function):
         if x_NH.numel():
             sizes = (rows, epsilon, width, residual_NH is not None, size, columns)
             given = (x_NH, weight_H, residual_NH, y_NH, inverse_N)
-            _forward[(triton.cdiv(rows, size),)](*given, *sizes, num_warps=warps)
+            _rms_norm_forward[(triton.cdiv(rows, size),)](*given, *sizes, num_warps=warps)
         ctx.save_for_backward(x_NH, weight_H, inverse_N)
         ctx.added = residual_NH is not None
         return y_NH
@@ -122,7 +122,7 @@ class _RmsNorm(torch.autograd.Function):
         parts_PH = x_NH.new_zeros(max(1, programs), width, dtype=torch.float32)
         if x_NH.numel():
             given = (x_NH, weight_H, inverse_N, grad_NH, grad_x, parts_PH)
-            _backward[(programs,)](*given, rows, width, size, columns, num_warps=warps)
+            _rms_norm_backward[(programs,)](*given, rows, width, size, columns, num_warps=warps)
         grad_weight = parts_PH.sum(dim=0).to(weight_H.dtype)
         return grad_x, grad_weight, None, grads[0] if ctx.added else None
 

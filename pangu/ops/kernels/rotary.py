@@ -15,7 +15,7 @@ TILE = 2048
 
 
 @triton.jit
-def _turn(
+def _rotary_turn(
     x_ptr: tl.tensor,
     cos_ptr: tl.tensor,
     sin_ptr: tl.tensor,
@@ -83,7 +83,7 @@ def _turned(
     if rows:
         shape = (rows, *x.stride()[:3], sequences, heads, size, turned, *given, *found, back)
         rest = triton.next_power_of_2(max(1, size - turned))
-        _turn[(triton.cdiv(rows, tile),)](x, cos, sin, out, *shape, tile, half, rest)
+        _rotary_turn[(triton.cdiv(rows, tile),)](x, cos, sin, out, *shape, tile, half, rest)
     return out
 
 

@@ -27,7 +27,7 @@ def _scores(logits: tl.tensor, inside: tl.tensor, softmax: tl.constexpr) -> tl.t
 
 
 @triton.jit
-def _forward(
+def _routing_forward(
     logits_ptr: tl.tensor,
     bias_ptr: tl.tensor,
     weights_ptr: tl.tensor,
@@ -69,7 +69,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _routing_backward(
     logits_ptr: tl.tensor,
     chosen_ptr: tl.tensor,
     grad_ptr: tl.tensor,
@@ -119,7 +119,7 @@ class _Route(torch.autograd.Function):
             given = (logits_TE, bias_E, weights_TE, chosen_TE.view(torch.int8))
             numbers = (tokens, rule.factor, rule.num_groups, size, rule.k // rule.num_groups)
             flags = (rule.softmax, rule.renormalize, bias_E is not None)
-            _forward[(triton.cdiv(tokens, rows),)](*given, *numbers, *flags, rows, *widths)
+            _routing_forward[(triton.cdiv(tokens, rows),)](*given, *numbers, *flags, rows, *widths)
         ctx.save_for_backward(logits_TE, chosen_TE)
         ctx.mark_non_differentiable(chosen_TE)
         ctx.rule = rule
@@ -135,7 +135,7 @@ class _Route(torch.autograd.Function):
         if tokens:
             given = (logits_TE, chosen_TE.view(torch.int8), grads[0].contiguous(), grad_logits)
             numbers = (tokens, rule.factor, experts, rule.softmax, rule.renormalize, rows, width)
-            _backward[(triton.cdiv(tokens, rows),)](*given, *numbers)
+            _routing_backward[(triton.cdiv(tokens, rows),)](*given, *numbers)
         return grad_logits, None, None
 
 

@@ -15,7 +15,7 @@ TILE = 4096  # elements that a program has in flight: 32 for each of 128 threads
 
 
 @triton.jit
-def _forward(
+def _swiglu_forward(
     x_ptr: tl.tensor,
     weights_ptr: tl.tensor,
     y_ptr: tl.tensor,
@@ -40,7 +40,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _swiglu_backward(
     x_ptr: tl.tensor,
     weights_ptr: tl.tensor,
     grad_ptr: tl.tensor,
@@ -98,7 +98,7 @@ class _Swiglu(torch.autograd.Function):
         grid = (triton.cdiv(rows, size), triton.cdiv(width, columns))
         if rows:
             weighted = weights_N is not None
-            _forward[grid](x_NG, weights_N, y_NF, rows, width, weighted, size, columns)
+            _swiglu_forward[grid](x_NG, weights_N, y_NF, rows, width, weighted, size, columns)
         return y_NF
 
     @staticmethod
@@ -112,7 +112,7 @@ class _Swiglu(torch.autograd.Function):
         grid = (triton.cdiv(rows, size),)
         if rows:
             given = (x_NG, weights_N, grad_NF, grad_x, grad_weights)
-            _backward[grid](*given, rows, width, weights_N is not None, size, columns)
+            _swiglu_backward[grid](*given, rows, width, weights_N is not None, size, columns)
         return grad_x, grad_weights
 
 
