@@ -75,8 +75,8 @@ def speculation_ranges(speculative: str, tokens: int | str, draft: str, tree: bo
             "1 to 64 guesses make sense, or auto",
         ),
         "speculative_tree": (
-            not (tree and (tokens == "auto" or speculative == "none")),
-            "a tree has a fixed number of guesses: speculative.tokens=N, and somebody to make them",
+            not (tree and speculative == "none"),
+            "somebody has to make the guesses of a tree: speculative=ngram, draft or mtp",
         ),
         "draft": (
             (speculative == "draft") == bool(draft),

@@ -149,9 +149,10 @@ def add_drafter(
     """
     if kind == "none":
         return
-    _add(engine, kind, _LONGEST if tokens == "auto" else int(tokens), draft)
+    most = _LONGEST if tokens == "auto" else int(tokens)
+    _add(engine, kind, most, draft)
     if branch:
-        engine.draft_tokens = int(tokens)  # several for a place
+        engine.draft_tokens = most  # several for a place
         engine.branch_drafts()
     if tokens == "auto":
         engine.adapt_drafts(_expected(config) if config and config.hardware else None)

@@ -126,11 +126,19 @@ class DraftLength:
     A round's seconds are measured for batches of about the same size (to the next power of two).
     Lengths that were not measured are expected to take what `prior` says of a pass, scaled to what
     was measured; without one, 0, 1, 2, 4 … guesses are tried first, and what lies between is
-    interpolated. One guess in two is taken to hold before anything is known.
+    interpolated. `tokens` says what a round of so many guesses brings a sequence; without it they
+    stand in a row, and one in two is taken to hold before anything is known.
     """
 
-    def __init__(self, measured: Measured, longest: int, prior: Prior | None = None) -> None:
+    def __init__(
+        self,
+        measured: Measured,
+        longest: int,
+        prior: Prior | None = None,
+        tokens: Callable[[int], float] | None = None,
+    ) -> None:
         self._measured, self.longest, self._prior = measured, longest, prior
+        self._tokens = tokens or self._in_a_row
         self._seconds: dict[int, dict[int, _Recent]] = {}  # by size of batch, by γ
         self._plain_rounds = 0
 
@@ -158,7 +166,7 @@ class DraftLength:
             best = max(lengths[1:], key=rates.__getitem__)
         return best
 
-    def _tokens(self, guesses: int) -> float:
+    def _in_a_row(self, guesses: int) -> float:
         """Expected of a sequence in a round."""
         found, all_held = 1.0, 1.0
         for place in range(guesses):

@@ -105,6 +105,7 @@ class Engine:
         self.drafter: Drafter | None = None
         self.draft_tokens = 0
         self.draft_length: DraftLength | None = None
+        self._chosen = 0  # guesses, by `draft_length`
         self.touched_experts: TouchedExperts | None = None
         self.tree: Accuracies | None = None
         self.counts = Counts()
@@ -142,10 +143,18 @@ class Engine:
 
     def adapt_drafts(self, prior: Prior | None = None) -> None:
         """Choose the number of guesses for each pass, up to `draft_tokens`, by what passes take;
-        `prior` expects it of what was not measured yet."""
+        `prior` expects it of what was not measured yet. Trees bring what is expected of their
+        branches."""
         assert self.drafter is not None
         self.drafter.draws = False
-        self.draft_length = DraftLength(self.counts.measured, self.draft_tokens, prior)
+        drafter, tree = self.drafter, self.tree
+
+        def of_tree(nodes: int) -> float:
+            assert tree is not None
+            return tree.expected(nodes, min(nodes, drafter.deepest), drafter.independent)
+
+        measured, tokens = self.counts.measured, of_tree if tree is not None else None
+        self.draft_length = DraftLength(measured, self.draft_tokens, prior, tokens)
 
     def draft_by_itself(self) -> None:
         """Let the model's leap heads guess, or its layers of multi-token prediction.
@@ -222,7 +231,9 @@ class Engine:
         found = self.counts.measured.round_of(len(works), length)
         found.add(draft, verify, reject, sum(map(len, drawn)))
         if self.draft_length:
-            self.draft_length.saw(len(works), length, draft + verify + reject)
+            # A tree has often not the candidates for all the guesses that were chosen.
+            asked = self._chosen if guesses and self.tree is not None else length
+            self.draft_length.saw(len(works), asked, draft + verify + reject)
         experts = self.touched_experts.take() if self.touched_experts else None
         if experts is not None:
             found.experts, found.expert_rounds = found.experts + experts, found.expert_rounds + 1
@@ -236,11 +247,12 @@ class Engine:
         most = self.draft_tokens
         if self.draft_length and decoding:
             (most,) = of_rank_0([self.draft_length.choose(len(decoding))])
+            self._chosen = most
         shape: Sequence[tuple[int, int, int]] = ()
         if self.tree is not None:
             deepest = min(most, self.drafter.deepest)
             shape = self.tree.tree(most, deepest, self.drafter.independent)
-            most = max(depth for depth, _, _ in shape)
+            most = max((depth for depth, _, _ in shape), default=0)
         room = {s: s.request.max_new_tokens - s.new_tokens - 1 for s in decoding}
         found = self.drafter.propose({s: min(most, left) for s, left in room.items() if left > 0})
         if self.tree is None:

@@ -64,6 +64,14 @@ class Accuracies:
         """Ranks, the one that is right most often first."""
         return sorted(range(WIDTH), key=lambda rank: -self.of(depth, rank))
 
+    def expected(self, nodes: int, deepest: int, independent: bool) -> float:
+        """Tokens that a tree of so many brings: the model's own, and each node as often as all
+        are right that lead to it."""
+        chances: list[float] = []
+        for depth, rank, parent in self.tree(nodes, deepest, independent):
+            chances.append((chances[parent] if parent >= 0 else 1.0) * self.of(depth, rank))
+        return 1.0 + sum(chances)
+
     def tree(self, nodes: int, deepest: int, independent: bool) -> list[tuple[int, int, int]]:
         """The most probable `nodes` paths of candidates, greedily: depth, rank and parent of each
         node. Where candidates are not `independent` of those before them, only the likeliest of

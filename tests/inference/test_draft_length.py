@@ -1,5 +1,6 @@
 """How many guesses are made: by what was measured, never to another text."""
 
+import itertools
 import json
 
 import pytest
@@ -104,9 +105,11 @@ def test_chosen_lengths_change_no_token(temperature):
     """Nor do they touch a request's random numbers: the clock must not write the text."""
     model, small = build(), build("model.num_layers=1", "seed=7")
     expected = decode(make(model), requests(temperature))
-    for draft in ("ngram", small):
+    for draft, branch in itertools.product(("ngram", small), (False, True)):
         engine = make(model, draft)
         engine.count_experts()
+        if branch:
+            engine.branch_drafts()
         engine.adapt_drafts()
         assert decode(engine, requests(temperature)) == expected
         report = engine.counts.measured.report(lambda tokens: 8.0)

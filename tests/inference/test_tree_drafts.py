@@ -158,3 +158,22 @@ def test_two_expert_parallel_processes_decode_as_one_does():
     greedy, drawn = (decode(make(model), requests(temperature)) for temperature in (0, 0.8))
     assert one[:3] == [greedy] * 3
     assert one[4:] == [drawn] * 2  # a tree's guesses are not drawn
+
+
+def test_what_a_tree_brings_is_what_its_paths_bring_on_average():
+    """Tokens at random, right as often as is believed; a node counts where all before it do."""
+    believed = Accuracies()
+    generator = torch.Generator().manual_seed(0)
+    chances = torch.tensor([believed.of(1, rank) for rank in range(tree.WIDTH)])
+    shape = believed.tree(7, 3, independent=True)
+    # Which candidate is right at each depth, if any: 4 stands for none.
+    wanted = torch.cat([chances, 1 - chances.sum(0, keepdim=True)])
+    right = torch.multinomial(wanted.expand(20_000 * 3, -1), 1, generator=generator)
+    found = 0
+    for ranks in right.view(-1, 3).tolist():
+        held: set[int] = {-1}
+        for node, (depth, rank, parent) in enumerate(shape):
+            if parent in held and ranks[depth - 1] == rank:
+                held.add(node)
+        found += len(held)  # the model's own token, and those that held
+    assert believed.expected(7, 3, True) == pytest.approx(found / 20_000, rel=0.02)
