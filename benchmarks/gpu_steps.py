@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -99,6 +100,23 @@ def kinds(step: Callable[[], Any]) -> dict[str, float]:
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
+def waits(step: Callable[[], Any]) -> int:
+    """How often the host waits for the device in a step, copies to it included."""
+    import torch
+
+    if not torch.cuda.is_available():
+        step()
+        return 0
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(each.message) for each in said)
+
+
 def measured(overrides: list[str]) -> dict[str, Any]:
     """Of a model: milliseconds a step, tokens/s, MFU in percent, GiB at peak, kinds of kernels."""
     import torch
@@ -117,7 +135,7 @@ def measured(overrides: list[str]) -> dict[str, Any]:
     if peak := backend.peak_tflops("bf16"):
         flops = model_flops_per_token(config, seq_length=config.train.seq_length)
         row["MFU"] = 100 * rate * flops / (peak * 1e12)
-    row["kinds"] = kinds(step)
+    row["kinds"], row["waits"] = kinds(step), waits(step)
     del step
     gc.collect()
     if torch.cuda.is_available():

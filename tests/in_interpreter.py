@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-assert os.environ["TRITON_INTERPRET"] == "1"
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("kernels run on the GPU here: make test-gpu", allow_module_level=True)
 sys.path.append(str(Path(__file__).parents[1] / ".triton"))
 if sys.platform != "linux":
     pytest.skip("Triton has wheels for Linux alone", allow_module_level=True)
