@@ -47,7 +47,6 @@ def engine(config: Config) -> Iterator[Problem]:
         return
     yield from _layout(config)
     yield from _memory(config)
-    yield from _stage_3(config)
     yield from _json(config)
 
 
@@ -78,6 +77,10 @@ def _layout(config: Config) -> Iterator[Problem]:
     for key, reason in why.items():
         if (size := get(config, key)) > 1:
             yield Problem(f"deepspeed {key}", key, size, reason, {key: [1], **MEGATRON})
+    if config.parallel.zero_stage == 3 and (size := get(config, EP)) > 1:
+        reason = "ZeRO 3 shards weights over all data-parallel ranks, and experts on "
+        reason += f"{size} expert-parallel ranks are not copies of each other"
+        yield Problem("ZeRO 3 and EP", ZERO, 3, reason, {ZERO: [0, 1, 2], EP: [1]})
     no: tuple[tuple[str, str], ...] = (
         ("parallel.overlap_grad_reduce", "DeepSpeed has its own: "),
         ("parallel.overlap_param_gather", "DeepSpeed gathers weights in its own way: "),
@@ -114,23 +117,6 @@ def _memory(config: Config) -> Iterator[Problem]:
         reason = "stage 0 shards nothing, and DeepSpeed offloads what it has sharded"
         options = {OFFLOAD: ["none"], ZERO: [1, 2, 3]}
         yield Problem("offload of nothing", OFFLOAD, offload, reason, options)
-
-
-def _stage_3(config: Config) -> Iterator[Problem]:
-    if config.parallel.zero_stage != 3:
-        return
-    other: dict[str, list[Any]] = {ZERO: [0, 1, 2]}
-    if (size := config.parallel.expert_model_parallel_size) > 1:
-        reason = "ZeRO 3 shards weights over all data-parallel ranks, and experts on "
-        reason += f"{size} expert-parallel ranks are not copies of each other"
-        yield Problem("ZeRO 3 and EP", ZERO, 3, reason, {**other, EP: [1]})
-    for key, value in (
-        ("model.lora_rank", config.model.lora_rank),
-        ("train.leap_heads_only", config.train.leap_heads_only),
-    ):
-        if value:
-            reason = "ZeRO 3 would cut weights into pieces that nobody trains"
-            yield Problem(f"ZeRO 3 {key}", key, value, reason, other)
 
 
 def _json(config: Config) -> Iterator[Problem]:

@@ -22,7 +22,6 @@ ZERO = "parallel.zero_stage"
         ([DS, "parallel.overlap_grad_reduce=true"], "parallel.overlap_grad_reduce", "=false; or"),
         ([DS, "backend.precision=bf16"], "backend.precision", "auto or fp32"),
         ([DS, "memory.swap_optimizer=true", "backend=cpu"], "memory.swap_optimizer", "=false; or"),
-        ([DS, "model.lora_rank=4", f"{ZERO}=3"], "model.lora_rank", f"{ZERO}=0, 1 or 2"),
         ([DS, "moe.placement=dynamic"], "moe.placement", "=static; or"),
         ([DS, "engine.offload=cpu", f"{ZERO}=0"], "engine.offload", f"none; or {ZERO}=1, 2 or 3"),
         ([DS, "engine.offload=nvme"], "engine.offload", "cpu or none"),

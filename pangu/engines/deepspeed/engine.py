@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
+from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 
 from configs.schema import Config
 from configs.violation import ConfigError, Violation
@@ -85,15 +86,19 @@ class DeepSpeedEngine:
         micro_batches = list(islice(batches, shape.num_microbatches))
         step = self.settings.step = count_tokens(micro_batches, self.settings)
         # DeepSpeed takes means over ranks; megatron-core's gradients are sums, over the tokens of
-        # the global batch. The losses that exist in the backward alone are scaled by it too.
+        # the global batch. The losses that exist in the backward alone are scaled by it too: the
+        # router's by megatron-core's schedule, those of further tokens where it has modules of its
+        # own for them, which leap heads are not.
         scale = self.data_parallel_size / step.trained.clamp(min=1)
         self.settings.grad_scale_func = partial(torch.mul, scale)
+        MTPLossAutoScaler.set_loss_scale(scale)
         reports: list[torch.Tensor] = []
         for left in reversed(range(len(micro_batches))):
             batch = iter([micro_batches[len(reports)]])
             self.replica.set_gradient_accumulation_boundary(left == 0)
             loss = self._forward(batch, shape, reports)
             self.replica.backward(loss * scale, scale_wrt_gas=False)
+        MTPLossAutoScaler.set_loss_scale(torch.ones_like(scale))
         total = sum_over_losses(torch.stack(reports).sum(0))
         loss = total[0] / total[1]
         ahead = mtp_loss(self.chunks, step)
