@@ -6,7 +6,7 @@ import gloo
 import pytest
 import torch
 from test_leap_drafts import leaping
-from test_speculative import SMALLER, make, requests
+from test_speculative import PROMPTS, SMALLER, make, requests
 from tiny_models import KINDS, TINY, build, decode, whole_forward
 
 from pangu.inference import tree
@@ -130,23 +130,40 @@ def test_accuracies_are_those_counted():
 
 
 def decoded_in_parts(world_size):
-    """Leap heads' guesses, in a row and as a tree, and a draft model's tree, on two ranks."""
+    """What two ranks decode with everybody's guesses, in a row and as trees: by kind of model,
+    whose guesses, whether they branch and temperature. In a row only looked-up guesses are not
+    drawn, and leave a seed's text what it is."""
     from megatron.core import parallel_state
 
     from configs.compose import load
     from pangu.engines.megatron import process_groups
     from pangu.model.build import build_model
 
-    layout = ["parallel.expert_model_parallel_size=2", f"launch.processes={world_size}"]
-    config = load([*TINY, *layout, "model.leap_heads=3"])
-    process_groups.initialize(config)
-    model = build_model(config)[0][0].eval()
-    small = build_model(load([*TINY, *SMALLER, "seed=7", "launch.processes=2"]))[0][0].eval()
-    engines = [make(model, "mtp"), branching(model, "mtp"), branching(model, small)]
-    found = [
-        decode(engine, requests(temperature)) for temperature in (0, 0.8) for engine in engines
-    ]
-    parallel_state.destroy_model_parallel()
+    found = {}
+    for kind in ("moge", "top_k", "mla"):
+        layout = ["parallel.expert_model_parallel_size=2", f"launch.processes={world_size}"]
+        shape = [*TINY, *KINDS[kind], *layout]
+        process_groups.initialize(load(shape))
+
+        def model(*overrides, shape=shape):
+            return build_model(load([*shape, *overrides]))[0][0].eval()
+
+        plain, small = model(), model(*SMALLER, "seed=7", "parallel.expert_model_parallel_size=1")
+        guessing = {
+            "ngram": (plain, "ngram"),
+            "model": (plain, small),
+            "layers": (model("model.mtp_num_layers=2"), "mtp"),
+            "leaps": (model("model.leap_heads=3"), "mtp"),
+        }
+        for (who, (target, draft)), branch, temperature in itertools.product(
+            guessing.items(), (False, True), (0, 0.8)
+        ):
+            if temperature == 0 or (kind == "moge" and (branch or who == "ngram")):
+                engine = (branching if branch else make)(target, draft)
+                texts = decode(engine, requests(temperature, PROMPTS[:3]))
+                assert engine.counts.guessed[0] > 0
+                found[kind, who, branch, temperature] = texts
+        parallel_state.destroy_model_parallel()
     return found
 
 
@@ -154,10 +171,16 @@ def decoded_in_parts(world_size):
 def test_two_expert_parallel_processes_decode_as_one_does():
     one, other = gloo.run(2, decoded_in_parts, 2)
     assert one == other
-    model = build("model.leap_heads=3")
-    greedy, drawn = (decode(make(model), requests(temperature)) for temperature in (0, 0.8))
-    assert one[:3] == [greedy] * 3
-    assert one[4:] == [drawn] * 2  # a tree's guesses are not drawn
+    assert len(one) == 3 * 8 + 5
+    own = {"layers": ["model.mtp_num_layers=2"], "leaps": ["model.leap_heads=3"]}
+    plain = {}
+    for (kind, who, branch, temperature), texts in one.items():
+        overrides = tuple(own.get(who, ()))
+        key = kind, overrides, temperature
+        if key not in plain:
+            some = requests(temperature, PROMPTS[:3])
+            plain[key] = decode(make(build(*KINDS[kind], *overrides)), some)
+        assert texts == plain[key], (kind, who, branch, temperature)
 
 
 def test_what_a_tree_brings_is_what_its_paths_bring_on_average():
