@@ -174,7 +174,8 @@ def show(rows: list[dict[str, Any]]) -> None:
             continue
         mfu = f"{row['MFU']:.1f} % MFU, " if "MFU" in row else ""
         print(
-            f"{name}: {row['ms']:.0f} ms, {row['tokens/s']:.0f} tokens/s, {mfu}{row['GiB']:.1f} GiB"
+            f"{name}: {row['ms']:.0f} ms, {row['tokens/s']:.0f} tokens/s, {mfu}"
+            f"{row['GiB']:.1f} GiB, the host waits {row['waits']} times"
         )
         for kind, time in row["kinds"].items():
             print(f"    {kind:32} {time:8.2f} ms")

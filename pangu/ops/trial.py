@@ -20,6 +20,8 @@ def keep_what_holds(plain: Operators) -> str:
     says which, or nothing."""
     ours = backends.current().operators
     tried = {name for name, variant in asdict(ours).items() if variant == TRITON}
+    if not tried:
+        return ""
     own = (case for case in cases() if case.operator in tried)
     outcomes = [compared(case, dtype) for case in own for dtype in TOLERANCES]
     failed = {each.operator: each for each in outcomes if not each.holds}

@@ -80,7 +80,8 @@ class MegatronEngine:
         skipped = grad_norm is None
         balance(self.chunks, settings.moe.expert_bias_update_rate, skipped=skipped)
         norm = float("nan") if grad_norm is None else grad_norm
-        return StepResult(loss.item(), norm, int(total[1]), skipped, ahead)
+        lost, tokens = torch.stack((loss, total[1])).tolist()  # one wait for the device
+        return StepResult(lost, norm, int(tokens), skipped, ahead)
 
     def evaluate(self, batches: Iterator[Batch], shape: StepShape) -> float:
         for chunk in self.chunks:
