@@ -25,6 +25,7 @@ PACKAGES = (
     "mindspore",
 )
 REQUIRED = ("torch", "megatron-core")
+DEEPSPEED = "0.19.8"  # of which `pangu/engines/deepspeed` reads the optimizers' tensors
 
 NO_CANN = (
     "torch-npu is installed but CANN's libraries are not: `import torch` fails. Source CANN's "
@@ -80,6 +81,14 @@ def complaints(requested: str) -> list[str]:
     if npu and torch and npu.split(".post")[0].split("+")[0] != torch.split("+")[0]:
         said.append(f"torch-npu {npu} needs torch of the same version, not {torch}")
     return [*said, *another_apex(), *held_locks(os.environ), *impossible(requested)]
+
+
+def unusable_deepspeed() -> str:
+    """Why `engine=deepspeed` cannot run with what is installed; "" where it can."""
+    found = packages()["deepspeed"]
+    if found is None:
+        return "it is not installed"
+    return "" if found == DEEPSPEED else f"{found} is installed, and it takes {DEEPSPEED}"
 
 
 def another_apex() -> list[str]:

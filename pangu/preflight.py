@@ -126,9 +126,9 @@ def faults_here(config: Config) -> list[Violation]:
     """What is wrong with the backend and the corpus on this machine."""
     name = config.backend.name
     found = [Violation("backend", name, why) for why in machine_check.impossible(name)]
-    if config.engine.name == "deepspeed" and not machine_check.packages()["deepspeed"]:
+    if config.engine.name == "deepspeed" and (why := machine_check.unusable_deepspeed()):
         hint = "pip install 'pangu-moe[deepspeed]'; or engine.name=megatron"
-        found.append(Violation("engine.name", "deepspeed", "it is not installed", hint))
+        found.append(Violation("engine.name", "deepspeed", why, hint))
     just_read = STARTED_BY in os.environ  # by the process that started this one
     return found + files.faults(config, just_read=just_read)
 

@@ -1,5 +1,5 @@
-"""A real run on two processes, to its end: sample, baselines, plots, summary; then generation from
-its checkpoint by one process."""
+"""A real run on two processes, by DeepSpeed, to its end: sample, baselines, plots, summary; then
+generation from its checkpoint by one process."""
 
 import json
 import math
@@ -23,6 +23,8 @@ def ended(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     overrides = [
         "experiment=quickstart",
+        "engine=deepspeed",  # those of the other run to their ends in many tests
+        "parallel.zero_stage=2",
         "debug=tiny",
         "model.vocab_size=64",
         "model.num_layers=2",

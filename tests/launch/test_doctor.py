@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -160,10 +161,20 @@ def test_locks_that_killed_builds_left(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine_check, "packages", lambda: dict.fromkeys(machine_check.PACKAGES))
-    found = preflight.faults_here(load(["engine=deepspeed", "data=synthetic"]))
+    config = load(["engine=deepspeed", "data=synthetic"])
+    assert machine_check.unusable_deepspeed() == ""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = f"deepspeed=={machine_check.DEEPSPEED}"
+    assert pinned in project["optional-dependencies"]["deepspeed"]
+    installed: dict[str, str | None] = dict.fromkeys(machine_check.PACKAGES)
+    monkeypatch.setattr(machine_check, "packages", lambda: installed)
+    assert "it is not installed" in [
+        violation.reason for violation in preflight.faults_here(config)
+    ]
+    installed["deepspeed"] = "0.20.0"
+    found = preflight.faults_here(config)
     (engine,) = [violation for violation in found if violation.key == "engine.name"]
-    assert engine.reason == "it is not installed"
+    assert engine.reason == f"0.20.0 is installed, and it takes {machine_check.DEEPSPEED}"
     assert "pip install 'pangu-moe[deepspeed]'; or engine.name=megatron" in engine.suggestion
 
 
