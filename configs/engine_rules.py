@@ -111,7 +111,8 @@ def _memory(config: Config) -> Iterator[Problem]:
         options = {key: [False], **MEGATRON}
         yield Problem("deepspeed swapped state", key, True, reason, options)
     if offload == "nvme":
-        reason = "state on an NVMe drive cannot be saved in our checkpoints"
+        reason = "DeepSpeed builds it with libaio's headers, and what lies on an NVMe drive cannot "
+        reason += "be saved in our checkpoints"
         yield Problem("nvme", OFFLOAD, offload, reason, {OFFLOAD: ["cpu", "none"]})
     elif offload != "none" and stage == 0:
         reason = "stage 0 shards nothing, and DeepSpeed offloads what it has sharded"

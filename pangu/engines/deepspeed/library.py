@@ -26,7 +26,8 @@ def load() -> ModuleType:
     """
     backend = backends.current()
     os.environ["DS_ACCELERATOR"] = backend.name
-    os.environ.setdefault("LOCAL_RANK", "0")  # of a process alone, without a launcher
+    # Which device DeepSpeed takes: this process's, whatever its launcher calls it.
+    os.environ["LOCAL_RANK"] = str(backend.device.index or 0)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
     import deepspeed.ops
