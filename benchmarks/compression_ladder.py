@@ -140,6 +140,8 @@ def commands(folder: Path, work: Path, texts: Texts) -> None:
     for scheme, method in (("W4A16", "rtn"), ("W4A16", "awq"), ("W4A16", "gptq")):
         rows[f"quantize {method}"] = [*quantise, "--scheme", scheme, "--method", method]
     rows["quantize smoothquant"] = [*quantise, "--scheme", "W8A8", "--method", "smoothquant"]
+    words = [*quantise, "--scheme", "W4A4", "--method", "flatquant", "--epochs", 2]
+    rows["quantize flatquant"] = words
     rows["quantize rtn --rotate"] = [*quantise, "--scheme", "W4A16", "--rotate"]
     pruning = ["pangu.compress", "prune-layers", folder, "--layers", 3, *calibrated]
     rows["prune-layers"] = pruning

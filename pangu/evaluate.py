@@ -45,9 +45,10 @@ def evaluate(
         print(json.dumps(report))
         return
     if text is not None:
-        low, high = report["perplexity_interval"]
+        interval = report["perplexity_interval"]
+        between = "({:.3f} to {:.3f}, one sigma)".format(*interval) if interval else "(one window)"
         print(f"{report['tokens']:,} tokens of {text}, windows of {window}")
-        print(f"perplexity     {report['perplexity']:.3f}  ({low:.3f} to {high:.3f}, one sigma)")
+        print(f"perplexity     {report['perplexity']:.3f}  {between}")
         print(f"bits per byte  {report['bits_per_byte']:.4f}")
     for name, found in report.get("tasks", {}).items():
         print(f"{name}: {found['questions']} questions")
@@ -77,12 +78,21 @@ def task_report(
             except TaskError as error:
                 raise ConfigError([Violation("--task", path, str(error))]) from None
             nats = answer_nats(model, tokenizer, questions, progress=progress_bar)
+            if not all(math.isfinite(each) for answers in nats for each in answers):
+                raise _no_numbers(folder)
             found: dict[str, float] = {"questions": len(questions)}
             for key, accuracy in accuracies(questions, nats).items():
                 found[key] = accuracy.value
                 found[f"{key}_standard_error"] = accuracy.standard_error
             reports[_name(path)] = found
     return reports
+
+
+def _no_numbers(folder: Path) -> Exception:
+    from configs.violation import ConfigError, Violation
+
+    reason = "the model's predictions are not finite numbers"
+    return ConfigError([Violation("MODEL", folder, reason)])
 
 
 def _name(path: Path) -> str:
@@ -93,10 +103,11 @@ def _name(path: Path) -> str:
 
 
 def text_report(folder: Path, text: Path, tokens: int, window: int, backend: str) -> dict[str, Any]:
-    """Perplexity, bits per byte and tokens of a text.
+    """Perplexity, bits per byte and tokens of a text; standard error and interval are None where
+    one window has none.
 
     Raises:
-        ConfigError: the model or the text cannot be used.
+        ConfigError: the model or the text cannot be used, or the model predicts what is no number.
     """
     from configs.violation import ConfigError, Violation
 
@@ -118,9 +129,11 @@ def text_report(folder: Path, text: Path, tokens: int, window: int, backend: str
 
         found = text_likelihood(model, ids, window, progress_bar)
         size = sum(len(tokenizer.decode(list(part)[1:]).encode()) for part in windows(ids, window))
+    if not math.isfinite(found.nats):
+        raise _no_numbers(folder)
     mean = found.nats / found.tokens
-    spread = found.standard_error
-    interval = [math.exp(mean - spread), math.exp(mean + spread)]
+    spread = found.standard_error if found.windows > 1 else None
+    interval = None if spread is None else [math.exp(mean - spread), math.exp(mean + spread)]
     return {
         "perplexity": found.perplexity,
         "perplexity_interval": interval,

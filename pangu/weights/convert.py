@@ -158,7 +158,7 @@ def export_model(
     with ModelFolder(out) as folder:
         written = set()
         for link in progress(wanted):
-            whole = source.read(link.ours)
+            whole = _read(source, link.ours)
             # The balancing bias moves in steps that 16 bits do not hold.
             if dtype is not None and not link.ours.endswith("expert_bias"):
                 whole = whole.to(dtype)

@@ -2,9 +2,6 @@
 itself: logits of ours equal theirs, and what goes out is what came in, to the last bit."""
 
 import json
-import os
-import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +9,8 @@ import checkpoint_runs
 import gloo
 import pytest
 import torch
-import typer
 from gloo import single
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -29,12 +25,9 @@ from configs.compose import load, read_file
 from configs.schema import LaunchConfig, ParallelConfig
 from pangu.checkpoint import restore
 from pangu.checkpoint.tensor_files import Safetensors, WeightsError
-from pangu.command_line import run
-from pangu.convert import main
 from pangu.model.build import build_model
 from pangu.weights.architectures import fields_of
 from pangu.weights.convert import export_model, import_model
-from pangu.weights.writer import ModelFolder
 
 COMMON = {
     "vocab_size": 64,
@@ -112,23 +105,6 @@ def save_theirs(name: str, folder: Path, dtype: torch.dtype = torch.float32):
     model = model.eval().to(dtype)
     model.save_pretrained(folder)
     return model
-
-
-def test_a_command_that_is_told_to_end_leaves_nothing(tmp_path):
-    app = typer.Typer()
-
-    @app.command()
-    def work() -> None:
-        with ModelFolder(tmp_path / "out") as folder:
-            folder.add("half", torch.ones(2))
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(10)
-
-    with pytest.raises(SystemExit) as left:
-        run(app, [])
-    assert left.value.code == 143
-    assert list(tmp_path.iterdir()) == []
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def one_process(config):
@@ -343,93 +319,6 @@ def test_what_two_ranks_trained_goes_out_whole(layout, tmp_path):
         for expert in range(8):
             name = f"model.layers.{number}.mlp.experts.{expert}.up_proj.weight"
             assert torch.equal(theirs.read(name), layer.mlp.experts.w1[expert, :, 1].t())
-
-
-def damage_shard(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def drop_tensor(folder: Path) -> None:
-    held = load_file(folder / "model.safetensors")
-    del held["model.layers.1.mlp.up_proj.weight"]
-    save_file(held, folder / "model.safetensors")
-
-
-def add_tensor(folder: Path) -> None:
-    held = load_file(folder / "model.safetensors")
-    save_file({**held, "model.layers.7.odd": torch.ones(1)}, folder / "model.safetensors")
-
-
-def poison(folder: Path) -> None:
-    held = load_file(folder / "model.safetensors")
-    held["model.layers.0.mlp.up_proj.weight"][3, 5] = float("nan")
-    save_file(held, folder / "model.safetensors")
-
-
-def missing_shard(folder: Path) -> None:
-    table = dict.fromkeys(
-        load_file(folder / "model.safetensors"), "model-00001-of-00001.safetensors"
-    )
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
-
-
-def escaping_shard(folder: Path) -> None:
-    table = dict.fromkeys(load_file(folder / "model.safetensors"), "../theirs/model.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
-
-
-def edit(**changes):
-    def change(folder: Path) -> None:
-        fields = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**fields, **changes}))
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (damage_shard, "damaged or incomplete"),
-        (drop_tensor, "model.layers.1.mlp.up_proj.weight is missing"),
-        (add_tensor, "model.layers.7.odd is extra"),
-        (poison, "not finite"),
-        (missing_shard, "which is missing"),
-        (escaping_shard, "no file name"),
-        (edit(architectures=["GPT2LMHeadModel"]), "known are LlamaForCausalLM"),
-        (edit(num_hidden_layers=4), "missing"),
-        (edit(hidden_size="wide"), "config.json"),
-        (edit(rope_parameters={"rope_type": "dynamic", "factor": 4.0}), "(dynamic): not supported"),
-        (edit(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "'original_max_position_emb"),
-        (edit(rope_parameters={**SCALED, "rope_type": "yarn", "factor": "x"}), "is no number"),
-        (edit(rope_scaling="yarn"), "rope_scaling is no table"),
-        (edit(num_attention_heads="four"), "config.json"),
-        (
-            lambda folder: (folder / "tokenizer.json").write_text("{"),
-            "theirs/tokenizer.json cannot",
-        ),
-        (lambda folder: (folder / "config.json").write_text("[" * 100_000), "cannot be read"),
-        (lambda folder: (folder / "config.json").unlink(), "is missing"),
-    ],
-)
-def test_damage_is_one_sentence_and_no_folder(damage, words, tmp_path, capsys):
-    save_theirs("llama", tmp_path / "theirs")
-    damage(tmp_path / "theirs")
-    code = main(["import", str(tmp_path / "theirs"), "--out", str(tmp_path / "ours")])
-    error = capsys.readouterr().err
-    assert code == 2
-    assert words in error
-    assert "Traceback" not in error
-    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
-
-
-def test_a_folder_that_exists_is_left_alone(tmp_path, capsys):
-    save_theirs("llama", tmp_path / "theirs")
-    (tmp_path / "ours").mkdir()
-    (tmp_path / "ours" / "precious").write_text("mine")
-    assert main(["import", str(tmp_path / "theirs"), "--out", str(tmp_path / "ours")]) == 2
-    assert "name a new folder" in capsys.readouterr().err
-    assert (tmp_path / "ours" / "precious").read_text() == "mine"
 
 
 def test_a_model_that_no_class_computes_is_refused():
