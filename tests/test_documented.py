@@ -53,8 +53,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def takes(words: list[str]) -> None:
     """Raises where a command is none. `…` in a word is what the reader puts there."""
     program, *rest = [word for word in words if "…" not in word]
-    if program == "torchrun":
-        takes(["python", *rest[rest.index("-m") :]])
+    if program == "torchrun":  # its own words are left to it
+        takes(["python", *rest[rest.index("-m") :]] if "-m" in rest else ["python", "-m"])
     elif program == "docker":
         container(rest)
     elif program == "make":
@@ -77,7 +77,7 @@ def container(words: list[str]) -> None:
     for flag, file in itertools.pairwise(words):
         assert flag != "-f" or (ROOT / file).exists()
     images = [at for at, word in enumerate(words) if word.startswith("pangu:")]
-    if words[0] == "run" and words[images[0] + 1 :]:
+    if words[0] == "run" and images and words[images[0] + 1 :]:
         command, *rest = words[images[0] + 1 :]
         script = (ROOT / "docker/entrypoint.sh").read_text()
         ours = command in re.search(r"^(train .*)\)$", script, re.MULTILINE)[1].split(" | ")
