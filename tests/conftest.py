@@ -1,6 +1,7 @@
 """What every test leaves as it found it."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,13 @@ import pytest
 # Before anything imports Triton, where it is installed: it decides then (tests/in_interpreter.py).
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def random_numbers() -> None:
+    """The same for a test whatever ran before it, for those that import torch at all."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(autouse=True, scope="module")
