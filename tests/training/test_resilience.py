@@ -182,5 +182,6 @@ def test_a_rank_that_hangs_is_named(tmp_path):
     assert "Traceback" not in output
     assert f"rank 0 waited in vain for another after step {max(losses(tmp_path))}: " in output
     assert "Traceback" in (tmp_path / "logs" / "rank_0.traceback").read_text()
-    assert f"It failed in step {max(losses(tmp_path)) + 1}, in " in output
+    done = max(losses(tmp_path))  # which its last collectives are still of
+    assert any(f"It failed in step {step}, in " in output for step in (done, done + 1))
     assert "Did not come: rank 1. It does not answer: stopped, cut off or gone." in output
