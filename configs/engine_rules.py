@@ -5,39 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from configs.deepspeed_keys import DECIDED, FIXED, IDLE, KEYS, unknown
 from configs.problem import CP, EP, ETP, PP, TP, Problem, get
 from configs.schema import Config
 
 NAME, ZERO, OFFLOAD = "engine.name", "parallel.zero_stage", "engine.offload"
 MEGATRON: dict[str, list[Any]] = {NAME: ["megatron"]}
-
-# Keys of DeepSpeed's JSON that ours decide.
-DECIDED = {
-    "train_batch_size": "train.global_batch_size",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.global_batch_size",
-    "gradient_clipping": "optimizer.clip_grad",
-    "optimizer": "optimizer",
-    "scheduler": "optimizer.schedule",
-    "fp16": "backend.precision",
-    "bf16": "backend.precision",
-    "amp": "backend.precision",
-    "torch_autocast": "backend.precision",
-    "zero_optimization.stage": ZERO,
-    "zero_optimization.offload_optimizer": OFFLOAD,
-    "zero_optimization.offload_param": OFFLOAD,
-    "tensor_parallel": TP,
-    "sequence_parallel_size": CP,
-    "expert_parallel": EP,
-    "pipeline": PP,
-}
-# Keys with which its gradients would be other than the engine reckons with.
-FIXED = (
-    "gradient_allreduce_op",
-    "managed_gradient_accumulation",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-)
 
 
 def engine(config: Config) -> Iterator[Problem]:
@@ -126,10 +99,20 @@ def _json(config: Config) -> Iterator[Problem]:
         if any(path == name or path.startswith(f"{name}.") for path in given):
             reason = f"{name} of DeepSpeed's JSON follows from {ours}"
             yield Problem(f"JSON {name}", key, config.engine.config, reason, hint=f"{ours}=…")
-    for name in FIXED:
-        if name in given:
+    for name in (*FIXED, *IDLE):
+        if any(path == name or path.startswith(f"{name}.") for path in given):
             reason = f"{name} would change what the engine has reckoned with"
+            if name in IDLE:
+                reason = f"{name} is for what DeepSpeed does beside training, and would do nothing"
             yield Problem(f"JSON {name}", key, config.engine.config, reason, hint="without it")
+    for name, hint in unknown(config.engine.config):
+        reason = f"DeepSpeed's JSON has no {name}, and DeepSpeed ignores what it does not know"
+        yield Problem(f"JSON {name}", key, config.engine.config, reason, hint=hint)
+    for name, value in config.engine.config.items():
+        if KEYS.get(name) and not isinstance(value, dict):
+            reason = f"{name} of DeepSpeed's JSON is a section"
+            hint = f"engine.config={{{name}:{{KEY:VALUE}}}}"
+            yield Problem(f"JSON {name}", key, config.engine.config, reason, hint=hint)
 
 
 def _dotted(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -123,6 +123,53 @@ def refusal(more: str) -> str:
     return ""
 
 
+class Asked(dict[str, Any]):
+    """A mapping that notes which keys it is asked for, in it or not."""
+
+    def __init__(self, given: dict[str, Any]) -> None:
+        super().__init__(given)
+        self.names: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.names.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        self.names.add(str(key))
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.names.add(key)
+        return super().__getitem__(key)
+
+    def keys(self) -> Any:
+        return self
+
+    def __copy__(self) -> Asked:
+        return self
+
+
+def asked_for() -> dict[str, set[str]]:
+    """By section, and "" for the whole, the names that DeepSpeed looks for in its JSON; "removed"
+    those that it looks for in order to say that it has them no more."""
+    from deepspeed.runtime import config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    from configs.deepspeed_keys import KEYS
+    from pangu.engines.deepspeed import library
+
+    library.load()
+    fields = DeepSpeedZeroConfig.model_fields.items()
+    names = {"zero_optimization": {n for f, info in fields for n in (f, info.alias) if n}}
+    sections = {name: Asked({}) for name, inner in KEYS.items() if inner and name not in names}
+    sizes = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    whole = Asked({**sizes, **sections})
+    config.DeepSpeedConfig(whole)
+    removed = set(config._REMOVED_TOP_LEVEL_CONFIG_KEYS)
+    names |= {name: section.names for name, section in sections.items()}
+    return {**names, "": whole.names - removed, "removed": removed}
+
+
 def saved(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, moments too."""
     reader = safe_reader.SafeReader(folder)

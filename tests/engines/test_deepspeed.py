@@ -7,8 +7,9 @@ import gloo
 import pytest
 import torch
 from checkpoint_runs import train
-from deepspeed_runs import all_steps, farthest, refusal, saved, through
+from deepspeed_runs import all_steps, asked_for, farthest, refusal, saved, through
 
+from configs.deepspeed_keys import DECIDED, FIXED, IDLE, KEYS
 from pangu.report.run_files import METRICS, read_metrics
 
 DS = "engine=deepspeed"
@@ -53,7 +54,8 @@ def everything(folder: Path) -> tuple[Any, ...]:
     for end, overrides in CHAIN.items():
         chain, _ = train(folder / "chain", [f"train.steps={end}", source, *overrides, *JUDGED])
         source = "checkpoint.resume=auto"
-    return left, straight, chain, refusal("{zero_optimization:{overlap_com:true}}")
+    said = refusal("{zero_optimization:{overlap_comm:perhaps}}")
+    return left, straight, chain, said, asked_for()
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +93,7 @@ def test_a_checkpoint_through_deepspeed_is_the_same_to_the_bit(runs, name):
 @pytest.mark.distributed
 def test_a_run_goes_on_with_the_other_engine_and_back(runs):
     folder, left = runs
-    for _, straight, chain, _ in left:
+    for _, straight, chain, *_ in left:
         assert straight.keys() - chain.keys() == {1}
         for step, values in chain.items():
             assert values == pytest.approx(straight[step], rel=1e-5), step
@@ -107,8 +109,21 @@ def held_out(run: Path) -> dict[int, float]:
 
 @pytest.mark.distributed
 def test_what_deepspeed_does_not_take_is_said_in_a_sentence(runs):
-    for *_, said in runs[1]:
+    for *_, said, _ in runs[1]:
         assert said.startswith("engine.config=")
         assert "DeepSpeed does not take it" in said
-        assert "overlap_com" in said
+        assert "overlap_comm" in said
         assert "\n" not in said
+
+
+@pytest.mark.distributed
+def test_keys_of_its_json_are_those_that_deepspeed_asks_for(runs):
+    """What it does not ask for it ignores without a word, and we refuse before a run."""
+    asked = runs[1][0][-1]
+    ours = {*KEYS, *FIXED, *IDLE, *(name for name in DECIDED if "." not in name)}
+    assert asked[""] <= ours
+    assert ours - asked[""] <= asked["removed"] | {"sequence_parallel_size"}
+    for section, names in KEYS.items():
+        theirs = {name.partition(".")[2] for name in DECIDED if name.startswith(f"{section}.")}
+        if names:
+            assert asked[section] == {*names, *theirs}, section
