@@ -150,21 +150,25 @@ class Segment:
 
 @dataclass
 class KeyValues:
-    """Keys and values of every layer, `[g, slots, d]`, made when a layer first writes."""
+    """What every layer keeps of a token: keys and values, or the latents that both are made of,
+    `[g, slots, d]` each, made when a layer first writes."""
 
     slots: int
-    layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    layers: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)
 
-    def of(
-        self, layer: int, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A layer's store for keys `[s, 1, g, d]` and values `[s, 1, g, dv]` such as these."""
+    def of(self, layer: int, *made: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """A layer's stores for tensors `[s, 1, g, d]` such as these."""
         if layer not in self.layers:
-            self.layers[layer] = (
-                key.new_zeros(key.size(2), self.slots, key.size(3)),
-                value.new_zeros(value.size(2), self.slots, value.size(3)),
+            self.layers[layer] = tuple(
+                each.new_zeros(each.size(2), self.slots, each.size(3)) for each in made
             )
         return self.layers[layer]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """In all layers that have written, on this rank."""
+        stores = [store for layer in self.layers.values() for store in layer]
+        return sum(store[:, 0].numel() * store.element_size() for store in stores)
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy what lies in some slots to others, in every layer."""
@@ -207,11 +211,29 @@ class CachedPass:
     ) -> torch.Tensor:
         """query `[s, 1, n, d]`, key `[s, 1, g, d]`, value `[s, 1, g, dv]` → `[s, 1, n, dv]`; what
         fills the pass up behind its segments is not kept and attends to nothing."""
-        keys, values = self._store.of(layer, key, value)
-        tokens = self._written.numel()
-        keys.index_copy_(1, self._written, key[:tokens, 0].transpose(0, 1))
-        values.index_copy_(1, self._written, value[:tokens, 0].transpose(0, 1))
-        out = query.new_zeros(*query.shape[:3], value.size(3))
+        keys, values = self._kept(layer, key, value)
+        return self._attended(query, keys, values, scale)
+
+    def attend_latents(
+        self, layer: int, query: torch.Tensor, latents: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """The same for MLA: query `[s, 1, n, d]`; latents `[s, 1, 1, d]`, which are kept alone, are
+        the keys and the values of all heads → `[s, 1, n, d]`."""
+        (store,) = self._kept(layer, latents)
+        return self._attended(query, store, store, scale)
+
+    def _kept(self, layer: int, *made: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """A layer's stores, once they have what the pass has made of its tokens."""
+        stores = self._store.of(layer, *made)
+        for store, new in zip(stores, made, strict=True):
+            tokens = self._written.numel()
+            store.index_copy_(1, self._written, new[:tokens, 0].transpose(0, 1))
+        return stores
+
+    def _attended(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        out = query.new_zeros(*query.shape[:3], values.size(2))
         first = 0
         for segment, place, seen in zip(self._segments, self._places, self._seen, strict=True):
             held_keys, held_values = keys[:, place], values[:, place]

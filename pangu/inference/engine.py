@@ -92,7 +92,7 @@ class Engine:
     ) -> None:
         self._forward = Forward(model)
         self._vocab_size, self.tokenizer = vocab_size, tokenizer
-        self._store = KeyValues(-(-cache_tokens // page_size) * page_size)
+        self.store = KeyValues(-(-cache_tokens // page_size) * page_size)
         self.scheduler = Scheduler(
             PagePool(-(-cache_tokens // page_size), page_size),
             max_sequences=max_sequences,
@@ -172,7 +172,7 @@ class Engine:
                 "the model has no layers of multi-token prediction and no leap heads that could "
                 "guess"
             )
-        self.drafter = MtpDrafter(self._forward, self._store, self.scheduler, self._vocab_size)
+        self.drafter = MtpDrafter(self._forward, self.store, self.scheduler, self._vocab_size)
         self.draft_tokens = depths
 
     def cancel(self, number: int) -> None:
@@ -276,7 +276,7 @@ class Engine:
             for work, end in zip(works, ends, strict=True)
             for row in range(end - _rows(work), end)
         ]
-        return CachedPass(self._store, self.scheduler.pool.page_size, segments, rows)
+        return CachedPass(self.store, self.scheduler.pool.page_size, segments, rows)
 
     def _keep(
         self,
@@ -298,7 +298,7 @@ class Engine:
             start = work.sequence.computed
             if rows != list(range(len(rows))):
                 sources, targets = ([start + r for r in some] for some in (rows, range(len(rows))))
-                self._store.move(*(self._slots(work.sequence, part) for part in (sources, targets)))
+                self.store.move(*(self._slots(work.sequence, part) for part in (sources, targets)))
             if self.tree is not None and draft.candidates:
                 self.tree.saw(draft.candidates, tokens, self.drafter.independent)
         self.drafter.saw(works, hidden)

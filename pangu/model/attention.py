@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from megatron.core.models.common.embeddings import apply_rotary_pos_emb
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import all_to_all
 from megatron.core.transformer.attention import SelfAttention
@@ -47,6 +48,13 @@ class CachedKeys(Protocol):
         scale: float,
     ) -> torch.Tensor:
         """query `[s, 1, n, d]`, key `[s, 1, g, d]`, value `[s, 1, g, dv]` → `[s, 1, n, dv]`."""
+        ...
+
+    def attend_latents(
+        self, layer: int, query: torch.Tensor, latents: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """query `[s, 1, n, d]`, latents `[s, 1, 1, d]`, which are keys and values of all heads →
+        `[s, 1, n, d]`."""
         ...
 
 
@@ -155,6 +163,67 @@ class LatentAttention(MLASelfAttention):
                 options = {"config": config, "init_method": config.init_method, "bias": False}
                 options |= {"gather_output": False, "tp_group": linear.tp_group}
                 setattr(self, name, kind(*size, **options))
+        model: ModelConfig | None = getattr(config, "model", None)
+        self._keeps_latents = (
+            type(self.linear_kv_up_proj) is ColumnParallelLinear  # a matrix and nothing else
+            and not config.sequence_parallel
+            and not (model and model.kv_bits)  # which rounds keys and values
+        )
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As the engine's; over a cache (`CachedKeys`) keys and values are never made where that
+        can be avoided: the cache has their latents."""
+        cached = attention_mask is not None and not isinstance(attention_mask, torch.Tensor)
+        if cached and self._keeps_latents:
+            return self.linear_proj(self._over_latents(hidden_states, attention_mask))
+        return super().forward(hidden_states, attention_mask, *args, **kwargs)
+
+    def _over_latents(self, hidden_states: torch.Tensor, cached: CachedKeys) -> torch.Tensor:
+        """hidden_states `[s, 1, H]` → `[s, 1, n * v]`. DeepSeek-V2 (arXiv 2405.04434), section
+        2.1.2: a head's key is W_UK·c, so that q·(W_UK·c) = (W_UKᵀ·q)·c, and its value W_UV·c, so
+        that the sum of values is W_UV times that of latents."""
+        self.cache_mla_latents = True  # the engine's word for: make no keys and values
+        try:
+            query, latents, *_ = self.get_query_key_value_tensors(
+                hidden_states, inference_context=_ByPosition(len(hidden_states))
+            )
+        finally:
+            self.cache_mla_latents = False
+        config = self.config
+        sizes = (config.qk_head_dim, config.v_head_dim)
+        weight = self.linear_kv_up_proj.weight.unflatten(0, (-1, sum(sizes)))  # [n, d + v, rank]
+        up_key, up_value = weight.split(sizes, dim=1)
+        content, position = query.split((config.qk_head_dim, config.qk_pos_emb_head_dim), dim=-1)
+        absorbed = torch.cat([torch.einsum("sbnd,ndr->sbnr", content, up_key), position], dim=-1)
+        out = cached.attend_latents(
+            self.layer_number, absorbed, latents[:, :, None], self.core_attention.scale
+        )
+        latent_sums = out[..., : config.kv_lora_rank]
+        return torch.einsum("sbnr,nvr->sbnv", latent_sums, up_value).flatten(2)
+
+
+class _ByPosition:
+    """What megatron-core asks of a cache while it makes queries and latents: angles are those that
+    it was given, one a token."""
+
+    def __init__(self, tokens: int) -> None:
+        self.max_sequence_length = tokens
+
+    def is_static_batching(self) -> bool:
+        return False
+
+    def is_decode_only(self) -> bool:
+        return False  # or the engine would multiply weights that it has split before
+
+    def apply_rotary_emb_query(
+        self, x: torch.Tensor, angles: torch.Tensor, **options: Any
+    ) -> torch.Tensor:
+        options.pop("cu_seqlens_q", None)
+        return apply_rotary_pos_emb(x, angles, **options)
+
+    apply_rotary_emb_key = apply_rotary_emb_query
 
 
 def _zigzag(size: int, device: torch.device) -> torch.Tensor:

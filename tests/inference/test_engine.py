@@ -10,6 +10,9 @@ from configs.compose import load
 from pangu.data.tokenizer import NumberTokenizer
 from pangu.inference.batching import Request
 from pangu.inference.sampling import Sampling
+from simulator.hardware import load_hardware
+from simulator.inference import memory_bytes
+from simulator.serving import serving
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = prompts(6)
@@ -37,6 +40,22 @@ def test_a_batch_takes_the_argmax_of_each_sequences_whole_forward_pass(kind):
     assert whole_forward(model, list(PROMPTS[0])).std() > 0.1  # a model that says something
     assert decode(engine, asked) == expected
     assert engine.scheduler.pool.used == 0
+
+
+@pytest.mark.parametrize("kind", ["moge", "mla"])
+def test_the_cache_has_the_bytes_of_a_token_that_the_simulator_counts(kind):
+    """MLA: latents and the rotated part of the key alone, one for all heads."""
+    engine = make(build(*KINDS[kind]))
+    decode(engine, requests(2))
+
+    def bytes_of(length):
+        options = ["hardware=h100", "devices=1", f"inference.max_new_tokens={length}"]
+        config = load([*TINY, *KINDS[kind], *options, "inference.kv_dtype=bf16"])
+        return float(memory_bytes(serving(config, load_hardware(config.hardware)), 1))
+
+    found = engine.store.bytes_per_token
+    assert found == 2 * (bytes_of(101) - bytes_of(100))  # the engine's are float32
+    assert found == 2 * 4 * {"moge": 2 * (8 + 8), "mla": 16 + 4}[kind]  # layers, bytes
 
 
 @pytest.fixture(scope="module")
