@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
@@ -106,6 +107,9 @@ def run(app: typer.Typer, arguments: list[str], *mistakes: type[Exception]) -> i
     Raises:
         SystemExit: a SIGTERM came; what was half written is gone then, as after Ctrl-C.
     """
+    warnings.filterwarnings(
+        "ignore", module="megatron|torch"
+    )  # of what is not installed beside them
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         return app(arguments, standalone_mode=False) or 0

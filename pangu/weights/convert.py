@@ -24,7 +24,6 @@ from pangu.weights import (
     remote_code,
     tensor_names,
 )
-from pangu.weights.architectures import Architecture
 from pangu.weights.gguf_file import Gguf
 from pangu.weights.links import Link
 from pangu.weights.lora import merged
@@ -46,6 +45,8 @@ def import_model(path: Path, out: Path, progress: Progress = iter) -> Config:
     gguf = path.suffix == ".gguf"
     if not path.exists():
         raise WeightsError(f"{path} does not exist")
+    if (path / model_folder.CONFIG).is_file():
+        raise WeightsError(f"{path} is a model of ours already: no import, export takes it")
     source: Gguf | Safetensors = Gguf(path) if gguf else Safetensors(path)
     fields = source.fields if isinstance(source, Gguf) else read_json(path / "config.json")
     kind = architectures.architecture_of(fields)
@@ -130,10 +131,10 @@ def _keep_tokenizer(path: Path, kept: Path, target: Path, fields: architectures.
 
 def export_model(
     path: Path, out: Path, progress: Progress = iter, dtype: torch.dtype | None = None
-) -> Architecture:
+) -> str:
     """Write a folder of ours, or the newest sound checkpoint of a run, as a Hugging Face model; see
-    `import_model`. Adapters are merged into the weights beside them. Floating-point weights become
-    `dtype`, or stay as they are stored.
+    `import_model`; returns the name of its class. Adapters are merged into the weights beside them.
+    Floating-point weights become `dtype`, or stay as they are stored.
 
     Raises:
         WeightsError: it is no folder of ours, or no class of Hugging Face computes its model.
@@ -174,7 +175,8 @@ def export_model(
         _write_companions(path, folder.partial)
         fields |= remote_code.write(folder.partial, kind, fields)
         _write_config(folder.partial, fields, written)
-    return kind
+    (name,) = fields["architectures"]
+    return str(name)
 
 
 def _codes(link: Link, whole: torch.Tensor, codes: Quantized) -> Iterator[tuple[str, torch.Tensor]]:

