@@ -206,11 +206,6 @@ def _overlap_limits(config: Config) -> Iterator[Problem]:
         reason = "in a pipeline the trainer overlaps micro-batches of interleaved stages alone"
         more = {**options, f"parallel.{stages}": [1], f"parallel.{chunks}": [2]}
         yield Problem("overlapped stages", key, True, reason, more)
-    if config.backend.name in ("cuda", "npu"):
-        reason = (
-            "the trainer overlaps micro-batches of processes on CPUs, not on streams of devices"
-        )
-        yield Problem("overlapped device", key, True, reason, {**options, "backend.name": ["cpu"]})
 
 
 def trainer_limits(config: Config) -> Iterator[Problem]:

@@ -8,8 +8,9 @@ A pair of ranks is joined by a socket, which tells that data are there, and whic
 when a process ends: who waits for it hears of it at once. Memory (`memfd_create`) and sockets
 (abstract names) belong to the processes; nothing is left in a file system, however they end.
 
-Only calls that wait for their result are served: an `async_op` goes to gloo, whose threads work
-on while the caller computes. Ranks that are not all on one host use gloo alone.
+Calls that wait for their result are served, and tokens on their way to experts or back, which are
+exchanged by the time the call returns. Any other `async_op` goes to gloo, whose threads work on
+while the caller computes. Ranks that are not all on one host use gloo alone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -31,9 +31,9 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
 
-from pangu.backends import turns
 from pangu.backends.timeline import timeline
-from pangu.backends.whereabouts import here
+from pangu.backends.turns import is_of_experts
+from pangu.backends.whereabouts import Told, here
 
 NAME = "shared_memory"
 SLOT = 1 << 20  # bytes from one rank to another at a time; each pair has two slots each way
@@ -132,7 +132,7 @@ class _Addends:
 
     def get_future(self) -> Any:
         """Done when the last ones have come."""
-        return (self._expected[-1][0] if self._expected else DONE).get_future()
+        return self._expected[-1][0].get_future()
 
     def wait(self) -> None:
         for work, parts, output in self._expected:
@@ -190,7 +190,11 @@ class SharedMemoryGroup(_ProcessGroup):
 
     def serves(self, opts: Any) -> bool:
         """Whether a call goes through shared memory: the same answer on every rank."""
-        return len(self._ranks) > 1 and not opts.asyncOp and self.links is not None
+        return len(self._ranks) > 1 and self.at_once(opts) and self.links is not None
+
+    def at_once(self, opts: Any) -> bool:
+        """Whether a call may be over when it returns."""
+        return not opts.asyncOp or is_of_experts(self.group_desc)
 
     def exchange(self, sent: Sequence[torch.Tensor], received: Sequence[torch.Tensor]) -> None:
         """`sent[r]` goes to rank r, where it arrives as `received` of this rank. Contiguous; what
@@ -243,7 +247,7 @@ class SharedMemoryGroup(_ProcessGroup):
         self, outputs: list[torch.Tensor], inputs: list[torch.Tensor], opts: Any
     ) -> Any:
         reduction = _reduction(opts)
-        if reduction is None or opts.asyncOp:
+        if reduction is None or not self.at_once(opts):
             return self._gloo.reduce_scatter_single_coalesced(outputs, inputs, opts)
         addends = _Addends(reduction)
         for output, input in zip(outputs, inputs, strict=True):
@@ -259,7 +263,7 @@ class SharedMemoryGroup(_ProcessGroup):
                 output.view(-1).split(size), shares.split(size, dim=1), strict=True
             ):
                 self._reduce(sent.contiguous().unbind(), target, reduction)
-        return addends
+        return DONE if self.serves(opts) else addends
 
     def allreduce(self, tensors: list[torch.Tensor], opts: Any) -> Any:
         reduction = _reduction(opts)
@@ -308,17 +312,17 @@ def _told(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         group, waits = self.group_desc or "a group", _waits(args)
         place = (group, self._ranks, name, self._calls)
         span = timeline.collective(name, group, self._ranks, self._calls)
-        with timeline.waiting(span, span.start) if waits else nullcontext():
-            with here.at(*place):
-                work = call(self, *args, **kwargs)
-            if not waits:
-                return timeline.watch(work, span) if timeline.recording else work
-            if turns.paired() and turns.ends_turn(group, _sent(args)):
-                timeline.end_with(work, span)
-                turns.hand_over()
-            with here.at(*place):
+        with here.at(*place):
+            work = call(self, *args, **kwargs)
+            if waits:
                 work.wait()
-        return DONE  # the engine waits once more
+                work = DONE  # the engine waits once more
+        if work is DONE:
+            timeline.waited(span)
+            return DONE
+        if timeline.recording:
+            work = timeline.watch(work, span)
+        return Told(work, place) if is_of_experts(group) else work
 
     return told
 
@@ -326,15 +330,6 @@ def _told(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
 def _waits(args: tuple[Any, ...]) -> bool:
     """Whether who calls waits for the work right away."""
     return getattr(args[-1] if args else None, "asyncOp", True) is False
-
-
-def _sent(args: tuple[Any, ...]) -> torch.Tensor:
-    """The first tensor of a call that is waited for: inputs are the last of its tensors."""
-    tensors = [each for each in args if isinstance(each, torch.Tensor | list)]
-    given = tensors[min(1, len(tensors) - 1)] if tensors else NOTHING
-    while isinstance(given, list):
-        given = given[0] if given else NOTHING
-    return given if isinstance(given, torch.Tensor) else NOTHING
 
 
 def _through_gloo(name: str) -> Callable[..., Any]:

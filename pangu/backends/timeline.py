@@ -74,11 +74,9 @@ class Timeline:
         self.spans.append(span)
         return span
 
-    @contextlib.contextmanager
-    def waiting(self, span: Span, since: int = 0) -> Iterator[None]:
-        """Not computing until `span` is over, from `since` or from now on."""
-        self._computed(since or _now())
-        yield
+    def waited(self, span: Span) -> None:
+        """It was waited for from its start until now."""
+        self._computed(span.start)
         span.finish()
         self.resume()
 
@@ -95,15 +93,9 @@ class Timeline:
 
     def watch(self, work: Any, span: Span) -> Any:
         """The work of an asynchronous call, whose end and whose waits are noted."""
-        self.end_with(work, span)
-        return _Watched(work, span)
-
-    def end_with(self, work: Any, span: Span) -> None:
-        """`span` ends when `work` does, whoever waits for it and when."""
-        if not self.recording:
-            return
         with contextlib.suppress(RuntimeError):  # a send's or a receive's has no future
             work.get_future().add_done_callback(lambda _: span.finish())
+        return _Watched(work, span)
 
     def pause(self) -> None:
         """Computing ends here."""
@@ -131,8 +123,11 @@ class _Watched:
         return getattr(self._work, name)
 
     def wait(self, *args: Any) -> Any:
-        with timeline.waiting(self._span):
-            return self._work.wait(*args)
+        timeline.pause()
+        done = self._work.wait(*args)
+        self._span.finish()
+        timeline.resume()
+        return done
 
 
 def _now() -> int:

@@ -7,9 +7,13 @@ which is all that keeps them from waiting for each other for ever.
 
 Other collectives keep the turn. Those of tensor parallelism write into buffers that the engine has
 once, for one pass. Counts go forward alone; what has a gradient goes both ways, in the opposite
-order: rows, weights, results forward; results, weights, rows backward. So passes that change turns
-for these keep step: one's rows travel while the other's experts compute, its results beside the
-other's attention, and where weights travel, which are short, the other's rows have just arrived.
+order: tokens, results forward; results, tokens backward. So passes that change turns for these keep
+step: one's tokens travel while the other's experts compute, its results beside the other's
+attention.
+
+On a device both passes' work is queued on one stream, in the order of turns, and messages go on
+streams of their library: a pass whose turn has come back lets the stream wait for its message,
+behind all that the other has queued meanwhile.
 """
 
 from __future__ import annotations
@@ -20,11 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, TypeVar
 
-import torch
-
 from pangu.backends.timeline import timeline
 
-COUNTS = (torch.int32, torch.int64)
 T = TypeVar("T")
 U = TypeVar("U")
 
@@ -69,17 +70,6 @@ def is_of_experts(group: str) -> bool:
     return group.startswith("EXPERT") and "DATA" not in group
 
 
-def paired() -> bool:
-    """Whether this thread runs one of two passes."""
-    return _thread.own is not None
-
-
-def ends_turn(group: str, sent: torch.Tensor) -> bool:
-    """Whether one of two passes ends its turn where it waits for `sent`: of experts, and no counts.
-    The same on all of the group's ranks."""
-    return sent.dtype not in COUNTS and is_of_experts(group)
-
-
 def hand_over() -> None:
     """Let the other pass compute until it waits or ends; at once where there is none.
 
@@ -90,8 +80,10 @@ def hand_over() -> None:
     if own is None:
         return
     if not own.other.over:
+        timeline.pause()
         own.other.turn.release()
         own.turn.acquire()
+        timeline.resume()
     if own.other.failed:
         raise AbandonedError("the pass beside this one has failed")
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch.distributed as dist
 
@@ -70,6 +71,17 @@ class Whereabouts:
 
 
 here = Whereabouts()
+
+
+class Told:
+    """An asynchronous call's work: others hear that this rank is at `place` while it waits."""
+
+    def __init__(self, work: Any, place: tuple[str, Sequence[int], str, int]) -> None:
+        self._work, self._place = work, place
+
+    def wait(self) -> None:
+        with here.at(*self._place):
+            self._work.wait()
 
 
 class Answers:

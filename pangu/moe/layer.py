@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from configs.dispatch import dispatcher
 from pangu.moe.config import MoETransformerConfig
 from pangu.moe.dispatch import DISPATCHERS, Dispatcher
 from pangu.moe.dispatch.choices import choices_per_token
-from pangu.moe.dispatch.dispatcher import DispatchRecord
+from pangu.moe.dispatch.dispatcher import DispatchRecord, nothing
 from pangu.moe.experts import GroupedExperts
 from pangu.moe.placement import Order
 from pangu.moe.router import ExpertRouter
@@ -85,21 +86,27 @@ class ExpertLayer(MoELayer):
         return self.compute(hidden_states), None
 
     def compute(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """All stages, one after the other."""
-        shared = self.shared_experts_compute(hidden_states)
+        """All stages; the shared expert while tokens are on their way."""
+        shared: list[torch.Tensor | None] = []
         made: list[tuple[DispatchRecord, torch.Tensor]] = []
 
-        def to_experts(hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            record, rows_NH, counts_X, weights_N = self._to_experts(hidden_states)
+        def meanwhile() -> None:
+            shared.append(self.shared_experts_compute(hidden_states))
+
+        def to_experts(
+            hidden_states: torch.Tensor, meanwhile: Callable[[], None] = nothing
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            record, rows_NH, counts_X, weights_N = self._to_experts(hidden_states, meanwhile)
             made.append((record, counts_X))
             return rows_NH, weights_N
 
         checkpoint = CheckpointWithoutOutput(fp8=None)  # None, not False, turns FP8 off
         again = "moe_permute" in self.config.recomputed and torch.is_grad_enabled()
         if again:
+            meanwhile()  # not a part of what is computed once more
             rows_NH, weights_N = checkpoint.checkpoint(to_experts, hidden_states)
         else:
-            rows_NH, weights_N = to_experts(hidden_states)
+            rows_NH, weights_N = to_experts(hidden_states, meanwhile)
         record, counts_X = made[0]  # a recomputation makes the same once more
         output_NH, _ = self.experts(rows_NH, counts_X, weights_N)
         stages = self.token_dispatcher
@@ -108,16 +115,17 @@ class ExpertLayer(MoELayer):
         output = output.to(hidden_states.dtype)
         if again:  # before all that the experts recompute out of these rows
             checkpoint.discard_output_and_register_recompute(output)
-        return output if shared is None else output + shared
+        return output if shared[0] is None else output + shared[0]
 
     def _to_experts(
-        self, hidden_states: torch.Tensor
+        self, hidden_states: torch.Tensor, meanwhile: Callable[[], None]
     ) -> tuple[DispatchRecord, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Router and dispatch: the call's record, rows `[N, H]` by expert, rows per expert `[X]`
-        and weights `[N]`."""
+        and weights `[N]`. `meanwhile` is called on the way."""
         weights_TE, chosen_TE = self.route(hidden_states)
         stages = self.token_dispatcher
         record, sent, weights = stages.dispatch_preprocess(hidden_states, chosen_TE, weights_TE)
+        record.meanwhile = meanwhile
         received, weights = stages.token_dispatch(record, sent, weights)
         return record, *stages.dispatch_postprocess(record, received, weights)
 

@@ -5,9 +5,8 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import mappings
 
-GATHERS = ("dist_all_gather_func", "dist_reduce_scatter_func")  # megatron-core's own names
+GATHERS = ("all_gather_into_tensor", "reduce_scatter_tensor")
 
 
 class Traffic:
@@ -39,25 +38,22 @@ def watch():
     """The `Traffic` of what runs inside."""
     traffic = Traffic()
     exchange = dist.all_to_all_single
-    gather, scatter = (getattr(mappings, name) for name in GATHERS)
+    gather, scatter = (getattr(dist, name) for name in GATHERS)
 
-    def all_to_all(output, input, output_split_sizes=None, input_split_sizes=None, group=None):
+    def all_to_all(output, input, output_split_sizes, input_split_sizes, group, **options):
         splits = input_split_sizes or [input.size(0) // group.size()] * group.size()
         width = input[0].numel() if input.numel() else 0
         traffic.add("all_to_all", group, input.dtype, [rows * width for rows in splits])
-        return exchange(output, input, output_split_sizes, input_split_sizes, group)
+        return exchange(output, input, output_split_sizes, input_split_sizes, group, **options)
 
-    def all_gather(output, input, group):
+    def all_gather(output, input, group, **options):
         traffic.add("all_gather", group, input.dtype, input.numel())
-        return gather(output, input, group=group)
+        return gather(output, input, group=group, **options)
 
-    def reduce_scatter(output, input, group):
+    def reduce_scatter(output, input, group, **options):
         traffic.add("reduce_scatter", group, input.dtype, output.numel())
-        return scatter(output, input, group=group)
+        return scatter(output, input, group=group, **options)
 
     replaced = dict(zip(GATHERS, (all_gather, reduce_scatter), strict=True))
-    with (
-        patch.multiple(mappings, **replaced),
-        patch.object(dist, "all_to_all_single", all_to_all),
-    ):
+    with patch.multiple(dist, all_to_all_single=all_to_all, **replaced):
         yield traffic

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from pangu.backends import turns
 
 # What torch-npu itself does without an operator of CANN's.
 OWN = ("empty", "empty_strided", "new_empty_strided", "record_stream", "set_", "resize_")
@@ -43,11 +46,23 @@ def _on_npu(value: Any) -> bool:
 
 
 class HostMemory(TorchDispatchMode):
-    """`called` counts the operators by name."""
+    """`called` counts the operators by name. A mode is its thread's: beside a backward pass, a
+    forward pass has one of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, called: Counter[str] | None = None) -> None:
         super().__init__()
-        self.called: Counter[str] = Counter()
+        self.called: Counter[str] = Counter() if called is None else called
+        side_by_side = turns.side_by_side
+
+        def both(first: Callable[[], Any], second: Callable[[], Any]) -> Any:
+            def inside() -> Any:
+                with self.__class__(self.called):
+                    return second()
+
+            return side_by_side(first, inside)
+
+        if called is None:
+            turns.side_by_side = both  # before `pangu.engines.megatron.overlap` is imported
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

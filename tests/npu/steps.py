@@ -11,11 +11,13 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 import torch_npu  # noqa: F401 - registers the device
 from layouts import all_layouts
 
 from pangu import backends
+from pangu.backends import turns
 from pangu.backends.host_tier import PinnedTier
 from pangu.engines.megatron.fitting import select_backend
 from pangu.ops.cases import TOLERANCES, cases, compared
@@ -27,6 +29,15 @@ def main(layouts: Path, results: Path) -> None:
     sent: list[int] = []  # bytes on their way to pinned memory
     send = PinnedTier.send
     PinnedTier.send = lambda self, source: (sent.append(source.numel()), send(self, source))[1]
+    backwards: list[bool] = []  # of turns that changed beside another pass, in which
+    hand_over = turns.hand_over
+
+    def handed_over() -> None:
+        if turns._thread.own is not None:
+            backwards.append(torch._C._current_graph_task_id() != -1)
+        hand_over()
+
+    turns.hand_over = handed_over
     with HostMemory() as mode:
         select_backend("npu", int(os.environ["LOCAL_RANK"]), "fp32")
         dist.init_process_group("hccl")
@@ -38,6 +49,7 @@ def main(layouts: Path, results: Path) -> None:
             called = sorted(name for name in mode.called if name.startswith(("npu.", "c10d.")))
             said = {"wrong": wrong, "steps": found, "called": called, "swapped": sum(sent)}
             said["sensors"] = backends.current().sensors()
+            said["handed over"] = backwards.count(True), backwards.count(False)
             results.write_text(json.dumps(said))
         dist.destroy_process_group()
 

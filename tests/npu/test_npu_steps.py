@@ -29,7 +29,7 @@ ROUTERS = {
 TWO = "parallel.expert_model_parallel_size=2"
 LAYOUTS = {
     "moge": [*ROUTERS["moge"], TWO, "memory.swap=[core_attn,layernorm,moe]"],
-    "top_k": [*ROUTERS["top_k"], TWO],
+    "top_k": [*ROUTERS["top_k"], TWO, "parallel.overlap_expert_parallel=true"],
 }
 # What a step calls of torch-npu's; each has to fit its real schema.
 CALLED = {
@@ -71,5 +71,7 @@ def test_operators_and_steps_on_npus_equal_those_on_a_cpu(tmp_path):
         ]
     assert {name.split(".")[1] for name in found["called"]} >= CALLED
     assert found["swapped"] > 1 << 19
+    # Steps, layers, ways: in the backward pass, and in the forward pass beside it.
+    assert found["handed over"] == [2 * 2 * 2, 2 * 2 * 2]
     memory = {"device_memory_used_gib": 0.0, "device_memory_total_gib": 64.0}  # as acl.c says
     assert found["sensors"] == memory

@@ -3,7 +3,8 @@
 Megatron-core's schedules for it say which forward pass runs beside which backward pass. It then
 interleaves the two layer by layer, out of pieces of its own. Here they are whole passes, as without
 overlap, in a thread each: every dispatcher, recomputation and swap is what it is otherwise, and so
-are the sums.
+are the sums. Of a device's backward pass autograd's own threads would run every part; it is kept in
+the thread that has the turn.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import backward_step, forward_step
 from megatron.core.utils import get_model_type
 
+from pangu import backends
 from pangu.backends.turns import side_by_side
 
 
@@ -29,11 +31,18 @@ def forward_beside_backward(call: Any) -> tuple[Any, torch.Tensor | None, Any]:
     if call.pre_forward is not None:  # inside a pipeline: what the passes begin with arrives
         call.pre_forward()
         call.pre_backward()
-    gradient, (output, tokens) = side_by_side(lambda: _backward(call), lambda: _forward(call))
+    with torch.autograd.set_multithreading_enabled(False):
+        gradient, (output, tokens) = side_by_side(lambda: _backward(call), lambda: _beside(call))
     if call.post_forward is not None:  # and what they end with leaves
         call.post_forward(output)
         call.post_backward(gradient)
     return output, tokens, gradient
+
+
+def _beside(call: Any) -> tuple[Any, torch.Tensor]:
+    device = backends.current().device
+    torch.get_device_module(device).set_device(device)  # each thread begins with the first one
+    return _forward(call)
 
 
 def _forward(call: Any) -> tuple[Any, torch.Tensor]:

@@ -14,13 +14,10 @@ masks over tokens × experts.
 from __future__ import annotations
 
 import torch
-from megatron.core.tensor_parallel import (
-    all_to_all,
-    reduce_scatter_to_sequence_parallel_region,
-)
 
 from pangu.moe.dispatch.choices import pack, unpack
 from pangu.moe.dispatch.dispatcher import Dispatcher, DispatchRecord
+from pangu.moe.dispatch.messages import begin, exchange, reduce_scatter, travelled
 from pangu.moe.dispatch.rows import gather_rows
 from pangu.ops.permute import Permutation, permute, plan_map, unpermute
 
@@ -55,8 +52,13 @@ class AllGatherDispatcher(Dispatcher[DispatchRecord]):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """All tokens of all ranks `[R·T, H]`, and all choices of experts on this rank."""
         dtype = self.config.moe.dispatch_dtype
-        tokens = gather_rows(hidden_states, self.tp_ep_group, dtype)
-        return tokens, all_to_all(self.tp_ep_group, probs)
+        arrived = begin(
+            (hidden_states, gather_rows(self.tp_ep_group, dtype)),
+            (probs, exchange(self.tp_ep_group)),
+        )
+        record.meanwhile()
+        tokens, choices = arrived()
+        return tokens, choices
 
     def dispatch_postprocess(
         self, record: DispatchRecord, hidden_states: torch.Tensor, probs: torch.Tensor
@@ -75,7 +77,7 @@ class AllGatherDispatcher(Dispatcher[DispatchRecord]):
 
     def token_combine(self, record: DispatchRecord, hidden_states: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' parts, of this rank's tokens: `[T, H]`."""
-        return reduce_scatter_to_sequence_parallel_region(hidden_states, group=self.tp_ep_group)
+        return travelled(hidden_states, reduce_scatter(self.tp_ep_group))
 
     def combine_postprocess(
         self, record: DispatchRecord, hidden_states: torch.Tensor

@@ -16,10 +16,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from megatron.core.tensor_parallel import all_to_all
 
 from pangu.moe.dispatch.choices import sort_by_expert
 from pangu.moe.dispatch.dispatcher import Dispatcher, DispatchRecord
+from pangu.moe.dispatch.messages import begin, exchange, travelled
 from pangu.moe.dispatch.rows import exchange_rows
 from pangu.moe.dispatch.uneven import gather_counts, gather_uneven, reduce_scatter_uneven
 from pangu.ops.permute import Permutation, permute, plan, unpermute
@@ -55,8 +55,12 @@ class AllToAllDispatcher(Dispatcher[Exchange]):
         first, then expert parallel), then by expert."""
         self._agree_on_splits(record)
         dtype, splits = self.config.moe.dispatch_dtype, (record.received, record.sent)
-        rows = exchange_rows(hidden_states, self.ep_group, dtype, *splits)
-        weights = all_to_all(self.ep_group, probs, *splits)
+        arrived = begin(
+            (hidden_states, exchange_rows(self.ep_group, dtype, *splits)),
+            (probs, exchange(self.ep_group, *splits)),
+        )
+        record.meanwhile()
+        rows, weights = arrived()
         if self.tp_size > 1:
             rows = gather_uneven(rows, record.gathered, self.tp_group)
             weights = gather_uneven(weights, record.gathered, self.tp_group)
@@ -101,7 +105,7 @@ class AllToAllDispatcher(Dispatcher[Exchange]):
         """The experts' output of this rank's choices, in the order in which they were sent."""
         if self.tp_size > 1:
             hidden_states = reduce_scatter_uneven(hidden_states, record.gathered, self.tp_group)
-        return all_to_all(self.ep_group, hidden_states, record.sent, record.received)
+        return travelled(hidden_states, exchange(self.ep_group, record.sent, record.received))
 
     def combine_postprocess(self, record: Exchange, hidden_states: torch.Tensor) -> torch.Tensor:
         """Sum each token's rows and restore its place."""

@@ -18,10 +18,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from megatron.core.tensor_parallel import all_to_all
 
-from configs.schema import DispatchDtype
 from pangu.moe.dispatch.dispatcher import Dispatcher, DispatchRecord
+from pangu.moe.dispatch.messages import begin, exchange, travelled
 from pangu.moe.dispatch.rows import exchange_rows
 from pangu.moe.dispatch.uneven import gather_counts, gather_uneven, reduce_scatter_uneven
 from pangu.ops.permute import Permutation, permute, plan_map, plan_rows, unpermute
@@ -76,10 +75,18 @@ class DeduplicatedDispatcher(Dispatcher[Deduplicated]):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens that chose experts of this rank, and their choices, by rank (expert tensor
         parallel first, then expert parallel)."""
-        record.rows, record.choices = self._agree_on_splits(record.counts)
+        rows, choices = record.rows, record.choices = self._agree_on_splits(record.counts)
         dtype = self.config.moe.dispatch_dtype
-        rows = self._send(hidden_states, record.rows, dtype)
-        return rows, self._send(probs, record.choices, "model")
+        arrived = begin(
+            (hidden_states, exchange_rows(self.ep_group, dtype, rows.received, rows.sent)),
+            (probs, exchange(self.ep_group, choices.received, choices.sent)),
+        )
+        record.meanwhile()
+        tokens, numbers = arrived()
+        if self.tp_size > 1:
+            tokens = gather_uneven(tokens, rows.gathered, self.tp_group)
+            numbers = gather_uneven(numbers, choices.gathered, self.tp_group)
+        return tokens, numbers
 
     def _agree_on_splits(self, counts: torch.Tensor) -> tuple[Splits, Splits]:
         everyone = gather_counts(counts, self.tp_ep_group)[..., self.ep_group.rank()]
@@ -90,12 +97,6 @@ class DeduplicatedDispatcher(Dispatcher[Deduplicated]):
             for sent, parts in zip(counts.tolist(), received, strict=True)
         )
         return rows, choices
-
-    def _send(self, x: torch.Tensor, splits: Splits, dtype: DispatchDtype) -> torch.Tensor:
-        received = exchange_rows(x, self.ep_group, dtype, splits.received, splits.sent)
-        if self.tp_size == 1:
-            return received
-        return gather_uneven(received, splits.gathered, self.tp_group)
 
     def dispatch_postprocess(
         self, record: Deduplicated, hidden_states: torch.Tensor, probs: torch.Tensor
@@ -125,7 +126,7 @@ class DeduplicatedDispatcher(Dispatcher[Deduplicated]):
         assert rows is not None
         if self.tp_size > 1:
             hidden_states = reduce_scatter_uneven(hidden_states, rows.gathered, self.tp_group)
-        return all_to_all(self.ep_group, hidden_states, rows.sent, rows.received)
+        return travelled(hidden_states, exchange(self.ep_group, rows.sent, rows.received))
 
     def combine_postprocess(
         self, record: Deduplicated, hidden_states: torch.Tensor

@@ -6,7 +6,8 @@ Shapes: T tokens of this rank, H hidden, E experts, X of them on this rank, N ro
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import torch
@@ -16,6 +17,10 @@ from pangu.moe.config import MoETransformerConfig
 from pangu.ops.permute import Permutation
 
 
+def nothing() -> None:
+    """What a layer without a shared expert does while tokens are on their way."""
+
+
 @dataclass
 class DispatchRecord:
     """What the stages of one micro-batch leave to each other. It is made anew by each call, since
@@ -23,6 +28,8 @@ class DispatchRecord:
 
     hidden_shape: torch.Size  # of the layer's input
     permutation: Permutation | None = None  # of the rows that the experts see
+    # What the layer does while tokens are on their way to experts.
+    meanwhile: Callable[[], None] = field(default=nothing, kw_only=True)
 
 
 Record = TypeVar("Record", bound=DispatchRecord)
@@ -60,7 +67,8 @@ class Dispatcher(ABC, Generic[Record]):
     def token_dispatch(
         self, record: Record, hidden_states: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Send to the ranks that hold the experts; what this rank received. Communicates."""
+        """Send to the ranks that hold the experts; what this rank received. Communicates, and
+        calls `record.meanwhile` once its first messages are under way."""
 
     @abstractmethod
     def dispatch_postprocess(

@@ -23,16 +23,13 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import (
-    gather_from_sequence_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
 
 from pangu.moe.config import MoETransformerConfig
 from pangu.moe.dispatch import nodes
 from pangu.moe.dispatch.alltoall import AllToAllDispatcher
 from pangu.moe.dispatch.choices import pack, unpack
 from pangu.moe.dispatch.dispatcher import Dispatcher, DispatchRecord
+from pangu.moe.dispatch.messages import begin, gather, reduce_scatter, travelled
 from pangu.moe.dispatch.moge import MogeDispatcher
 from pangu.moe.dispatch.rows import gather_rows
 
@@ -80,8 +77,12 @@ class HierarchicalDispatcher(Dispatcher[Hierarchical]):
         self, record: Hierarchical, hidden_states: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """All nodes' tokens, then those of them whose experts are on this rank."""
-        tokens = gather_rows(hidden_states, self.between, self.config.moe.dispatch_dtype)
-        packed = gather_from_sequence_parallel_region(probs, group=self.between)
+        arrived = begin(
+            (hidden_states, gather_rows(self.between, self.config.moe.dispatch_dtype)),
+            (probs, gather(self.between)),
+        )
+        record.meanwhile()
+        tokens, packed = arrived()
         first = self.between.rank() * self.node_experts
         weights, chosen = unpack(packed, self.choices, first, self.node_experts)
         record.inside, *sent = self.inside.dispatch_preprocess(tokens, chosen, weights)
@@ -100,7 +101,7 @@ class HierarchicalDispatcher(Dispatcher[Hierarchical]):
         this rank's tokens: `[T, H]`."""
         back = self.inside.token_combine(record.inside, hidden_states)
         parts = self.inside.combine_postprocess(record.inside, back)
-        return reduce_scatter_to_sequence_parallel_region(parts, group=self.between)
+        return travelled(parts, reduce_scatter(self.between))
 
     def combine_postprocess(
         self, record: Hierarchical, hidden_states: torch.Tensor

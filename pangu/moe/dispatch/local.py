@@ -26,6 +26,7 @@ class LocalDispatcher(Dispatcher[DispatchRecord]):
     def token_dispatch(
         self, record: DispatchRecord, hidden_states: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        record.meanwhile()
         return hidden_states, probs
 
     def dispatch_postprocess(

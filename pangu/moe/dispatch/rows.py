@@ -6,71 +6,42 @@ Shapes: M rows, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
-
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import (
-    all_to_all,
-    gather_from_sequence_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
 
 from configs.schema import DispatchDtype
+from pangu.moe.dispatch.messages import Coming, Way, exchange, gather
 
-Travel = Callable[[torch.Tensor], torch.Tensor]
 INT8_MAX = 127
 
 
 def exchange_rows(
-    rows_MH: torch.Tensor,
-    group: dist.ProcessGroup,
-    dtype: DispatchDtype,
-    received: list[int],
-    sent: list[int],
-) -> torch.Tensor:
-    """The rows that the ranks sent this one, `received` of them from each."""
-    if dtype == "model":
-        return all_to_all(group, rows_MH, received, sent)
-    there = partial(_exchanged, group, received, sent)
-    return _Narrow.apply(rows_MH, dtype, there, partial(_exchanged, group, sent, received))
+    group: dist.ProcessGroup, dtype: DispatchDtype, received: list[int], sent: list[int]
+) -> Way:
+    """Rows that the ranks send this one, `received` of them from each."""
+    return _narrow(exchange(group, received, sent), dtype)
 
 
-def gather_rows(
-    rows_MH: torch.Tensor, group: dist.ProcessGroup, dtype: DispatchDtype
-) -> torch.Tensor:
+def gather_rows(group: dist.ProcessGroup, dtype: DispatchDtype) -> Way:
     """All ranks' rows; as many of each."""
-    there = partial(gather_from_sequence_parallel_region, group=group)
-    if dtype == "model":
-        return there(rows_MH)
-    back = partial(reduce_scatter_to_sequence_parallel_region, group=group)
-    return _Narrow.apply(rows_MH, dtype, there, back)
+    return _narrow(gather(group), dtype)
 
 
-def _exchanged(
-    group: dist.ProcessGroup, received: list[int], sent: list[int], rows: torch.Tensor
-) -> torch.Tensor:
-    return all_to_all(group, rows, received, sent)
+def _narrow(way: Way, dtype: DispatchDtype) -> Way:
+    """There in `dtype`, and back as it is."""
 
-
-class _Narrow(torch.autograd.Function):
-    """Rows that travel `there` in `dtype`, and their gradient `back` in its own."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, rows_MH: torch.Tensor, dtype: DispatchDtype, there: Travel, back: Travel
-    ) -> torch.Tensor:
-        ctx.back = back
+    def there(rows_MH: torch.Tensor) -> Coming:
         if dtype == "bf16":
-            return there(rows_MH.to(torch.bfloat16)).to(rows_MH.dtype)
-        values_MH, scales_M1 = quantise(rows_MH)
-        return there(values_MH).to(rows_MH.dtype) * there(scales_M1).to(rows_MH.dtype)
+            coming = way.there(rows_MH.to(torch.bfloat16))
+            return coming._replace(read=lambda: coming.read().to(rows_MH.dtype))
+        values, scales = map(way.there, quantise(rows_MH))
 
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return ctx.back(grads[0].contiguous()), None, None, None
+        def read() -> torch.Tensor:
+            return values.read().to(rows_MH.dtype) * scales.read().to(rows_MH.dtype)
+
+        return Coming((*values.works, *scales.works), (*values.sent, *scales.sent), read)
+
+    return way if dtype == "model" else way._replace(there=there)
 
 
 def quantise(rows_MH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import all_to_all
+
+from pangu.moe.dispatch.messages import exchange, travelled
 
 
 def gather_counts(own: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -22,7 +23,7 @@ def gather_uneven(x: torch.Tensor, sizes: list[int], group: dist.ProcessGroup) -
     """The ranks' rows, `sizes` of them, one after the other: each rank sends all its rows to all.
     Its gradient sums what the ranks return."""
     copies = x.expand(group.size(), *x.shape).flatten(0, 1)
-    return all_to_all(group, copies, sizes, [x.size(0)] * group.size())
+    return travelled(copies, exchange(group, sizes, [x.size(0)] * group.size()))
 
 
 def reduce_scatter_uneven(
@@ -30,5 +31,5 @@ def reduce_scatter_uneven(
 ) -> torch.Tensor:
     """This rank's rows, summed over the ranks; rank r owns `sizes[r]` rows."""
     own = sizes[group.rank()]
-    parts = all_to_all(group, x, [own] * group.size(), sizes)
+    parts = travelled(x, exchange(group, [own] * group.size(), sizes))
     return parts.unflatten(0, (group.size(), own)).sum(dim=0)
