@@ -104,23 +104,50 @@ class Grid:
         return self.scale.repeat_interleave(size, 1), self.zero.repeat_interleave(size, 1)
 
 
-def grid_of(weight_RC: Tensor, scheme: Scheme, stored: torch.dtype, *, clip: bool = False) -> Grid:
+def grid_of(
+    weight_RC: Tensor,
+    scheme: Scheme,
+    stored: torch.dtype,
+    *,
+    clip: bool = False,
+    gram_CC: Tensor | None = None,
+) -> Grid:
     """The grid that the extremes of each group span; with `clip`, of up to half of them whichever
-    leaves the least squared error. `stored` is what scales will be kept in."""
+    leaves the least squared error: of the weights, or with `gram_CC`, the sum of x·xᵀ over inputs,
+    of what they add to the outputs (AWQ's clipping), where a row's whole output then gains by it.
+    `stored` is what scales will be kept in."""
     groups = weight_RC.float().unflatten(1, (-1, scheme.group_size or weight_RC.size(1)))
-    grid = spanned(groups, 1.0, scheme, stored)
+    whole = grid = spanned(groups, 1.0, scheme, stored)
     if not clip:
         return grid
-    least = _squared_error(groups, grid, scheme)
+    blocks = None if gram_CC is None else _diagonal_blocks(gram_CC, groups.size(2))
+    least = _squared_error(groups, grid, scheme, blocks)
     for step in range(1, 21):
         other = spanned(groups, 1.0 - step / 40, scheme, stored)
-        error = _squared_error(groups, other, scheme)
-        better = error < least
-        least = torch.where(better, error, least)
-        grid = Grid(
-            torch.where(better, other.scale, grid.scale), torch.where(better, other.zero, grid.zero)
-        )
-    return grid
+        error = _squared_error(groups, other, scheme, blocks)
+        grid, least = _where(error < least, other, grid), torch.minimum(error, least)
+    if gram_CC is None:
+        return grid
+    before, after = (output_error(weight_RC, g, scheme, gram_CC) for g in (whole, grid))
+    return _where((after < before)[:, None], grid, whole)
+
+
+def _where(chosen: Tensor, one: Grid, other: Grid) -> Grid:
+    return Grid(
+        torch.where(chosen, one.scale, other.scale), torch.where(chosen, one.zero, other.zero)
+    )
+
+
+def _diagonal_blocks(gram_CC: Tensor, size: int) -> Tensor:
+    """`[G, size, size]`."""
+    parts = gram_CC.unflatten(1, (-1, size)).unflatten(0, (-1, size))
+    return parts.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def output_error(weight_RC: Tensor, grid: Grid, scheme: Scheme, gram_CC: Tensor) -> Tensor:
+    """Squared error of each output over the inputs of `gram_CC`, the sum of x·xᵀ: `[R]`."""
+    wrong = rounded(weight_RC, grid, scheme) - weight_RC.float()
+    return ((wrong @ gram_CC) * wrong).sum(1)
 
 
 def spanned(groups: Tensor, part: float | Tensor, scheme: Scheme, stored: torch.dtype) -> Grid:
@@ -141,10 +168,16 @@ def spanned(groups: Tensor, part: float | Tensor, scheme: Scheme, stored: torch.
     return Grid(scale, (low - least / scale).round().clamp(low, high))
 
 
-def _squared_error(groups: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
+def _squared_error(
+    groups: Tensor, grid: Grid, scheme: Scheme, blocks: Tensor | None = None
+) -> Tensor:
+    """Of weights `[R, G, size]`, or of what they make of inputs whose grams are `blocks`
+    `[G, size, size]`: `[R, G]`."""
     scale, zero = grid.scale[..., None], grid.zero[..., None]
     codes = nearest_code(groups / scale + zero, scheme)
-    return ((codes - zero) * scale - groups).square().sum(-1)
+    wrong = (codes - zero) * scale - groups
+    turned = wrong if blocks is None else torch.einsum("rgi,gij->rgj", wrong, blocks)
+    return (turned * wrong).sum(-1)
 
 
 def nearest_code(x: Tensor, scheme: Scheme) -> Tensor:

@@ -26,6 +26,7 @@ from pangu.weights.readers import matrices, norm_readers
 from pangu.weights.smoothing import awq_scales, smooth_scales
 
 Tensor = torch.Tensor
+_DENSE = ("mlp", "mlp.shared_experts")  # where MLPs stand
 Method = Literal["rtn", "awq", "gptq", "smoothquant", "flatquant"]
 
 
@@ -51,6 +52,12 @@ class Inputs:
             self.total += x.abs().sum(0)
             self.largest = torch.maximum(self.largest, x.abs().amax(0))
             self.tokens += len(x)
+
+    def divide(self, scales: Tensor) -> None:
+        """From now on, what came in was divided by `scales` `[C]`."""
+        self.gram /= torch.outer(scales, scales)
+        self.total /= scales
+        self.largest /= scales
 
 
 @dataclass
@@ -95,7 +102,7 @@ class Quantizer:
             self.grids |= {prefix + name: grid for name, grid in found.items()}
             return
         observes = [] if self.method == "rtn" else calls
-        seen = _observed(layer, observes, experts=self.method == "gptq")
+        seen = _observed(layer, observes, experts=self.method in ("awq", "gptq"))
         if self.method in ("awq", "smoothquant"):
             self._smooth(layer, seen)
         self._round(layer, prefix, seen)
@@ -124,36 +131,65 @@ class Quantizer:
         self.key_limits[f"{prefix}key_step"] = (high - low) / (2**self.scheme.kv_bits - 1)
 
     def _smooth(self, layer: Any, seen: dict[str, Inputs]) -> None:
-        """Scale the channels that the norms feed, and what reads them; with AWQ, those of a dense
-        layer's activations too."""
-        names, mlp = dict(layer.named_parameters()), layer.mlp
+        """Scale the channels that the norms feed, and what reads them; with AWQ, those between the
+        two products of each MLP too."""
+        names = dict(layer.named_parameters())
         for found in norm_readers(layer):
-            readers = [part for name in found.rounded for part in matrices(name, names[name])]
+            readers = [
+                part
+                for name in found.rounded
+                for part in zip(
+                    matrices(name, names[name]), _inputs(name, names[name], seen), strict=True
+                )
+            ]
             exact = [names[name] for name in found.exact]
             self._fold(getattr(layer, found.norm), readers, exact, seen[found.seen])
-        if self.method == "awq" and hasattr(mlp, "linear_fc1") and layer.config.gated_linear_unit:
-            scales = self._scales([mlp.linear_fc2.weight], [], seen["mlp.linear_fc2"])
-            for part in (mlp.linear_fc1.weight, mlp.linear_fc1.bias):
-                if part is not None:
-                    up = part[len(part) // 2 :]
-                    up /= scales.view(-1, *[1] * (up.dim() - 1))
-            mlp.linear_fc2.weight *= scales
+        if self.method != "awq" or not layer.config.gated_linear_unit:
+            return
+        for name, module in layer.named_modules():
+            if name in _DENSE and hasattr(module, "linear_fc2"):
+                first, second = module.linear_fc1, module.linear_fc2
+                ups = [part for part in (first.weight, first.bias) if part is not None]
+                ups = [part[len(part) // 2 :] for part in ups]
+                self._scale_between(ups, second.weight, seen[f"{name}.linear_fc2"])
+            elif isinstance(module, GroupedExperts):
+                inputs = _inputs(f"{name}.w2", module.w2, seen)
+                for w1, w2, each in zip(module.w1, module.w2, inputs, strict=True):
+                    self._scale_between([w1[:, 1].T], w2.T, each)
 
-    def _fold(self, norm: Any, readers: list[Tensor], exact: list[Tensor], inputs: Inputs) -> None:
+    def _scale_between(self, ups: list[Tensor], down: Tensor, inputs: Inputs) -> None:
+        """Divide the rows of `ups`, on which the inputs of `down` `[R, C]` depend linearly, by
+        scales, and multiply its columns by them."""
+        if inputs.tokens < down.size(1):  # too few to say which channels are large
+            return
+        scales = self._scales([(down, inputs)], [], inputs)
+        for up in ups:
+            up /= scales.view(-1, *[1] * (up.dim() - 1))
+        down *= scales
+        inputs.divide(scales)
+
+    def _fold(
+        self, norm: Any, readers: list[tuple[Tensor, Inputs]], exact: list[Tensor], inputs: Inputs
+    ) -> None:
         """Divide what `norm` gives by scales, and multiply `readers` and `exact` (which are not
-        rounded) by them; they are matrices `[R, C]`."""
+        rounded) by them; they are matrices `[R, C]`, with what each has seen."""
         scales = self._scales(readers, exact, inputs)
         for part in (norm.weight, norm.bias):
             if part is not None:
                 part /= scales
-        for weight in [*readers, *exact]:
+        for weight in [*(weight for weight, _ in readers), *exact]:
             weight *= scales
+        for each in {id(one): one for one in [inputs, *(saw for _, saw in readers)]}.values():
+            each.divide(scales)
 
-    def _scales(self, readers: list[Tensor], exact: list[Tensor], inputs: Inputs) -> Tensor:
+    def _scales(
+        self, readers: list[tuple[Tensor, Inputs]], exact: list[Tensor], inputs: Inputs
+    ) -> Tensor:
         if self.method == "smoothquant":
-            return smooth_scales([*readers, *exact], inputs.largest)
+            return smooth_scales([*(weight for weight, _ in readers), *exact], inputs.largest)
         size = inputs.total / max(inputs.tokens, 1)
-        return awq_scales(readers, size, inputs.gram, self.scheme, self.stored)
+        products = [(weight, saw.gram) for weight, saw in readers]
+        return awq_scales(products, size, self.scheme, self.stored)
 
     def _round(self, layer: Any, prefix: str, seen: dict[str, Inputs]) -> None:
         for name, module in layer.named_modules():
@@ -184,7 +220,9 @@ class Quantizer:
     def _rounded(self, weight_RC: Tensor, inputs: Inputs | None) -> tuple[Tensor, Grid]:
         if self.method == "gptq" and inputs is not None and inputs.tokens:
             return gptq(weight_RC, inputs.gram, self.scheme, self.stored)
-        grid = grid_of(weight_RC, self.scheme, self.stored)
+        clip = self.method == "awq" and inputs is not None and inputs.tokens >= weight_RC.size(1)
+        gram = inputs.gram if clip and inputs is not None else None
+        grid = grid_of(weight_RC, self.scheme, self.stored, clip=clip, gram_CC=gram)
         return rounded(weight_RC, grid, self.scheme), grid
 
 
@@ -197,6 +235,15 @@ def widths(model: GPTModel) -> set[int]:
         elif isinstance(module, GroupedExperts):
             found |= {module.w1.size(1), module.w2.size(1)}
     return found
+
+
+def _inputs(name: str, weight: Tensor, seen: dict[str, Inputs]) -> list[Inputs]:
+    """What each of the `matrices` of a weight has seen; where nobody looked inside experts, what
+    came into all of them."""
+    if name.endswith(("experts.w1", "experts.w2")):
+        numbers = range(len(weight))
+        return [seen.get(f"{name}.{number}", seen["mlp"]) for number in numbers]
+    return [seen[name.removesuffix(".weight")]]
 
 
 def _stacked(grids: list[Grid], layout: Callable[[Tensor], Tensor]) -> Grid:
@@ -225,7 +272,8 @@ def _call(model: GPTModel, ids_S: Tensor) -> dict[str, Any]:
 
 def _observed(layer: Any, calls: list[dict[str, Any]], *, experts: bool) -> dict[str, Inputs]:
     """Run the layer on all `calls`, and look at what comes into its matrices, by module; into
-    `mlp` as a whole; and, where `experts`, into both matrices of every expert."""
+    `mlp` as a whole; and, where `experts`, into both matrices of every expert. Of one that fewer
+    tokens came by than its inputs are wide, the first matrix is judged by what came into `mlp`."""
     seen: dict[str, Inputs] = {}
 
     def look(name: str, x: Tensor) -> None:
@@ -260,4 +308,7 @@ def _observed(layer: Any, calls: list[dict[str, Any]], *, experts: bool) -> dict
     finally:
         for handle in handles:
             handle.remove()
+    for name in [name for name in seen if ".experts.w1." in name]:
+        if seen[name].tokens < len(seen[name].total):
+            seen[name] = seen["mlp"]
     return seen

@@ -11,34 +11,34 @@ from collections.abc import Sequence
 
 import torch
 
-from pangu.weights.quantize import Scheme, grid_of, rounded
+from pangu.weights.quantize import Scheme, grid_of, output_error
 
 Tensor = torch.Tensor
 
 
 def awq_scales(
-    weights: Sequence[Tensor],
+    products: Sequence[tuple[Tensor, Tensor]],
     size_C: Tensor,
-    gram_CC: Tensor,
     scheme: Scheme,
     stored: torch.dtype,
     steps: int = 20,
 ) -> Tensor:
-    """Of s = size^a, a in 0, 1/20, … 19/20, the one that leaves the outputs of `weights`, each
-    `[R, C]`, nearest to those of the float weights: `[C]`, all ones where a = 0 does.
+    """Of s = size^a, a in 0, 1/20, … 19/20, the one that leaves the outputs of `products` nearest
+    to those of the float weights: `[C]`, all ones where a = 0 does.
 
-    `size_C` is the mean |x| of every channel over calibration tokens, `gram_CC` the sum of x·xᵀ.
+    `size_C` is the mean |x| of every channel over calibration tokens; each product is a weight
+    `[R, C]` and the sum of x·xᵀ `[C, C]` over the inputs that it saw.
     """
-    size, gram = size_C.float().clamp(min=1e-6), gram_CC.float()
+    size = size_C.float().clamp(min=1e-6)
     best, least = torch.ones_like(size), float("inf")
     for step in range(steps):
         scales = size ** (step / steps)
         scales = scales / (scales.max() * scales.min()).sqrt()
         error = 0.0
-        for weight in weights:
-            scaled = weight.float() * scales
-            wrong = rounded(scaled, grid_of(scaled, scheme, stored), scheme) / scales - weight
-            error += float(((wrong @ gram) * wrong).sum())
+        for weight, gram in products:
+            scaled, across = weight.float() * scales, gram / torch.outer(scales, scales)
+            grid = grid_of(scaled, scheme, stored)
+            error += float(output_error(scaled, grid, scheme, across).sum())
         if error < least:
             best, least = scales, error
     return best

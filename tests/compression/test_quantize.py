@@ -138,9 +138,9 @@ def test_awq_protects_the_channels_that_meet_large_activations():
     x = draw(300, 32, seed=1)
     x[:, [3, 17]] *= 30
     size, gram = x.abs().mean(0), x.T @ x
-    none = awq_scales([weight], size, gram, scheme, torch.float32, steps=1)
+    none = awq_scales([(weight, gram)], size, scheme, torch.float32, steps=1)
     assert torch.allclose(none, torch.ones(32))  # a = 0: nearest rounding
-    scales = awq_scales([weight], size, gram, scheme, torch.float32)
+    scales = awq_scales([(weight, gram)], size, scheme, torch.float32)
 
     def error(scales):
         scaled = weight * scales
