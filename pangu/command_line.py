@@ -14,15 +14,19 @@ import typer
 from configs.violation import ConfigError, Violation
 
 T = TypeVar("T")
+GROUPS = ("speculative", "parallel", "launch")  # of keys that are written group.key
 Ranges = dict[str, tuple[bool, str]]  # by field: whether it fits, and if not why
 
 
 def option_keys(kind: type[Any]) -> dict[str, str]:
     """The key of each field of a dataclass of options: `speculative_tokens` is written
     `speculative.tokens`."""
-    return {
-        field.name: field.name.replace("speculative_", "speculative.") for field in fields(kind)
-    }
+    return {field.name: _key(field.name) for field in fields(kind)}
+
+
+def _key(name: str) -> str:
+    group, underscore, rest = name.partition("_")
+    return f"{group}.{rest}" if underscore and group in GROUPS else name
 
 
 def read_options(kind: type[T], arguments: Sequence[str]) -> tuple[T, list[Violation]]:

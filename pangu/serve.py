@@ -1,20 +1,31 @@
 """Serve: `python -m pangu.serve checkpoint=DIR [key=value] …`, with OpenAI's API.
 
-One process, whatever layout the checkpoint was saved in.
+One process or those of a launcher, whatever layout the checkpoint was saved in.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from launch import environment
+from launch.environment import ProcessEnvironment
+
 if TYPE_CHECKING:
+    from pangu.inference.engine import Engine
+    from pangu.serving.chat import ChatFormat
     from pangu.serving.server import Server
     from pangu.task_experts import TaskExperts
     from pangu.trained_model import Trained
+
+_HEAD_START = 1.0  # seconds
+_PATIENCE = 10.0  # seconds without requests after which rank 0 looks whether all are there
 
 USAGE = """usage: python -m pangu.serve checkpoint=DIR [key=value] ...
 
@@ -41,6 +52,13 @@ USAGE = """usage: python -m pangu.serve checkpoint=DIR [key=value] ...
   task                auto, as python -m pangu.generate has it
   keep                0.5; the part of the experts that is held
   backend             auto | cpu | cuda | npu
+
+in several processes: torchrun --nproc_per_node=4 -m pangu.serve checkpoint=DIR ...
+
+  parallel.tensor_model_parallel_size  1; processes that hold a replica together; replicas decode
+                      different requests, with max_sequences and cache_tokens each
+  parallel.expert_model_parallel_size  1; processes, of all replicas, that divide the experts
+  launch.timeout_minutes  10; how long a process may keep the others waiting
 """
 
 
@@ -69,21 +87,28 @@ class Options:
     task: str = "auto"
     keep: float = 0.5
     backend: Literal["auto", "cpu", "cuda", "npu"] = "auto"
+    parallel_tensor_model_parallel_size: int = 1
+    parallel_expert_model_parallel_size: int = 1
+    launch_timeout_minutes: float = 10.0
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The exit code: 0 told to stop, 2 a mistake of the user's."""
+    """The exit code: 0 told to stop, 1 decoding has failed, 2 a mistake of the user's."""
     if {"-h", "--help"} & set(arguments):
         print(USAGE)
         return 0
     from configs.violation import ConfigError
 
+    process = environment.read(os.environ)
     try:
-        serve(parse(arguments))
-    except ConfigError as error:
-        print(error, file=sys.stderr)
+        return 0 if serve(parse(arguments), process) else 1
+    except ConfigError as error:  # the same on every rank
+        if process.rank == 0:
+            print(error, file=sys.stderr)
+            environment.report_refusal(os.environ, str(error))
+        else:  # a launcher ends the others once one has left: the one that speaks comes first
+            time.sleep(_HEAD_START)
         return 2
-    return 0
 
 
 def parse(arguments: Sequence[str]) -> Options:
@@ -95,7 +120,9 @@ def parse(arguments: Sequence[str]) -> Options:
     from pangu.command_line import read_options, refuse, speculation_ranges, task_ranges
 
     found, violations = read_options(Options, arguments)
-    positive = ("max_sequences", "max_batch_tokens", "max_body", "cache_tokens", "drain")
+    positive = ["max_sequences", "max_batch_tokens", "max_body", "cache_tokens", "drain"]
+    positive += [f"parallel_{kind}_model_parallel_size" for kind in ("tensor", "expert")]
+    positive += ["launch_timeout_minutes"]
     ranges = {name: (getattr(found, name) > 0, "must be more than 0") for name in positive} | {
         "port": (0 <= found.port < 2**16, "a port is 0 to 65535"),
         "max_length": (found.max_length >= 0, "must be more than 0"),
@@ -109,49 +136,72 @@ def parse(arguments: Sequence[str]) -> Options:
     return found
 
 
-def serve(options: Options) -> None:
+def serve(options: Options, process: ProcessEnvironment) -> bool:
     """Answer until told to stop by SIGTERM or SIGINT; answers under way then have `drain` seconds
-    to end.
+    to end. Of several processes rank 0 does, and the others decode for it. False: decoding failed.
 
     Raises:
         ConfigError: the backend or the packages are missing, or a file cannot be used.
     """
     from configs.violation import ConfigError, Violation
     from pangu.task_experts import choice_of, opened
+    from pangu.trained_model import Layout
 
-    try:
-        import uvicorn
-    except ImportError:
+    if not importlib.util.find_spec("uvicorn"):
         reason = 'serving needs more packages: pip install "pangu-moe[train,serve]"'
-        raise ConfigError([Violation("port", options.port, reason)]) from None
+        raise ConfigError([Violation("port", options.port, reason)])
     key = _api_key(options)
     tasks = choice_of(options.patterns, options.task, options.keep)
-    with opened(Path(options.checkpoint), options.backend, tasks) as (trained, experts):
-        from pangu.serving.server import application
+    tensor, expert = (
+        options.parallel_tensor_model_parallel_size,
+        options.parallel_expert_model_parallel_size,
+    )
+    layout = None
+    if max(process.world_size, tensor, expert) > 1:
+        layout = Layout(process, tensor, expert, options.launch_timeout_minutes)
+    if layout and tasks:
+        reason = f"experts of tasks are read by one process, and here are {process.world_size}"
+        raise ConfigError([Violation("patterns", options.patterns, reason)])
+    with opened(Path(options.checkpoint), options.backend, tasks, layout) as (trained, experts):
+        _checked(options, trained)  # on all ranks alike
+        engine = _engine(options, trained, layout is not None)
+        if process.rank > 0:
+            from pangu.serving.replicas import follow
 
-        app = application(_server(options, key, trained, experts))
+            follow(engine)
+            return True
+        server = _server(options, key, trained, engine, experts)
+        _listen(options, server)
+        return not server.worker.failed
 
-        class Listening(uvicorn.Server):
-            async def startup(self, sockets: Any = None) -> None:
-                await super().startup(sockets)
-                for server in getattr(self, "servers", []):
-                    host, port = server.sockets[0].getsockname()[:2]
-                    print(f"serving on http://{host}:{port}", flush=True)
 
-            def handle_exit(self, sig: int, frame: Any) -> None:
-                super().handle_exit(sig, frame)
-                self._captured_signals.clear()  # or the process would end by the signal
+def _listen(options: Options, server: Server) -> None:
+    """Until told to stop."""
+    import uvicorn
 
-        Listening(
-            uvicorn.Config(
-                app,
-                host=options.host,
-                port=options.port,
-                log_level="warning",
-                access_log=False,
-                timeout_graceful_shutdown=options.drain,
-            )
-        ).run()
+    from pangu.serving.server import application
+
+    class Listening(uvicorn.Server):
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            for server in getattr(self, "servers", []):
+                host, port = server.sockets[0].getsockname()[:2]
+                print(f"serving on http://{host}:{port}", flush=True)
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            super().handle_exit(sig, frame)
+            self._captured_signals.clear()  # or the process would end by the signal
+
+    Listening(
+        uvicorn.Config(
+            application(server),
+            host=options.host,
+            port=options.port,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=options.drain,
+        )
+    ).run()
 
 
 def _api_key(options: Options) -> str:
@@ -169,25 +219,13 @@ def _api_key(options: Options) -> str:
     return key
 
 
-def _server(
-    options: Options, api_key: str, trained: Trained, experts: TaskExperts | None
-) -> Server:
-    from configs.violation import ConfigError, Violation
+def _engine(options: Options, trained: Trained, several: bool) -> Engine:
+    """This rank's. Collective."""
     from pangu.inference.engine import Engine
-    from pangu.serving.chat import TemplateError, chat_format
-    from pangu.serving.server import Limits, Server
-    from pangu.serving.worker import Worker
+    from pangu.inference.replicas import Replica
     from pangu.trained_model import add_drafter
 
     model, tokenizer, config = trained
-    longest = min(config.model.max_position_embeddings, options.cache_tokens)
-    if options.max_length > longest:
-        reason = f"the model and cache_tokens={options.cache_tokens} allow {longest}"
-        raise ConfigError([Violation("max_length", options.max_length, reason, str(longest))])
-    try:
-        chat = chat_format(Path(options.checkpoint), tokenizer, options.chat_template)
-    except TemplateError as error:
-        raise ConfigError([Violation("chat_template", options.chat_template, str(error))]) from None
     engine = Engine(
         model,
         vocab_size=tokenizer.vocab_size,
@@ -195,17 +233,61 @@ def _server(
         cache_tokens=options.cache_tokens,
         max_sequences=options.max_sequences,
         max_batch_tokens=options.max_batch_tokens,
+        replica=Replica(config) if several else None,
     )
     guesses = (options.speculative, options.speculative_tokens, options.draft)
     add_drafter(engine, *guesses, config, branch=options.speculative_tree)
+    return engine
+
+
+def _server(
+    options: Options,
+    api_key: str,
+    trained: Trained,
+    engine: Engine,
+    experts: TaskExperts | None = None,
+) -> Server:
+    from pangu.serving.replicas import Replicas
+    from pangu.serving.server import Limits, Server
+    from pangu.serving.worker import Worker
+
+    longest, chat = _checked(options, trained)
+    replicas = engine.replica.count if engine.replica else 1
+    timeout = 60 * options.launch_timeout_minutes
+    worker = Worker(
+        Replicas(engine) if engine.replica else engine,
+        options.max_sequences * replicas + options.max_queue,
+        experts,
+        patience=min(_PATIENCE, timeout / 4) if engine.replica else None,
+    )
     return Server(
-        worker=Worker(engine, options.max_sequences + options.max_queue, experts),
-        tokenizer=tokenizer,
-        name=options.name or config.model.name,
+        worker=worker,
+        tokenizer=trained.tokenizer,
+        name=options.name or trained.config.model.name,
         limits=Limits(options.max_length or longest, options.max_body),
         chat=chat,
         api_key=api_key,
     )
+
+
+def _checked(options: Options, trained: Trained) -> tuple[int, ChatFormat | None]:
+    """The longest text, and how chats are written.
+
+    Raises:
+        ConfigError: what was asked for does not fit the model.
+    """
+    from configs.violation import ConfigError, Violation
+    from pangu.serving.chat import TemplateError, chat_format
+
+    longest = min(trained.config.model.max_position_embeddings, options.cache_tokens)
+    if options.max_length > longest:
+        reason = f"the model and cache_tokens={options.cache_tokens} allow {longest}"
+        raise ConfigError([Violation("max_length", options.max_length, reason, str(longest))])
+    try:
+        folder = Path(options.checkpoint)
+        return longest, chat_format(folder, trained.tokenizer, options.chat_template)
+    except TemplateError as error:
+        raise ConfigError([Violation("chat_template", options.chat_template, str(error))]) from None
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from configs.schema import Config
 from configs.violation import ConfigError, Violation
-from pangu.trained_model import Trained, loaded, one_process, read_run_config
+from pangu.trained_model import Layout, Trained, loaded, one_process, read_run_config
 
 if TYPE_CHECKING:
     import torch
@@ -161,15 +161,16 @@ class TaskExperts:
 
 @contextlib.contextmanager
 def opened(
-    folder: Path, backend: str, choice: TaskChoice | None
+    folder: Path, backend: str, choice: TaskChoice | None, layout: Layout | None = None
 ) -> Iterator[tuple[Trained, TaskExperts | None]]:
-    """A whole model; or with a choice one that has room for some of its experts, and what fills it.
+    """A whole model, or this rank's part of it in a layout; or with a choice one that has room for
+    some of its experts, and what fills it.
 
     Raises:
         ConfigError: the backend is missing, the model or the patterns cannot be used.
     """
     if choice is None:
-        with loaded(folder, backend) as trained:
+        with loaded(folder, backend, layout=layout) as trained:
             yield trained, None
         return
     config = read_run_config(folder)

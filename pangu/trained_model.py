@@ -1,19 +1,20 @@
-"""A trained model in this process alone, whatever layout it was saved in. No torch before it is
-loaded: a mistake answers at once."""
+"""A trained model in this process alone or in those of a launcher, whatever layout it was saved in.
+No torch before it is loaded: a mistake answers at once."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from configs.compose import read_file
+from configs.layout_rules import ranks, widths
 from configs.schema import BackendConfig, Config, LaunchConfig, MemoryConfig, ParallelConfig
 from configs.violation import ConfigError, Violation
-from launch import environment
+from launch.environment import ProcessEnvironment
 from pangu.local_launch import prepare_environment
 
 if TYPE_CHECKING:
@@ -21,6 +22,48 @@ if TYPE_CHECKING:
 
     from pangu.data.tokenizer import Tokenizer
     from pangu.inference.engine import Engine
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Over the processes of a launcher, of which `process` is this one: tensor-parallel groups are
+    replicas, and experts lie on `expert_parallel` ranks."""
+
+    process: ProcessEnvironment
+    tensor_parallel: int = 1
+    expert_parallel: int = 1
+    timeout_minutes: float = 10.0
+
+    def of(self, config: Config) -> Config:
+        """`config` in this layout.
+
+        Raises:
+            ConfigError: the model does not split so, or there are other numbers of processes.
+        """
+        world, local = self.process.world_size, self.process.local_world_size
+        parallel = ParallelConfig(
+            tensor_model_parallel_size=self.tensor_parallel,
+            sequence_parallel=config.model.num_experts > 0,  # as experts want it
+            expert_model_parallel_size=self.expert_parallel,
+        )
+        launch = LaunchConfig(
+            processes=local, nodes=world // local, timeout_minutes=self.timeout_minutes
+        )
+        laid_out = replace(config, parallel=parallel, launch=launch)
+        problems = [*ranks(laid_out), *widths(laid_out)]
+        if problems:
+            name, option = self.process.count_is_set_by()
+            if not self.process.launched:
+                option = "torchrun --nproc_per_node"
+            raise ConfigError(
+                [
+                    Violation(name, world, problem.reason, f"set it with {option}")
+                    if problem.key.startswith("launch.")
+                    else Violation(problem.key, problem.value, problem.reason)
+                    for problem in problems
+                ]
+            )
+        return laid_out
 
 
 class Trained(NamedTuple):
@@ -56,10 +99,15 @@ def read_run_config(folder: Path) -> Config:
 
 @contextlib.contextmanager
 def loaded(
-    folder: Path, backend: str = "auto", *, input_transforms: bool = False
+    folder: Path,
+    backend: str = "auto",
+    *,
+    input_transforms: bool = False,
+    layout: Layout | None = None,
 ) -> Iterator[Trained]:
     """The model of a run, a checkpoint or an imported folder, with its tokenizer; with
-    `input_transforms` it has those, which do nothing yet, though it was saved without.
+    `input_transforms` it has those, which do nothing yet, though it was saved without. With
+    `layout`, this rank's part of it.
 
     Raises:
         ConfigError: the backend is missing, or the checkpoint cannot be used.
@@ -67,7 +115,8 @@ def loaded(
     config = read_run_config(folder)
     if input_transforms:
         config = replace(config, model=replace(config.model, input_transforms=True))
-    with one_process(config, backend):
+    config = layout.of(config) if layout else config
+    with processes(config, backend, layout.process if layout else ProcessEnvironment()):
         yield Trained(*load_for_inference(config, folder), config)
 
 
@@ -78,8 +127,19 @@ def one_process(config: Config, backend: str) -> Iterator[None]:
     Raises:
         ConfigError: the backend is missing.
     """
+    with processes(config, backend, ProcessEnvironment()):
+        yield
+
+
+@contextlib.contextmanager
+def processes(config: Config, backend: str, process: ProcessEnvironment) -> Iterator[None]:
+    """The same in several, of which `process` is this one.
+
+    Raises:
+        ConfigError: the backend is missing.
+    """
     warnings.filterwarnings("ignore", module="megatron|torch")  # their own deprecations
-    prepare_environment(config, environment.read({}))
+    prepare_environment(config, process)
     from pangu.engines.megatron.fitting import select_backend
 
     try:
@@ -150,7 +210,7 @@ def add_drafter(
     if kind == "none":
         return
     most = _LONGEST if tokens == "auto" else int(tokens)
-    _add(engine, kind, most, draft)
+    _add(engine, kind, most, draft, config)
     if branch:
         engine.draft_tokens = most  # several for a place
         engine.branch_drafts()
@@ -165,7 +225,7 @@ def _expected(config: Config) -> Callable[[int, int], float]:
     return lambda sequences, tokens: float(decoding_seconds(config, sequences, tokens))
 
 
-def _add(engine: Engine, kind: str, tokens: int, draft: str) -> None:
+def _add(engine: Engine, kind: str, tokens: int, draft: str, config: Config | None) -> None:
     from pangu.inference.speculative import ModelDrafter, NgramDrafter
 
     if kind == "mtp":
@@ -181,10 +241,27 @@ def _add(engine: Engine, kind: str, tokens: int, draft: str) -> None:
         return
     folder = Path(draft)
     try:
-        model, tokenizer = load_for_inference(read_run_config(folder), folder)
+        own_config = read_run_config(folder)
+        if config:
+            own_config = _beside(own_config, config)
+        model, tokenizer = load_for_inference(own_config, folder)
     except ConfigError as error:
         raise ConfigError([Violation("draft", draft, error.violations[0].reason)]) from None
     own = engine.tokenizer
     if own is None or tokenizer.unique_identifiers != own.unique_identifiers:
         raise ConfigError([Violation("draft", draft, "its tokenizer is not the model's")])
-    engine.drafter = ModelDrafter(model, engine.scheduler, tokenizer.vocab_size)
+    engine.drafter = ModelDrafter(model, engine.scheduler, tokenizer.vocab_size, engine.replica)
+
+
+def _beside(draft: Config, config: Config) -> Config:
+    """A smaller model in the processes of `config`.
+
+    Raises:
+        ConfigError: it does not split so.
+    """
+    experts = config.parallel.expert_model_parallel_size if draft.model.num_experts else 1
+    parallel = replace(config.parallel, expert_model_parallel_size=experts)
+    found = replace(draft, parallel=parallel, launch=config.launch)
+    for problem in widths(found):
+        raise ConfigError([Violation(problem.key, problem.value, problem.reason)])
+    return found

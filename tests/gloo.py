@@ -139,4 +139,5 @@ def _enter(
     os.environ.update(environment)
     join(rank, world_size, os.path.join(folder, "store"))
     torch.save(function(*arguments), Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    if dist.is_initialized():  # a program that was run has left
+        dist.destroy_process_group()

@@ -188,7 +188,8 @@ class CachedPass:
         device = backends.current().device
         self.hidden: torch.Tensor | None = None
         self.rows = torch.tensor(rows, dtype=torch.long, device=device)
-        self.positions = torch.cat([segment.positions() for segment in segments]).to(device)
+        none = torch.empty(0, dtype=torch.long)
+        self.positions = torch.cat([none, *(each.positions() for each in segments)]).to(device)
         masks = [segment.seen() for segment in segments]
         self._seen = [mask.to(device) if mask is not None else None for mask in masks]
         places = [_places(segment, page_size) for segment in segments]
@@ -198,7 +199,7 @@ class CachedPass:
             else torch.arange(place.stop - segment.count, place.stop)
             for segment, place in zip(segments, places, strict=True)
         ]
-        self._written = torch.cat(written).to(device)
+        self._written = torch.cat([none, *written]).to(device)
         self._places = [p.to(device) if isinstance(p, torch.Tensor) else p for p in places]
 
     def attend(
@@ -250,6 +251,11 @@ class CachedPass:
                 out[part] = attention(query[part], *seq_first, scale=scale, seen=seen)
             first += segment.count
         return out
+
+
+def nothing_cached() -> CachedPass:
+    """A pass of no segments: it keeps nothing, and its tokens see nothing."""
+    return CachedPass(KeyValues(0), 1, [], [])
 
 
 def _places(segment: Segment, page_size: int) -> slice | torch.Tensor:

@@ -1,8 +1,8 @@
 """The decoding engine: requests in, tokens and text out, many sequences in one pass.
 
 Every rank of a model in several processes runs the same engine with the same requests; rank 0
-draws for all. A sequence's tokens do not depend on what else is decoded: passes of other sizes may
-differ in a logit's last bits, never in which numbers they add up.
+draws for all. With replicas each has an engine and requests of its own. A sequence's tokens do not
+depend on what else is decoded: passes of other sizes may differ in a logit's last bits.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from pangu.inference import batching
 from pangu.inference.batching import Request, Scheduler, Work
 from pangu.inference.cache import CachedPass, KeyValues, PagePool, Segment
 from pangu.inference.draft_length import Counts, DraftLength, Prior
-from pangu.inference.forward import Forward, of_rank_0
+from pangu.inference.forward import Forward
 from pangu.inference.leap_drafts import LeapDrafter
+from pangu.inference.replicas import Replica
 from pangu.inference.speculative import Draft, Drafter, MtpDrafter, followed, verified
 from pangu.inference.text import StoppedText
 from pangu.inference.touched_experts import TouchedExperts
@@ -89,8 +90,9 @@ class Engine:
         max_sequences: int = 64,
         max_batch_tokens: int = 512,
         prefix_reuse: bool = True,
+        replica: Replica | None = None,
     ) -> None:
-        self._forward = Forward(model)
+        self.replica, self._forward = replica, Forward(model, replica)
         self._vocab_size, self.tokenizer = vocab_size, tokenizer
         self.store = KeyValues(-(-cache_tokens // page_size) * page_size)
         self.scheduler = Scheduler(
@@ -246,7 +248,7 @@ class Engine:
         decoding = [sequence for sequence in self.scheduler.running if sequence.pending == 1]
         most = self.draft_tokens
         if self.draft_length and decoding:
-            (most,) = of_rank_0([self.draft_length.choose(len(decoding))])
+            (most,) = self._forward.agreed([self.draft_length.choose(len(decoding))])
             self._chosen = most
         shape: Sequence[tuple[int, int, int]] = ()
         if self.tree is not None:
@@ -322,7 +324,7 @@ class Engine:
             for work, tokens in zip(works, drawn, strict=True)
             for token in tokens + [_NOTHING] * (_rows(work) - len(tokens))
         ]
-        agreed = iter(of_rank_0(filled))
+        agreed = iter(self._forward.agreed(filled))
         rows_of = [list(itertools.islice(agreed, _rows(work))) for work in works]
         return [[token for token in row if token != _NOTHING] for row in rows_of]
 

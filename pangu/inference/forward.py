@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from megatron.core.models.gpt import GPTModel
 
 from configs.schema import ParallelConfig
 from pangu import backends
-from pangu.inference.cache import CachedPass
+from pangu.inference.cache import CachedPass, nothing_cached
+from pangu.inference.replicas import Replica
 
 
 def obstacle(parallel: ParallelConfig) -> str:
@@ -26,34 +28,50 @@ def obstacle(parallel: ParallelConfig) -> str:
     return ""
 
 
-def of_rank_0(tokens: Sequence[int]) -> list[int]:
-    """What rank 0 has drawn, on every rank; as many as there. Collective."""
-    if dist.get_world_size() == 1:
-        return list(tokens)
-    chosen = torch.tensor(tokens, device=backends.current().device)
-    dist.broadcast(chosen, 0)
-    return chosen.tolist()
-
-
 class Forward:
     """Logits of a model's next tokens. Every rank calls with the same tokens: tensor and expert
-    parallelism work as in training."""
+    parallelism work as in training. With `replica` that is so for the ranks of each replica."""
 
-    def __init__(self, model: GPTModel) -> None:
-        self.model = model
+    def __init__(self, model: GPTModel, replica: Replica | None = None) -> None:
+        self.model, self._replica = model, replica
         self._rotary = [m for m in model.modules() if isinstance(m, RotaryEmbedding)]
         config = model.config
         # Sequence parallelism wants sequences that divide: what fills them up is not cached.
         self._multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        self._kinds: list[int] = []  # of passes: the model's, and of each layer that guesses
+        if replica:
+            self._kinds.append(replica.register(self._idle))
+            for depth in range(1, self.depths + 1):
+                self._kinds.append(replica.register(partial(self._idle_further, depth)))
 
     def __call__(self, tokens: Sequence[int], cached: CachedPass) -> torch.Tensor:
         """Logits `[rows, vocab]` of the rows of `cached`, whose segments `tokens` belong to."""
-        device = backends.current().device
-        filling = -len(tokens) % self._multiple
-        ids = torch.tensor([*tokens, *[0] * filling], device=device)[None]
+        size = len(tokens) + -len(tokens) % self._multiple
+        return self._pass(tokens, cached, self._turn(0, size))
+
+    def _turn(self, kind: int, size: int) -> int:
+        return self._replica.turn(self._kinds[kind], size) if self._replica else size
+
+    def _pass(self, tokens: Sequence[int], cached: CachedPass, size: int) -> torch.Tensor:
+        """Of `size` tokens: those that fill it up are not cached."""
+        filling = size - len(tokens)
+        ids = torch.tensor([*tokens, *[0] * filling], device=backends.current().device)[None]
         positions = torch.nn.functional.pad(cached.positions, (0, filling))
         with torch.no_grad(), for_inference(self.model), self._positions(positions):
             return self.model(ids, positions[None], cached)
+
+    def _idle(self, size: int) -> None:
+        self._pass([], nothing_cached(), size)
+
+    def agreed(self, tokens: Sequence[int]) -> list[int]:
+        """What the first of the ranks that decode the same has drawn, on all. Collective."""
+        if self._replica:
+            return self._replica.agreed(tokens)
+        if dist.get_world_size() == 1:
+            return list(tokens)
+        chosen = torch.tensor(tokens, device=backends.current().device)
+        dist.broadcast(chosen, 0)
+        return chosen.tolist()
 
     @property
     def leaps(self) -> tuple[int, int]:
@@ -83,20 +101,37 @@ class Forward:
         hidden states `[s, 1, H]` of the depth before at the positions of `cached`, and the tokens
         `depth` positions on → its hidden states, and logits `[rows, vocab]` of the tokens
         `depth + 1` positions on."""
-        model, positions = self.model, cached.positions
-        ids = torch.tensor([tokens], device=positions.device)
+        size = self._turn(depth, len(tokens))
+        return self._pass_further(depth, hidden, tokens, cached, size)
+
+    def _pass_further(
+        self,
+        depth: int,
+        hidden: torch.Tensor,
+        tokens: Sequence[int],
+        cached: CachedPass,
+        size: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        model, filling = self.model, size - len(tokens)
+        positions = torch.nn.functional.pad(cached.positions, (0, filling))
+        ids = torch.tensor([[*tokens, *[0] * filling]], device=positions.device)
         with torch.no_grad(), for_inference(model), self._positions(positions):
             angles = None
             if model.position_embedding_type == "rope" and not model.config.multi_latent_attention:
-                angles = model.rotary_pos_emb(len(tokens))
+                angles = model.rotary_pos_emb(size)
             # The layer's own forward moves the tokens of one whole sequence along.
             hidden = model.mtp.layers[depth - 1]._proj_and_transformer_layer(
-                hidden_states=hidden,
+                hidden_states=torch.nn.functional.pad(hidden, (0, 0, 0, 0, 0, filling)),
                 decoder_input=model.embedding(ids, positions[None] + depth),
                 attention_mask=cached,
                 rotary_pos_emb=angles,
-            )
+            )[: len(tokens)]
             return hidden, model.row_logits(hidden, cached.rows)
+
+    def _idle_further(self, depth: int, size: int) -> None:
+        weight = self.model.embedding.word_embeddings.weight
+        hidden = weight.new_zeros(0, 1, self.model.config.hidden_size)
+        self._pass_further(depth, hidden, [], nothing_cached(), size)
 
     @contextlib.contextmanager
     def _positions(self, positions: torch.Tensor) -> Iterator[None]:

@@ -62,7 +62,7 @@ class LeapDrafter(Drafter):
             if head not in logits:
                 rows = self._forward.leap(head, torch.cat(list(states.values())))
                 logits[head] = rows[:, : self._vocab_size].unflatten(0, (-1, self.stride))
-            guess(found, logits[head][:, self.stride - 1 - back], self)
+            guess(found, logits[head][:, self.stride - 1 - back], self, self._forward)
         for sequence, draft in found.items():
             found[sequence] = draft.cut(counts[sequence])
         return found

@@ -20,7 +20,8 @@ from megatron.core.models.gpt import GPTModel
 from pangu.inference import tree
 from pangu.inference.batching import Scheduler, Sequence, Work
 from pangu.inference.cache import CachedPass, KeyValues, Segment
-from pangu.inference.forward import Forward, of_rank_0
+from pangu.inference.forward import Forward
+from pangu.inference.replicas import Replica
 from pangu.inference.sampling import Draws, Sampling, probabilities
 
 
@@ -191,8 +192,14 @@ class ModelDrafter(Drafter):
     """Guesses of a smaller model with the same tokens. Its keys and values lie under the same page
     numbers as the model's, in a store of their own."""
 
-    def __init__(self, model: GPTModel, scheduler: Scheduler, vocab_size: int) -> None:
-        self._forward = Forward(model)
+    def __init__(
+        self,
+        model: GPTModel,
+        scheduler: Scheduler,
+        vocab_size: int,
+        replica: Replica | None = None,
+    ) -> None:
+        self._forward = Forward(model, replica)
         self._scheduler, self._vocab_size = scheduler, vocab_size
         self._store = KeyValues(scheduler.pool.count * scheduler.pool.page_size)
         # Where the last guesses of a sequence began, and what they were.
@@ -237,7 +244,7 @@ class ModelDrafter(Drafter):
         page_size = self._scheduler.pool.page_size
         cached = CachedPass(self._store, page_size, segments, ends.tolist())
         logits = self._forward([token for part in fed for token in part], cached)
-        guess(drafts, logits[:, : self._vocab_size], self)
+        guess(drafts, logits[:, : self._vocab_size], self, self._forward)
 
 
 def joined(
@@ -301,13 +308,15 @@ class MtpDrafter(Drafter):
                 first = segment.start + depth
                 tokens += text[first : first + segment.count]
             hidden, logits = self._forward.predict_further(depth, hidden, tokens, cached)
-            guess(found, logits[:, : self._vocab_size], self)
+            guess(found, logits[:, : self._vocab_size], self, self._forward)
         for sequence, draft in found.items():
             found[sequence] = draft.cut(counts[sequence])
         return found
 
 
-def guess(drafts: dict[Sequence, Draft], logits: torch.Tensor, drafter: Drafter) -> None:
+def guess(
+    drafts: dict[Sequence, Draft], logits: torch.Tensor, drafter: Drafter, forward: Forward
+) -> None:
     """One more guess for each, if the drafter draws as its request has it drawn; logits
     `[drafts, vocab]`."""
     guesses = []
@@ -319,11 +328,11 @@ def guess(drafts: dict[Sequence, Draft], logits: torch.Tensor, drafter: Drafter)
         chances = probabilities(row, sampling, [*sequence.tokens, *draft.tokens])
         guesses.append(sequence.draws.token(chances))
         draft.chances.append(chances)
-    for draft, guess in zip(drafts.values(), of_rank_0(guesses), strict=True):
+    for draft, guess in zip(drafts.values(), forward.agreed(guesses), strict=True):
         draft.tokens.append(guess)
     if drafter.width > 1:
         likely = logits.topk(drafter.width, dim=1).indices.flatten().tolist()
-        rows = iter(of_rank_0(likely))
+        rows = iter(forward.agreed(likely))
         for draft in drafts.values():
             others = itertools.islice(rows, drafter.width)
             draft.candidates.append(

@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from pangu.inference.engine import Engine, Update
+from pangu.serving.replicas import Replicas, State
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -18,7 +19,9 @@ class Metrics:
     """Counters of a server, and the engine's own state at the time of asking; `bytes_read` tells
     those of a checkpoint that is read in parts."""
 
-    def __init__(self, engine: Engine, bytes_read: Callable[[], int] | None = None) -> None:
+    def __init__(
+        self, engine: Engine | Replicas, bytes_read: Callable[[], int] | None = None
+    ) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_EngineState(engine, bytes_read))
         registry = self._registry
@@ -61,34 +64,36 @@ class Times:
 class _EngineState(Collector):
     """Read without a lock: each figure is one number that the decoding thread replaces."""
 
-    def __init__(self, engine: Engine, bytes_read: Callable[[], int] | None) -> None:
+    def __init__(self, engine: Engine | Replicas, bytes_read: Callable[[], int] | None) -> None:
         self._engine, self._bytes_read = engine, bytes_read
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
-        scheduler, counts = self._engine.scheduler, self._engine.counts
-        pool = scheduler.pool
+        engine = self._engine
+        found = engine.state if isinstance(engine, Replicas) else State.of(engine)
         gauge, counter = GaugeMetricFamily, CounterMetricFamily
-        yield gauge("pangu_running", "Sequences in the batch", len(scheduler.running))
-        yield gauge("pangu_waiting", "Sequences that wait", len(scheduler.waiting))
-        yield gauge("pangu_cache_used", "Part of the cache in use", pool.used / pool.count)
-        yield counter("pangu_passes", "Passes of the model", value=counts.passes)
-        yield counter("pangu_generated_tokens", "Tokens drawn", value=counts.tokens)
-        yield counter("pangu_preemptions", "Sequences set back", value=scheduler.preemptions)
+        yield gauge("pangu_running", "Sequences in the batch", found.running)
+        yield gauge("pangu_waiting", "Sequences that wait", found.waiting)
+        yield gauge("pangu_cache_used", "Part of the cache in use", found.used / found.pages)
+        yield counter("pangu_passes", "Passes of the model", value=found.passes)
+        yield counter("pangu_generated_tokens", "Tokens drawn", value=found.tokens)
+        yield counter("pangu_preemptions", "Sequences set back", value=found.preemptions)
         if self._bytes_read:
             read = self._bytes_read()
             yield counter("pangu_checkpoint_bytes_read", "Since the start", value=read)
         yield from self._speculation()
-        for name, found in (("guessed", counts.guessed), ("held", counts.held)):
+        for name, places in (("guessed", found.guessed), ("held", found.held)):
             family = counter(f"pangu_{name}_tokens", "Guesses by place", labels=["place"])
-            for place, count in sorted(dict(found).items()):
+            for place, count in sorted(dict(places).items()):
                 family.add_metric([str(place + 1)], count)
             yield family
 
     def _speculation(self) -> Iterator[GaugeMetricFamily]:
-        """What rounds of the same size have brought, once drafts were made (arXiv 2505.19645)."""
-        if self._engine.drafter is None:
+        """What rounds of the same size have brought, once drafts were made (arXiv 2505.19645); of
+        replicas, those of the first."""
+        engine = self._engine.engine if isinstance(self._engine, Replicas) else self._engine
+        if engine.drafter is None:
             return
-        rows = self._engine.counts.measured.report()["rounds"]
+        rows = engine.counts.measured.report()["rounds"]
         told = {
             "sigma": "Tokens of a round, over the most that it could bring",
             "target_efficiency": "Time of a pass without guesses, over that of one with them",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
 import traceback
@@ -12,6 +13,7 @@ from typing import Protocol
 
 from pangu.inference.batching import Request
 from pangu.inference.engine import Engine, Update
+from pangu.serving.replicas import Replicas
 
 
 class Busy(Exception):
@@ -59,17 +61,25 @@ class Worker:
 
     `most_open`: requests that may be under way, waiting ones included. With `experts` the requests
     of one task are decoded together; one of another waits until they have ended, and those that
-    come after it wait behind it.
+    come after it wait behind it. With nothing to decode, replicas are asked every `patience`
+    seconds whether all are there.
     """
 
-    def __init__(self, engine: Engine, most_open: int, experts: Experts | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine | Replicas,
+        most_open: int,
+        experts: Experts | None = None,
+        patience: float | None = None,
+    ) -> None:
         self.engine, self.most_open, self.experts = engine, most_open, experts
+        self._patience = patience
         self._waiting: deque[Ticket] = deque()  # of the worker's thread, as they came
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._tickets: dict[int, Ticket] = {}  # by number, of the worker's thread
         self._open: set[Ticket] = set()
         self._stopping = False
-        self._failed = False
+        self.failed = False
         self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -85,7 +95,7 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive() and not self._failed
+        return self._thread.is_alive() and not self.failed
 
     @property
     def open(self) -> int:
@@ -141,6 +151,7 @@ class Worker:
             if self.engine.busy:
                 return False
             self.experts.hold(ticket.task)
+            assert isinstance(self.engine, Engine), "tasks are for one process"
             self.engine.forget()
         return True
 
@@ -157,15 +168,18 @@ class Worker:
                 self._obey()
                 self._begin()
                 self._tell(self.engine.step())
+            if isinstance(self.engine, Replicas):
+                self.engine.dismiss()
         except Exception:
             traceback.print_exc()
-            self._failed = True
+            self.failed = True
             self._call(self._give_up)
 
     def _obey(self) -> None:
         """Commands that are there; with nothing to decode, wait for one."""
         if not self.engine.busy:
-            self._commands.get()()
+            with contextlib.suppress(queue.Empty):
+                self._commands.get(timeout=self._patience)()
         while True:
             try:
                 self._commands.get_nowait()()

@@ -10,8 +10,9 @@ import openai
 import torch
 import uvicorn
 
-from pangu.serve import Options, _server
+from pangu.serve import Options, _engine, _server
 from pangu.serving.server import application
+from pangu.trained_model import Trained
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -21,10 +22,10 @@ TEMPLATE = (
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
-def write_theirs(folder):
-    """A Hugging Face folder."""
+def write_theirs(folder, experts=0):
+    """A Hugging Face folder of a Llama, or with experts of a Mixtral."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -35,8 +36,8 @@ def write_theirs(folder):
     )
     backend.train_from_iterator(["the cat sat on the mat, and the dog sat on the log"] * 9, trainer)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=backend.get_vocab_size(),
+    sizes = dict(
+        vocab_size=backend.get_vocab_size() + (experts > 0),  # an even number, to be split
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
@@ -48,7 +49,12 @@ def write_theirs(folder):
         initializer_range=0.3,
         tie_word_embeddings=False,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = (
+        MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=experts))
+        if experts
+        else LlamaForCausalLM(LlamaConfig(**sizes))
+    )
+    model.save_pretrained(folder)
     backend.save(str(folder / "tokenizer.json"))
     names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE, **names}
@@ -77,5 +83,6 @@ def client(address, key="none"):
 
 
 def server_of(folder, loaded, key="", **options):
-    """A server of a `Trained` model."""
-    return _server(Options(checkpoint=str(folder), **options), key, loaded, None)
+    """A server of a model, its tokenizer and configuration."""
+    asked, trained = Options(checkpoint=str(folder), **options), Trained(*loaded)
+    return _server(asked, key, trained, _engine(asked, trained, several=False))
