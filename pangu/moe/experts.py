@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from pangu import backends
-from pangu.ops.grouped_matmul import grouped_matmul
+from pangu.ops.grouped_matmul import Postponed, grouped_matmul, postpone
 from pangu.ops.rounded_linear import input_rounding
 from pangu.ops.swiglu import swiglu
 
@@ -87,8 +87,17 @@ class GroupedExperts(MegatronModule):
         parameter.global_expert_indices = list(range(first, first + self.num_local_experts))
         return parameter
 
+    def postponed(self) -> tuple[Postponed, Postponed]:
+        """`w1` and `w2` for one call of `forward`, whose gradients are made where the backward pass
+        comes to this call."""
+        return postpone(self.w1), postpone(self.w2)
+
     def forward(
-        self, rows_NH: torch.Tensor, tokens_per_expert: torch.Tensor, weights_N: torch.Tensor
+        self,
+        rows_NH: torch.Tensor,
+        tokens_per_expert: torch.Tensor,
+        weights_N: torch.Tensor,
+        postponed: tuple[Postponed, Postponed] | None = None,
     ) -> tuple[torch.Tensor, None]:
         """Each row through its expert, times its routing weight (applied after SwiGLU, before the
         second product): `[N, H]`. With expert tensor parallelism it is this rank's addend.
@@ -96,10 +105,12 @@ class GroupedExperts(MegatronModule):
         `tokens_per_expert` holds E integers, on the host or the device.
         """
         counts_E = tokens_per_expert
+        w1, later1 = postponed[0] if postponed else (self.w1, None)
+        w2, later2 = postponed[1] if postponed else (self.w2, None)
 
         def first(rows_NH: torch.Tensor) -> torch.Tensor:
             rows_NH = self.input_rounding(rows_NH)
-            return grouped_matmul(rows_NH, self.w1.flatten(2), counts_E, parameter=self.w1)
+            return grouped_matmul(rows_NH, w1.flatten(2), counts_E, parameter=self.w1, later=later1)
 
         def both(rows_NH: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:
             return self.activate(first(rows_NH), weights_N)
@@ -111,7 +122,7 @@ class GroupedExperts(MegatronModule):
             activated_NF = checkpoint.checkpoint(self.activate, first(rows_NH), weights_N)
         else:
             activated_NF = both(rows_NH, weights_N)
-        output_NH = grouped_matmul(activated_NF, self.w2, counts_E, parameter=self.w2)
+        output_NH = grouped_matmul(activated_NF, w2, counts_E, parameter=self.w2, later=later2)
         if {"moe_fc1", "moe_act"} & self.recomputed:
             checkpoint.discard_output_and_register_recompute(output_NH)
         return output_NH, None

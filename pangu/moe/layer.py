@@ -23,6 +23,7 @@ from pangu.moe.dispatch.dispatcher import DispatchRecord, nothing
 from pangu.moe.experts import GroupedExperts
 from pangu.moe.placement import Order
 from pangu.moe.router import ExpertRouter
+from pangu.ops.grouped_matmul import Postponed
 from pangu.ops.lora_linear import column, row
 
 
@@ -86,11 +87,17 @@ class ExpertLayer(MoELayer):
         return self.compute(hidden_states), None
 
     def compute(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """All stages; the shared expert while tokens are on their way."""
+        """All stages; the shared expert while tokens are on their way, and, where micro-batches
+        overlap, the experts' weight gradients while those of tokens are."""
         shared: list[torch.Tensor | None] = []
+        postponed: list[tuple[Postponed, Postponed]] = []
         made: list[tuple[DispatchRecord, torch.Tensor]] = []
+        again = "moe_permute" in self.config.recomputed and torch.is_grad_enabled()
+        delays = self.config.overlap_moe_expert_parallel_comm and not again
 
         def meanwhile() -> None:
+            if delays:
+                postponed.append(self.experts.postponed())
             shared.append(self.shared_experts_compute(hidden_states))
 
         def to_experts(
@@ -101,14 +108,14 @@ class ExpertLayer(MoELayer):
             return rows_NH, weights_N
 
         checkpoint = CheckpointWithoutOutput(fp8=None)  # None, not False, turns FP8 off
-        again = "moe_permute" in self.config.recomputed and torch.is_grad_enabled()
         if again:
             meanwhile()  # not a part of what is computed once more
             rows_NH, weights_N = checkpoint.checkpoint(to_experts, hidden_states)
         else:
             rows_NH, weights_N = to_experts(hidden_states, meanwhile)
         record, counts_X = made[0]  # a recomputation makes the same once more
-        output_NH, _ = self.experts(rows_NH, counts_X, weights_N)
+        later = postponed[0] if postponed else None
+        output_NH, _ = self.experts(rows_NH, counts_X, weights_N, postponed=later)
         stages = self.token_dispatcher
         output = stages.combine_preprocess(record, output_NH.to(self.combine_dtype))
         output = stages.combine_postprocess(record, stages.token_combine(record, output))

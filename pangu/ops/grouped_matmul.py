@@ -6,12 +6,16 @@ Shapes: N rows, E groups, I input width, O output width. Group e owns `counts[e]
 from __future__ import annotations
 
 import importlib
-from typing import Any, Protocol
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 
 from pangu import backends
+
+Gradient = Callable[[], torch.Tensor]
 
 
 class Kernels(Protocol):
@@ -132,10 +136,10 @@ class _GroupedMatmul(torch.autograd.Function):
         counts_E: torch.Tensor,
         kernels: type[Kernels],
         parameter: torch.nn.Parameter | None,
+        later: list[Gradient] | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(x_NI, w_EIO, counts_E)
-        ctx.kernels = kernels
-        ctx.parameter = parameter
+        ctx.kernels, ctx.parameter, ctx.later = kernels, parameter, later
         return kernels.rows(x_NI, w_EIO, counts_E)
 
     @staticmethod
@@ -145,14 +149,56 @@ class _GroupedMatmul(torch.autograd.Function):
         grad_x = grad_w = None
         if ctx.needs_input_grad[0]:
             grad_x = ctx.kernels.rows(grad_NO, w_EIO.transpose(1, 2), counts_E)
-        main_grad = getattr(ctx.parameter, "main_grad", None)
-        if ctx.kernels is Loop and main_grad is not None and main_grad.dtype == x_NI.dtype:
-            Loop.add_weights(x_NI, grad_NO, counts_E, main_grad.view(w_EIO.shape))
-            ctx.parameter.grad_added_to_main_grad = True
-            grad_w = torch.empty_like(w_EIO)  # never read: it makes the engine's hook run
-        elif ctx.needs_input_grad[1]:
-            grad_w = ctx.kernels.weights(x_NI, grad_NO, counts_E)
-        return grad_x, grad_w, None, None, None
+        if ctx.needs_input_grad[1]:
+            make = partial(_weights, ctx.kernels, ctx.parameter, w_EIO, x_NI, grad_NO, counts_E)
+            if ctx.later is None:
+                grad_w = make()
+            else:
+                ctx.later.append(make)
+                grad_w = w_EIO.new_empty(()).expand(w_EIO.shape)  # never read
+        return grad_x, grad_w, None, None, None, None
+
+
+def _weights(
+    kernels: type[Kernels],
+    parameter: Any,
+    w_EIO: torch.Tensor,
+    x_NI: torch.Tensor,
+    grad_NO: torch.Tensor,
+    counts_E: torch.Tensor,
+) -> torch.Tensor:
+    """The gradient of the weights, or one that is never read where the parameter has it already."""
+    main_grad = getattr(parameter, "main_grad", None)
+    if kernels is not Loop or main_grad is None or main_grad.dtype != x_NI.dtype:
+        return kernels.weights(x_NI, grad_NO, counts_E)
+    Loop.add_weights(x_NI, grad_NO, counts_E, main_grad.view(w_EIO.shape))
+    parameter.grad_added_to_main_grad = True
+    return torch.empty_like(w_EIO)  # it makes the engine's hook run
+
+
+class Postponed(NamedTuple):
+    """A weight in one forward pass whose gradient is made where the backward pass comes to the call
+    of `postpone`, not to the product; `gradients` waits in between."""
+
+    weight: torch.Tensor
+    gradients: list[Gradient]
+
+
+def postpone(parameter: torch.nn.Parameter) -> Postponed:
+    """For one product: `grouped_matmul(x, weight, counts, …, later=gradients)`."""
+    gradients: list[Gradient] = []
+    return Postponed(_Postpone.apply(parameter, gradients), gradients)
+
+
+class _Postpone(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, parameter: torch.nn.Parameter, gradients: list[Gradient]) -> torch.Tensor:
+        ctx.gradients, ctx.shape = gradients, parameter.shape
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx: Any, *unread: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.gradients.pop()().view(ctx.shape), None
 
 
 def grouped_matmul(
@@ -161,6 +207,7 @@ def grouped_matmul(
     counts_E: torch.Tensor,
     kernels: type[Kernels] | None = None,
     parameter: torch.nn.Parameter | None = None,
+    later: list[Gradient] | None = None,
 ) -> torch.Tensor:
     """Rows of each group times the group's weight: `[N, O]`, differentiable in x and w.
 
@@ -170,10 +217,10 @@ def grouped_matmul(
 
     `parameter` is the one of which w is a view. Where megatron-core's data parallelism has given
     it a `main_grad` of x's dtype, the loop adds the weight gradient right there, which saves
-    writing it down and adding it afterwards.
+    writing it down and adding it afterwards. `later` is that of a `Postponed` weight.
     """
     kernels = kernels or _choose(x_NI, w_EIO)
-    return _GroupedMatmul.apply(x_NI, w_EIO, counts_E, kernels, parameter)
+    return _GroupedMatmul.apply(x_NI, w_EIO, counts_E, kernels, parameter, later)
 
 
 def _choose(x_NI: torch.Tensor, w_EIO: torch.Tensor) -> type[Kernels]:

@@ -50,14 +50,16 @@ COUNTS = [[3, 3, 3, 3], [0, 11, 0, 1], [0, 0, 12, 0], [0, 0, 0, 0]]
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 @pytest.mark.parametrize("recompute", ["", "moe_act", "moe_fc1"])
-def test_values_and_gradients(counts, recompute):
+@pytest.mark.parametrize("later", [False, True])
+def test_values_and_gradients(counts, recompute, later):
     experts = build(recomputed=frozenset({recompute}))
     rows = torch.randn(sum(counts), HIDDEN, dtype=torch.float64, requires_grad=True)
     weights = torch.rand(sum(counts), dtype=torch.float64, requires_grad=True)
     inputs = (rows, weights, experts.w1, experts.w2)
     upstream = torch.randn(sum(counts), HIDDEN, dtype=torch.float64)
 
-    output, bias = experts(rows, torch.tensor(counts), weights)
+    postponed = experts.postponed() if later else None
+    output, bias = experts(rows, torch.tensor(counts), weights, postponed)
     output.backward(upstream)
     grads = [x.grad for x in inputs]
 
@@ -100,9 +102,9 @@ def test_the_engines_gradient_buffer_gets_every_gradient_once():
     config = DistributedDataParallelConfig(grad_reduce_in_fp32=False)
     wrapped = DistributedDataParallel(experts.config, config, experts)
     wrapped.zero_grad_buffer()
-    for batch in batches:
-        for module in (wrapped, plain):
-            module(batch, counts, weights)[0].square().sum().backward()
+    for batch, postponed in zip(batches, (None, experts.postponed()), strict=True):
+        for module, later in ((wrapped, postponed), (plain, None)):
+            module(batch, counts, weights, later)[0].square().sum().backward()
     for parameter, expected in zip(experts.parameters(), plain.parameters(), strict=True):
         assert parameter.grad_added_to_main_grad
         assert parameter.grad is None

@@ -1,13 +1,17 @@
 """Two micro-batches in the same layer, side by side: each computes what it does by itself."""
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import gloo
 import layers
 import pytest
 import torch
+import torch.distributed as dist
 
 from configs.schema import ParallelConfig
+from pangu.backends import turns
+from pangu.ops.grouped_matmul import Loop
 
 # (router, dispatcher, expert parallel, tensor and expert tensor parallel size)
 CASES = [
@@ -22,6 +26,15 @@ CASES = [
     (layers.TOP_K, "hierarchical", 2, 1),
     (layers.MOGE, "hierarchical", 2, 1),
 ]
+
+PAIR = ["begin", "begin"]  # rows, and weights
+ORDERS = {
+    name: [
+        *[*PAIR, "shared", "wait", "begin", "wait", "backward"],
+        *["begin", "wait", *PAIR, "shared", "weights", "weights", "wait"],
+    ]
+    for name in ("moge", "allgather", "alltoall")
+}
 
 
 def inputs():
@@ -78,6 +91,39 @@ def stage_by_stage(layer):
     return results(layer, micro_batches, outputs, (1, 0))
 
 
+def order(layer):
+    """What happens in a forward pass and in its backward pass, in order: messages that begin, their
+    ends, the shared expert's passes, and weight gradients of the routed ones."""
+    seen = []
+
+    def told(name, function):
+        def tell(*given, **named):
+            if name != "begin" or named.get("async_op"):
+                seen.append(name)
+            return function(*given, **named)
+
+        return tell
+
+    collectives = ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor")
+    hidden = inputs()[0]
+    hooks = [
+        layer.shared_experts.register_forward_hook(lambda *_: seen.append("shared")),
+        layer.shared_experts.register_full_backward_hook(lambda *_: seen.append("shared")),
+    ]
+    with (
+        patch.multiple(dist, **{name: told("begin", getattr(dist, name)) for name in collectives}),
+        patch.object(turns, "hand_over", told("wait", turns.hand_over)),
+        patch.object(Loop, "weights", told("weights", Loop.weights)),
+    ):
+        output = layer(hidden)[0]
+        seen.append("backward")
+        output.sum().backward()
+    for hook in hooks:
+        hook.remove()
+    layer.zero_grad()
+    return seen
+
+
 def differences():
     found = {}
     for moe, dispatcher, expert, tensor in CASES:
@@ -93,11 +139,21 @@ def differences():
             both = side_by_side(layer)
             worst = max((a - b).abs().max().item() for a, b in zip(alone, both, strict=True))
             found[moe.router, dispatcher, tensor, side_by_side.__name__] = worst
+        sizes["overlap_expert_parallel"] = True
+        layer = layers.build(replace(moe, dispatcher=dispatcher), ParallelConfig(**sizes))
+        found[moe.router, dispatcher, tensor, "postponed"] = max(
+            (a - b).abs().max().item()
+            for a, b in zip(alone, one_after_the_other(layer), strict=True)
+        )
+        if dispatcher in ORDERS and tensor == 1:
+            found[moe.router, dispatcher, tensor, "order"] = order(layer)
     return found
 
 
 @pytest.mark.distributed
 def test_two_micro_batches_do_not_mix():
     for found in gloo.run(2, differences):
-        assert len(found) == 2 * len(CASES)
+        orders = {name[1]: found.pop(name) for name in list(found) if name[-1] == "order"}
+        assert orders == ORDERS
+        assert len(found) == 3 * len(CASES)
         assert {name: worst for name, worst in found.items() if not worst <= 1e-12} == {}
