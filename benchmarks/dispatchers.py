@@ -4,11 +4,11 @@
     python benchmarks/dispatchers.py machine.yaml [--rate 200mbit]
 
 Nodes are network namespaces (`tests.cluster`, which needs root) behind links of `--rate`, their
-ranks processes of torchrun; what is between nodes is measured first, collective by collective, and
-joins the preset as its second link. The quick start's kind of model with 64 experts, top-8,
-trains on each layout with each dispatcher that can serve there, in turns. Per run: median seconds
-of a step beside the simulator's, and whether it is what `moe.dispatcher=auto` takes with that
-preset. A table with the date goes to `benchmarks/results/`.
+ranks processes of torchrun; each layout first completes the preset by the link that it finds. A
+model of the quick start's kind with 64 experts, top-8, trains on each layout with each dispatcher
+that can serve there, in turns. Per dispatcher: median seconds of a step beside the simulator's, and
+whether it is what `moe.dispatcher=auto` takes with that preset. A table with the date goes to
+`benchmarks/results/`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 ROOT = Path(__file__).parents[1]
-SIZES = [2**exponent for exponent in (12, 20, 22, 23)]  # bytes
 WARM_UP, STEPS = 2, 6
 MODEL = [
     *["model=moge_tiny", "model.num_layers=2", "model.num_experts=64", "moe.top_k=8"],
@@ -90,42 +87,13 @@ def start(cluster: Any, ranks: int, command: list[str]) -> None:
         raise RuntimeError("a rank failed: " + " ".join(command))
 
 
-def probe(out: Path) -> None:
-    """One rank of the measurement of the link: every collective at every size."""
-    import torch
-    import torch.distributed as dist
-
-    from pangu import backends
-    from pangu.calibration import messages
-
-    torch.set_num_threads(1)
-    backend = backends.select("cpu", int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(backend.collective_library)
-    samples = [messages.measure(kind, size) for kind in messages.KINDS for size in SIZES]
-    if dist.get_rank() == 0:
-        out.write_text(json.dumps([asdict(sample) for sample in samples]))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def between_nodes(rate: str) -> dict[str, Any]:
-    """What two nodes of one rank reach over the link, as a preset writes a link."""
-    from pangu.calibration.fit import _links
-    from pangu.calibration.samples import Sample
+def calibrated(machine: Path, nodes: int, ranks: int, rate: str, out: Path) -> None:
+    """The machine's preset with what `nodes` of so many ranks find between them."""
     from tests.cluster import Cluster
 
-    with tempfile.TemporaryDirectory() as folder, Cluster(2, rate) as cluster:
-        out = Path(folder) / "samples.json"
-        start(cluster, 1, [__file__, "--probe", str(out)])
-        links, _ = _links([Sample(**each) for each in json.loads(out.read_text())])
-    return asdict(links[0]) | {"name": "between nodes"}
-
-
-def preset(machine: dict[str, Any], link: dict[str, Any], ranks: int) -> dict[str, Any]:
-    """The machine's preset for nodes of so many ranks, which share a card."""
-    inside = machine["links"][0] | {"devices": ranks}
-    outside = link | {"devices_per_port": ranks}
-    return machine | {"devices_per_node": ranks, "links": [inside, outside]}
+    command = ["-m", "pangu.calibrate", "--machine", str(machine), "--out", str(out)]
+    with Cluster(nodes, rate) as cluster:
+        start(cluster, ranks, [*command, "backend=cpu", "backend.threads=1"])
 
 
 def measure(layout: Layout, rate: str, dispatcher: str) -> float:
@@ -170,9 +138,6 @@ def table(layout: Layout, machine: Path, rate: str, rounds: int) -> list[str]:
 
 def main() -> int:
     sys.path.insert(0, str(ROOT))
-    if sys.argv[1:2] == ["--probe"]:
-        probe(Path(sys.argv[2]))
-        return 0
     from tests.cluster import obstacle
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -183,13 +148,10 @@ def main() -> int:
     if reason := obstacle():
         print(f"left out: {reason}")
         return 0
-    machine, link = yaml.safe_load(options.machine.read_text()), between_nodes(options.rate)
     lines = [
         f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at "
-        f"the start; nodes x ranks, links of {options.rate}, of which a gather keeps "
-        f"{link['bandwidth_gbps'] * link['efficiency']['all_gather'] * 8e3:.0f} Mbit/s and an "
-        f"exchange {link['bandwidth_gbps'] * link['efficiency']['all_to_all'] * 8e3:.0f}; medians "
-        f"of {STEPS} steps in {options.rounds} runs.",
+        f"the start; nodes x ranks, links of {options.rate}; medians of {STEPS} steps, and of "
+        f"{options.rounds} runs.",
         "",
         "| layout | dispatcher | step s | of the best | forecast s | error |",
         "|---|---|---|---|---|---|",
@@ -197,8 +159,10 @@ def main() -> int:
     print(*lines, sep="\n", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for layout in LAYOUTS:
-            hardware = Path(folder) / f"nodes_of_{layout.ranks}.yaml"
-            hardware.write_text(yaml.safe_dump(preset(machine, link, layout.ranks)))
+            hardware = Path(folder) / f"{layout.nodes}x{layout.ranks}.yaml"
+            if not hardware.exists():
+                sizes = layout.nodes, layout.ranks
+                calibrated(options.machine, *sizes, options.rate, hardware)
             rows = table(layout, hardware, options.rate, options.rounds)
             print(*rows, sep="\n", flush=True)
             lines += rows

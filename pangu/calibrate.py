@@ -1,7 +1,8 @@
 """Measure this machine for the simulator: `python -m pangu.calibrate --out FILE`.
 
 What it writes is a hardware preset: `hardware=FILE` makes the simulator forecast runs on this
-machine, and `pangu.train` print its forecast beside what it measures.
+machine, and `pangu.train` print its forecast beside what it measures. On several nodes, started by
+torchrun on each, `--machine FILE` adds what joins them to the preset of one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import queue
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,15 +41,21 @@ def calibrate(
     quick: Annotated[
         bool, typer.Option("--quick", help="Few shapes, small ones: seconds, and a rough preset.")
     ] = False,
+    machine: Annotated[
+        str | None,
+        typer.Option(help="A node's preset: under torchrun on all nodes, add what joins them."),
+    ] = None,
 ) -> None:
     """Measure products, attention, vectors, memory, framework and collectives; write a preset."""
     config = _configuration(overrides or [], out)
+    if machine is not None:
+        _between_nodes(config, out, machine, quick)
+        return
     threads = config.backend.threads or max(1, (os.cpu_count() or 1) // processes)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     device, tree = _measure(config, out.stem, processes, threads, quick)
     write(out, tree, device, processes)
-    print(f"{out}: use it as hardware={out}", file=sys.stderr)
 
 
 def _configuration(overrides: list[str], out: Path) -> Config:
@@ -65,6 +73,33 @@ def _configuration(overrides: list[str], out: Path) -> Config:
     if sentences := impossible(config.backend.name):
         raise ConfigError([Violation("backend", config.backend.name, sentences[0])])
     return config
+
+
+def _between_nodes(config: Config, out: Path, machine: str, quick: bool) -> None:
+    """Under a launcher: every node measures, rank 0 writes."""
+    from pangu.calibration import between_nodes
+    from pangu.calibration.fit import preset
+    from pangu.calibration.messages import SIZES
+    from simulator.api import read_hardware
+
+    nodes, ranks = between_nodes.nodes()
+    if nodes < 2:
+        way = "torchrun --nnodes=2 --nproc-per-node=N … -m pangu.calibrate --machine … on each"
+        raise ConfigError(
+            [Violation("--machine", machine, "it takes two nodes to measure what joins them", way)]
+        )
+    known = read_hardware(machine)
+    threads = config.backend.threads or 1
+    sizes = between_nodes.QUICK_SIZES if quick else SIZES
+    samples = between_nodes.measure(config, threads, sizes)
+    if samples is None:
+        return
+    said = f"between nodes: M: pangu.calibrate, {datetime.date.today()}, {nodes} nodes of {ranks}"
+    found = replace(between_nodes.joined(known, samples, ranks), name=out.stem)
+    evidence = known.evidence | {"links": f"{known.evidence.get('links', '')}; {said}"}
+    _write(
+        out, preset(found, evidence), f"# Measured by {said.removeprefix('between nodes: M: ')}\n"
+    )
 
 
 def _measure(
@@ -168,17 +203,22 @@ def _evidence(device: Device, processes: int) -> dict[str, str]:
 
 def write(out: Path, tree: dict[str, Any], device: Device, processes: int) -> None:
     """Write the preset, once the simulator has accepted it."""
-    import yaml
-
-    from simulator.api import load_hardware
-
-    load_hardware(tree)
     header = (
         f"# Measured by pangu.calibrate on {datetime.datetime.now():%Y-%m-%d %H:%M}\n"
         f"# {device.description}, {platform.platform()}, {device.versions}\n"
         f"# {processes} processes at the same time, {device.threads} threads each\n"
     )
+    _write(out, tree, header)
+
+
+def _write(out: Path, tree: dict[str, Any], header: str) -> None:
+    import yaml
+
+    from simulator.api import load_hardware
+
+    load_hardware(tree)
     out.write_text(header + yaml.safe_dump(tree, sort_keys=False, default_flow_style=None))
+    print(f"{out}: use it as hardware={out}", file=sys.stderr)
 
 
 def main() -> None:

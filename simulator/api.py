@@ -5,7 +5,8 @@ that was measured is like.
   `memory=auto` (a `Policy`);
 - behind MFU and reports: `model_flops_per_token`, `count_parameters`, `fill_page`, `serve_page`;
 - for drafts: `decoding_seconds`, `active_experts`;
-- for calibration: `Hardware` and its parts, `load_hardware`, `operator_seconds`, `count_layer`.
+- for calibration: `Hardware` and its parts, `load_hardware`, `read_hardware`, `operator_seconds`,
+  `count_layer`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,16 @@ from configs.schema import Config
 from simulator import operators
 from simulator.array import Array
 from simulator.counts.records import Counts
-from simulator.hardware import Attention, Hardware, Launch, Link, Matmul, Overlap, load_hardware
+from simulator.hardware import (
+    Attention,
+    Hardware,
+    Launch,
+    Link,
+    Matmul,
+    Overlap,
+    load_hardware,
+    read_hardware,
+)
 from simulator.host import issue_seconds
 from simulator.inference import decode_step
 from simulator.layout import from_config
@@ -54,6 +64,7 @@ __all__ = [
     "operator_seconds",
     "pipeline_ranks",
     "predict",
+    "read_hardware",
     "serve_page",
     "settle",
 ]

@@ -10,6 +10,11 @@ m_i = size), each rank moves over level i
 
 which is the least a hierarchy needs; level 0 of a single-node group gives the familiar
 bytes · (g - 1)/g. Levels run at once (NCCL's rings) or one after another (hierarchical HCCL).
+
+Gloo has one ring through all ranks, g of them: every hop carries bytes · (g - 1)/g, and of the
+m_(i-1) ranks that a domain holds one sends it on over level i, at the pace of the port that all of
+them share: per rank bytes · (1 - 1/g)/m_(i-1) for gathering and twice that for all_reduce. The
+trainer's reduce_scatter over gloo is an exchange and a sum, and moves what all_to_all does.
 """
 
 from __future__ import annotations
@@ -60,15 +65,27 @@ def _group(
     inner: Array = np.ones(())
     for link in hw.links:
         outer = np.maximum(members(link, size, stride), inner)
-        if kind == "all_to_all":
-            volume = bytes * (outer - inner) / size
-        else:
-            volume = bytes * (1.0 / inner - 1.0 / outer) * (2.0 if kind == "all_reduce" else 1.0)
+        volume = bytes * _part(hw, kind, inner, outer, size)
         seconds = _transfer(link, kind, volume, bytes, outer / inner, concurrent)
-        moving = moving + seconds if hw.sequential_collectives else np.maximum(moving, seconds)
+        one_by_one = hw.collective_library == "hccl"
+        moving = moving + seconds if one_by_one else np.maximum(moving, seconds)
         waiting = waiting + _steps(hw, kind, link, outer / inner) * link.latency_us * 1e-6
         inner = outer
     return moving + waiting
+
+
+def _part(hw: Hardware, kind: Kind, inner: Array, outer: Array, size: Array) -> Array:
+    """Of its bytes, what each rank moves over a level whose domains hold `outer` of the group's
+    ranks, those of the level below `inner`."""
+    gloo = hw.collective_library == "gloo"
+    if kind == "all_to_all" or (gloo and kind == "reduce_scatter"):
+        return (outer - inner) / size
+    once: Array
+    if gloo and kind in ("all_gather", "all_reduce"):
+        once = np.where(outer > inner, (1.0 - 1.0 / size) / inner, 0.0)
+    else:
+        once = 1.0 / inner - 1.0 / outer
+    return once * (2.0 if kind == "all_reduce" else 1.0)
 
 
 def _transfer(
@@ -93,7 +110,7 @@ def _steps(hw: Hardware, kind: Kind, link: Link, peers: Array) -> Array:
     if link.topology == "mesh" or kind == "all_to_all":
         one = np.where(peers > 1, 1.0, 0.0)
         return one * (2.0 if kind == "all_reduce" else 1.0)
-    if kind in ("all_gather", "reduce_scatter") and not hw.sequential_collectives:
+    if kind in ("all_gather", "reduce_scatter") and hw.collective_library != "hccl":
         return peers - 1.0
     fewer = np.minimum(peers - 1.0, 2.0 * tree)
     return fewer * (2.0 if kind == "all_reduce" else 1.0)

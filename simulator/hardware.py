@@ -171,8 +171,9 @@ class Hardware:
     """One device and how many of them are joined. See `Link`, `Matmul`, `Attention`, `Launch`.
 
     `evidence` gives each figure's grade (`GRADES`) and where it comes from.
-    `sequential_collectives`: the library finishes one level of links before the next
-    (hierarchical HCCL) instead of running all levels at once (NCCL's rings).
+    `collective_library` says how collectives cross several levels of links (see
+    `simulator.collectives`): all levels at once (nccl), one after another (hccl), or in one ring
+    through all ranks (gloo).
     `communicator_buffer_mb` is what the collective library keeps for every group (NCCL: the
     channels of a large one). `process_base_bytes` is what a process holds before there is a model:
     nothing on a device with memory of its own, interpreter and libraries where the process shares
@@ -198,7 +199,7 @@ class Hardware:
     devices_per_node: Ranks = 8
     host_link_gbps: NotNegative = 0.0  # GB/s to host memory, one way per device; 0 = unknown
     storage_gbps: NotNegative = 0.0  # GB/s that each device writes when all do; 0 = unknown
-    sequential_collectives: bool = False
+    collective_library: Literal["nccl", "hccl", "gloo"] = "nccl"
     communicator_buffer_mb: NotNegative = 200.0
     process_base_bytes: NotNegative = 0.0
     memory_overhead: NotNegative = 0.0

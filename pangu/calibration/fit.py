@@ -29,6 +29,7 @@ DEPTHS = (0.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 HALF_LENGTHS = (0.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0)
 HALF_HEADS = (0.0, 8.0, 16.0, 32.0, 64.0)
 MICRO = 1e6
+LIBRARIES: dict[str, Any] = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 
 
 def fit(name: str, device: Device, processes: int, framework: Framework) -> Hardware:
@@ -45,9 +46,9 @@ def fit(name: str, device: Device, processes: int, framework: Framework) -> Hard
         host=0.0 if on_cpu else each,
         step=framework.step_seconds * MICRO,
     )
-    links, collective = _links(device.samples)
+    link, collective = link_of("between processes", device.samples)
     if on_cpu:  # elsewhere waking up and waiting is not the host's work
-        collective = max(collective, framework.message_seconds * MICRO - links[-1].latency_us)
+        collective = max(collective, framework.message_seconds * MICRO - link.latency_us)
     shared = processes if on_cpu else 1
     start = Hardware(
         name=name,
@@ -57,7 +58,7 @@ def fit(name: str, device: Device, processes: int, framework: Framework) -> Hard
         memory_gib=device.memory_bytes / 2**30 / shared,
         memory_bandwidth_gbps=bandwidth / 1e9,
         memory_efficiency=vector / bandwidth,
-        links=links,
+        links=[link],
         matmul=Matmul(
             size=[1.0],
             efficiency=[1.0],
@@ -69,6 +70,7 @@ def fit(name: str, device: Device, processes: int, framework: Framework) -> Hard
         overlap=Overlap(0.0, 0.0, 0.0) if on_cpu else Overlap(0.7, 0.7, 0.7),
         evidence={},
         devices_per_node=processes,
+        collective_library=LIBRARIES[device.backend],
         host_link_gbps=_host_link(device.samples) / 1e9,
         process_base_bytes=framework.base_bytes if on_cpu else 0.0,
         memory_overhead=framework.memory_overhead if on_cpu else 0.0,
@@ -197,8 +199,8 @@ def _attention(hw: Hardware, device: Device) -> Attention:
     return best[1]
 
 
-def _links(samples: list[Sample]) -> tuple[list[Link], float]:
-    """One link that joins all processes, and µs of issuing a collective.
+def link_of(name: str, samples: list[Sample]) -> tuple[Link, float]:
+    """The link that joins all who sent them, and µs of issuing a collective.
 
     Each kind is a line, latency + bytes/rate. An all-reduce waits for twice as many steps as the
     others: the difference is the latency of a step, the rest the cost of issuing.
@@ -206,7 +208,7 @@ def _links(samples: list[Sample]) -> tuple[list[Link], float]:
     kinds = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv", "broadcast")
     measured = {kind: _of(samples, kind) for kind in kinds}
     if not all(measured.values()):
-        return [Link("not measured", 0, 1.0, 0.0, dict.fromkeys(kinds, 1.0))], 0.0  # type: ignore[arg-type]
+        return Link("not measured", 0, 1.0, 0.0, dict.fromkeys(kinds, 1.0)), 0.0  # type: ignore[arg-type]
     starts, rates = {}, {}
     for kind, each in measured.items():
         size = each[0].shape["size"]
@@ -220,8 +222,8 @@ def _links(samples: list[Sample]) -> tuple[list[Link], float]:
     latency = min(max(starts["all_reduce"] - once, 0.0) / hops, once)
     fastest = max(rates.values())
     efficiency: Any = {kind: rate / fastest for kind, rate in rates.items()}
-    link = Link("between processes", 0, fastest / 1e9, latency * MICRO, efficiency)
-    return [link], (once - latency) * MICRO
+    link = Link(name, 0, fastest / 1e9, latency * MICRO, efficiency)
+    return link, (once - latency) * MICRO
 
 
 def _line(volume: Any, seconds: Any) -> tuple[float, float]:

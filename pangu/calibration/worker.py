@@ -19,14 +19,12 @@ from pangu.calibration import messages, operators
 from pangu.calibration.samples import Device
 from pangu.processes import die_with_parent
 
-QUICK_SIZES = [2**12, 2**18, 2**20]
-
 
 def steps(processes: int, quick: bool) -> int:
     """Length of the progress bar's part that belongs to the workers."""
     shapes = (operators.PRODUCTS, operators.GROUPED, operators.ATTENTION, operators.VECTORS)
     local = sum(min(3, len(each)) if quick else len(each) for each in shapes) + 2
-    sizes = len(QUICK_SIZES if quick else messages.SIZES)
+    sizes = len(messages.QUICK_SIZES if quick else messages.SIZES)
     return local + (sizes * len(messages.KINDS) if processes > 1 else 0)
 
 
@@ -62,7 +60,7 @@ def work(
         device.samples += measure()
     if processes > 1:
         for kind in messages.KINDS:
-            for size in QUICK_SIZES if quick else messages.SIZES:
+            for size in messages.QUICK_SIZES if quick else messages.SIZES:
                 _say(out, rank, f"{kind} of {size // 1024} KiB")
                 device.samples.append(messages.measure(kind, size))
     if rank == 0:

@@ -143,6 +143,52 @@ def test_gathering_goes_round_a_ring_where_reducing_has_trees() -> None:
     assert between_nodes("ascend_910b_376t", "all_gather") == pytest.approx(14 * 1.5)
 
 
+def leaving_a_node(kind: str, bytes: float, size: int, stride: int, per_node: int) -> float:
+    """What the first node sends when every group of `size` ranks, `stride` apart, does so over
+    gloo, counted message by message."""
+    sent = 0.0
+    for first in range(stride):
+        ranks = [first + stride * place for place in range(size)]
+        if kind == "reduce_scatter":  # an exchange, and a sum where it arrives
+            hops = [(a, b, bytes / size) for a in ranks for b in ranks if a != b]
+        else:  # every block goes around but for the last hop
+            rounds = 2 if kind == "all_reduce" else 1
+            around = zip(ranks, ranks[1:] + ranks[:1], strict=True)
+            hops = [(a, b, rounds * (size - 1) * bytes / size) for a, b in around]
+        sent += sum(part for a, b, part in hops if a < per_node <= b)
+    return sent
+
+
+@pytest.mark.parametrize("kind", ["all_gather", "all_reduce", "reduce_scatter"])
+@pytest.mark.parametrize(("size", "stride"), [(4, 1), (8, 1), (2, 2), (4, 2), (2, 4)])
+def test_a_ring_of_gloo_fills_the_card_of_a_node(kind: Kind, size: int, stride: int) -> None:
+    per_node = 2
+    hw = read_hardware("h100")
+    fast, slow = hw.links
+    hw = replace(
+        hw,
+        collective_library="gloo",
+        launch_us=replace(hw.launch_us, collective=0.0),
+        links=[
+            replace(fast, devices=per_node, bandwidth_gbps=1e6, latency_us=0.0, half_mib=0.0),
+            replace(
+                slow,
+                bandwidth_gbps=1.0,
+                latency_us=0.0,
+                half_mib=0.0,
+                all_reduce_half_mib=0.0,
+                devices_per_port=per_node,
+                efficiency=dict.fromkeys(slow.efficiency, 1.0),
+            ),
+        ],
+    )
+    bytes = 2.0**30
+    # Groups beside each other on a node share its card.
+    expected = leaving_a_node(kind, bytes, size, min(stride, per_node), per_node) / 1e9
+    measured = collective_seconds(hw, kind, bytes, size, stride)
+    assert measured == pytest.approx(expected, rel=1e-6)
+
+
 def test_placement_contention_and_bad_groups() -> None:
     hw = read_hardware("h100")
     size = 2**28
