@@ -61,9 +61,11 @@ check: $(INSTALLED)
 	$(BIN)/hadolint docker/*.Dockerfile
 
 # All that end within minutes; see benchmarks/README.md.
+BENCHMARKS = activation_memory data decoding expert_parallel_link forecast moe_layer peers placement \
+	planner simulator_speed training_speed
 bench: $(INSTALLED)
-	@set -e; for file in $(filter-out benchmarks/gpu.py benchmarks/gpu_steps.py benchmarks/routing_quality.py benchmarks/compression_ladder.py benchmarks/expert_pruning.py,$(sort $(wildcard benchmarks/*.py))); do \
-		echo "== $$file"; $(BIN)/python "$$file"; \
+	@set -e; for name in $(BENCHMARKS); do \
+		echo "== benchmarks/$$name.py"; $(BIN)/python "benchmarks/$$name.py"; \
 	done
 
 docs: $(INSTALLED)
