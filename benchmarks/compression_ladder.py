@@ -131,11 +131,20 @@ def weights(folder: Path, work: Path, texts: Texts, tokens: int, ladder: Sequenc
         print(f"{table(rows, judged)}\n{scheme} {method}: {took:.0f} s", flush=True)
 
 
-def commands(folder: Path, work: Path, texts: Texts) -> None:
-    """Seconds of processor and peak memory of each command, a process of its own."""
+def commands(folder: Path, work: Path, texts: Texts) -> dict[str, list[object]]:
+    """Words of each command; experts are pruned from the model that was carved before."""
     calibrated = ["--calibration", texts.calibration, "--tokens", texts.tokens]
     calibrated += ["--window", texts.window]
     rows: dict[str, list[object]] = {"convert import": ["pangu.convert", "import", smollm2()]}
+    rows["convert export"] = ["pangu.convert", "export", folder]
+    judged = ["--text", texts.judged_by, *calibrated[2:]]
+    rows["evaluate"] = ["pangu.evaluate", folder, *judged]
+    pruning = ["pangu.compress", "prune-layers", folder, "--layers", 3, *calibrated]
+    rows["prune-layers"] = pruning
+    rows["prune-layers --distill"] = [*pruning, "--distill", "--distill-tokens", 4096]
+    rows["carve"] = ["pangu.compress", "carve", folder, "--experts", "S3A3E8", *calibrated]
+    some = ["--keep", 0.6, "--task", *calibrated[1:]]
+    rows["prune-experts"] = ["pangu.compress", "prune-experts", work / "carve", *some]
     quantise = ["pangu.compress", "quantize", folder, *calibrated]
     for scheme, method in (("W4A16", "rtn"), ("W4A16", "awq"), ("W4A16", "gptq")):
         rows[f"quantize {method}"] = [*quantise, "--scheme", scheme, "--method", method]
@@ -143,18 +152,22 @@ def commands(folder: Path, work: Path, texts: Texts) -> None:
     words = [*quantise, "--scheme", "W4A4", "--method", "flatquant", "--epochs", 2]
     rows["quantize flatquant"] = words
     rows["quantize rtn --rotate"] = [*quantise, "--scheme", "W4A16", "--rotate"]
-    pruning = ["pangu.compress", "prune-layers", folder, "--layers", 3, *calibrated]
-    rows["prune-layers"] = pruning
-    rows["convert export"] = ["pangu.convert", "export", folder]
+    return rows
+
+
+def measure(rows: dict[str, list[object]], work: Path) -> None:
+    """Seconds of processor and peak memory of each command, a process of its own."""
     print(f"{'':24}{'CPU s':>8}{'peak GiB':>10}")
     for name, words in rows.items():
         out = work / name.replace(" ", "-")
-        whole = [sys.executable, "-m", *map(str, words), "--out", str(out)]
+        whole = [sys.executable, "-m", *map(str, words)]
+        whole += [] if name == "evaluate" else ["--out", str(out)]
         process = subprocess.Popen(whole, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         _, status, used = os.wait4(process.pid, 0)
         seconds, peak = used.ru_utime + used.ru_stime, used.ru_maxrss / 2**20
         print(f"{name:24}{seconds:8.0f}{peak:10.2f}{'' if not status else '  failed'}", flush=True)
-        shutil.rmtree(out, ignore_errors=True)
+        if name != "carve":
+            shutil.rmtree(out, ignore_errors=True)
 
 
 def main() -> None:
@@ -180,7 +193,7 @@ def main() -> None:
         if options.what == "layers":
             layers(folder, Path(work), texts, options.taught, options.learning_rate)
         elif options.what == "commands":
-            commands(folder, Path(work), texts)
+            measure(commands(folder, Path(work), texts), Path(work))
         else:
             twice = replace(texts, tokens=2 * options.tokens)
             weights(folder, Path(work), twice, options.tokens, LADDERS[options.what])

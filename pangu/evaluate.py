@@ -35,7 +35,10 @@ def evaluate(
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="at most so many tokens of the text")] = 2**31,
-    window: Annotated[int, typer.Option(min=2, help="tokens that see each other")] = 1024,
+    window: Annotated[
+        int | None,
+        typer.Option(min=2, help="tokens that see each other; else 1,024, or what the model takes"),
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, help="at most so many questions a task")] = 2**31,
     results: Annotated[
         Path | None,
@@ -59,7 +62,7 @@ def evaluate(
     if text is not None:
         interval = report["perplexity_interval"]
         between = "({:.3f} to {:.3f}, one sigma)".format(*interval) if interval else "(one window)"
-        print(f"{report['tokens']:,} tokens of {text}, windows of {window}")
+        print(f"{report['tokens']:,} tokens of {text}, windows of {report['window']}")
         print(f"perplexity     {report['perplexity']:.3f}  {between}")
         print(f"bits per byte  {report['bits_per_byte']:.4f}")
     for name, found in report.get("tasks", {}).items():
@@ -140,7 +143,7 @@ def _name(path: Path) -> str:
 
 
 def text_report(
-    folder: Path, text: Path, tokens: int, window: int, backend: str, results: Path | None
+    folder: Path, text: Path, tokens: int, window: int | None, backend: str, results: Path | None
 ) -> dict[str, Any]:
     """Perplexity, bits per byte and tokens of a text; standard error and interval are None where
     one window has none.
@@ -158,6 +161,7 @@ def text_report(
 
     with loaded(folder, backend) as (model, tokenizer, config):
         longest = config.model.max_position_embeddings
+        window = window or min(1024, longest)
         if window > longest:
             reason = f"the model was made for {longest} positions"
             raise ConfigError([Violation("--window", window, reason, f"at most {longest}")])
@@ -180,6 +184,7 @@ def text_report(
         "bits_per_byte": found.nats / math.log(2) / size,
         "tokens": found.tokens,
         "windows": found.windows,
+        "window": window,
         "nats_per_token": mean,
         "standard_error": spread,
     }

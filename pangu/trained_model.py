@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 from configs.compose import read_file
 from configs.layout_rules import ranks, widths
@@ -125,7 +125,7 @@ def one_process(config: Config, backend: str) -> Iterator[None]:
     """Everything that a model of `config` needs before it can be built in this process.
 
     Raises:
-        ConfigError: the backend is missing.
+        ConfigError: the backend is unknown or missing.
     """
     with processes(config, backend, ProcessEnvironment()):
         yield
@@ -140,8 +140,12 @@ def processes(config: Config, backend: str, process: ProcessEnvironment) -> Iter
     """
     warnings.filterwarnings("ignore", module="megatron|torch")  # their own deprecations
     prepare_environment(config, process)
+    from pangu.backends import BackendName
     from pangu.engines.megatron.fitting import select_backend
 
+    known = ("auto", *get_args(BackendName))
+    if backend not in known:
+        raise ConfigError([Violation("backend", backend, f"is none of {', '.join(known)}")])
     try:
         select_backend(backend)
     except RuntimeError as error:

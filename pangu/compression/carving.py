@@ -39,6 +39,7 @@ def carve(
         quantized_file.refuse(folder, "its codes do not fall into experts; carve, then quantise")
         parts = parts_of(experts, groups)
         carved_config(config, parts)  # before the model is read
+        texts.check()
         with loaded(folder, backend) as trained:
             refuse_broken(trained.model, folder)
             rows = [judge("before", trained, texts, progress)]

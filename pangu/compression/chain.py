@@ -14,6 +14,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from configs.violation import ConfigError, Violation
+from pangu.processes import die_with_parent
 
 DONE = "steps.json"
 STEPS = ("prune-layers", "carve", "prune-experts", "quantize", "export")
@@ -115,7 +116,10 @@ def _folder(chain: Chain, number: int) -> Path:
 
 def _run(words: list[str]) -> str:
     command = [sys.executable, "-m", *words]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    # Killed with this process: a step that goes on would write beside the one that begins it again.
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent
+    ) as process:
         try:
             output, _ = process.communicate()
         except BaseException:

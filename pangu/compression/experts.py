@@ -16,12 +16,11 @@ from pangu.compression.texts import (
     Texts,
     judge,
     new_model,
-    read,
     refuse_broken,
     table,
 )
 from pangu.task_experts import AUTO, GENERALIST
-from pangu.trained_model import Trained, loaded
+from pangu.trained_model import Trained, loaded, read_run_config
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +57,9 @@ def prune(
             written; nothing is left at `out`.
     """
     _refuse(store, choice, tasks)
+    from pangu.weights.prune_experts import experts_left
+
+    experts_left(read_run_config(folder), 1.0 if out is None else choice.keep)
     listen = partial(_listen, folder, store, choice, tasks, backend=backend, progress=progress)
     if out is None:
         listen(judged=False)
@@ -85,9 +87,8 @@ def _listen(
     """Rows of the whole model where it is to be `judged`, and the scores of all tasks by layer. The
     model is gone afterwards."""
     with loaded(folder, backend) as trained:
-        from pangu.weights import expert_patterns, prune_experts
+        from pangu.weights import expert_patterns
 
-        prune_experts.experts_left(trained.config, choice.keep if judged else 1.0)
         refuse_broken(trained.model, folder)
         patterns = [measured(trained, choice, texts, progress) for texts in tasks]
         if store is not None:
@@ -107,7 +108,7 @@ def _refuse(store: Path | None, choice: Choice, tasks: list[Texts]) -> None:
     ConfigError: a task cannot be read, two have one name, or there is nothing to store.
     """
     for texts in tasks:
-        read(texts.key, texts.calibration)
+        texts.check()
     name, count = Counter(map(_name, tasks)).most_common(1)[0]
     if count > 1:
         raise ConfigError([Violation("--task", name, "is the name of two files")])

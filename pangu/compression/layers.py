@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pangu.compression.texts import MODEL, Progress, Texts, judge, new_model, refuse_broken, table
-from pangu.trained_model import Trained, loaded
+from pangu.trained_model import Trained, loaded, read_run_config
 
 if TYPE_CHECKING:
     import torch
@@ -52,10 +52,14 @@ def prune(
     """
     with new_model(out) as work:
         pruned = work / MODEL
-        with loaded(folder, backend) as trained:
-            from pangu.weights.prune_layers import check_window
+        config = read_run_config(folder)  # what is wrong is said before the model is read
+        from pangu.weights.prune_layers import check_taught, check_window
 
-            check_window(trained.config, choice.layers, choice.start)
+        check_window(config, choice.layers, choice.start)
+        if distillation:
+            check_taught(config, choice.layers if choice.patch != "none" else 0)
+        texts.check()
+        with loaded(folder, backend) as trained:
             refuse_broken(trained.model, folder)
             rows = [judge("before", trained, texts, progress)]
             found = measured(trained, choice, texts, progress)

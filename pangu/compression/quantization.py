@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,16 @@ from typing import TYPE_CHECKING
 from configs.planning import Dtype, InferenceConfig
 from configs.schema import Config, KeyRounding
 from pangu.compression.own_text import own_text
-from pangu.compression.texts import MODEL, Progress, Texts, judge, new_model, refuse_broken, table
+from pangu.compression.texts import (
+    MODEL,
+    OWN,
+    Progress,
+    Texts,
+    judge,
+    new_model,
+    refuse_broken,
+    table,
+)
 from pangu.trained_model import Trained, loaded
 
 if TYPE_CHECKING:
@@ -21,7 +31,7 @@ if TYPE_CHECKING:
     from pangu.weights.quantize_layers import Method, Quantizer
 
 
-OWN = Path("self")  # in place of a calibration file: what the model itself writes
+SMALLEST_GROUP = 8  # below, scales are as large as what they scale
 
 
 @dataclass(frozen=True)
@@ -55,8 +65,11 @@ def quantize(
     """
     with new_model(out) as work:
         from pangu.weights import quantized_file
+        from pangu.weights.quantize import scheme_of
 
         quantized_file.refuse(folder, "quantise the model that it was made of")
+        scheme_of(rounding.scheme, rounding.group_size, set())  # a wrong name is said at once
+        texts.check()
         if rounding.rotate:
             folder = rotated(folder, work / "rotated")
         with loaded(folder, backend, input_transforms=rounding.transforms) as trained:
@@ -105,7 +118,16 @@ def scheme_for(model: GPTModel, rounding: Rounding) -> Scheme:
     from pangu.weights.quantize import scheme_of
     from pangu.weights.quantize_layers import widths
 
-    scheme = scheme_of(rounding.scheme, rounding.group_size, widths(model), rounding.keys)
+    found = widths(model)
+    scheme = scheme_of(rounding.scheme, rounding.group_size, found, rounding.keys)
+    if 0 < scheme.group_size < SMALLEST_GROUP:
+        shared = math.gcd(*found)
+        would = [str(n) for n in range(SMALLEST_GROUP, shared + 1) if shared % n == 0]
+        raise WeightsError(
+            f"--group-size {rounding.group_size}, and its half and quarter and so on, does not "
+            f"divide all widths of the model ({', '.join(map(str, sorted(found)))}): "
+            f"{', '.join(would) or '--scheme W5A16 and more, with a scale a row,'} would do"
+        )
     if scheme.by_channel and model.config.multi_latent_attention:
         raise WeightsError("--keys channel: latent attention has no keys before their rotation")
     return scheme

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pangu.trained_model import Trained
 
 Progress = Callable[[Iterable], Iterable]
+OWN = Path("self")  # in place of a calibration file: what the model itself writes
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,17 @@ class Texts:
     def window_of(self, config: Config) -> int:
         """Tokens that see each other: no more than the model was made for."""
         return min(self.window, config.model.max_position_embeddings)
+
+    def check(self) -> None:
+        """Before hours are spent on a model.
+
+        Raises:
+            ConfigError: a file cannot be read.
+        """
+        if self.calibration != OWN:
+            read(self.key, self.calibration)
+        if self.judged_by is not None:
+            read("--text", self.judged_by)
 
     def calibration_ids(self, tokenizer: Tokenizer) -> list[int]:
         return self._ids(self.key, self.calibration, tokenizer)

@@ -11,6 +11,7 @@ routed experts, H hidden, G groups.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -72,8 +73,10 @@ def parts_of(text: str, groups: int = 1) -> Parts:
         reason = f"has {parts.routed} routed experts, and a token chooses {parts.active}"
         raise WeightsError(f"--experts {text} {reason}: want 1 at least and no more than there are")
     if parts.routed % groups or parts.active % groups:
-        reason = f"{parts.routed} routed experts, {parts.active} active, in {groups} equal groups"
-        raise WeightsError(f"--groups {groups} does not divide both: {reason}")
+        common = math.gcd(parts.routed, parts.active)
+        would = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+        reason = f"{parts.routed} routed experts and {parts.active} active"
+        raise WeightsError(f"--groups {groups} does not divide both {reason}: {would} would do")
     return parts
 
 

@@ -66,11 +66,14 @@ def description(scheme: Scheme, config: Config, kind: Architecture) -> dict[str,
     """
     bits = (scheme.weight_bits, scheme.activation_bits)
     rounds = bits[1] and not (bits in ((8, 8), (4, 8)) and scheme.symmetric)
-    if scheme.kv_bits or bits[0] > 8 or rounds:
-        # Their caches have one scale a tensor, their 4-bit activations the steps -8 to 7.
+    if scheme.kv_bits:
         raise WeightsError(
-            f"{scheme.name} has no layout that other programs read: W8A8, W4A8, or any with A16, "
-            "and keys and values as they are"
+            f"{scheme.name} has no layout that other programs read: of keys and values vLLM knows "
+            "8-bit floats with one scale a tensor; export the model quantised without KV"
+        )
+    if bits[0] > 8 or rounds:  # their 4-bit activations have the steps -8 to 7
+        raise WeightsError(
+            f"{scheme.name} has no layout that other programs read: W8A8, W4A8, or any with A16"
         )
     weights = {
         "num_bits": scheme.weight_bits,

@@ -14,7 +14,6 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from pangu import backends
-from pangu.checkpoint.tensor_files import WeightsError
 from pangu.inference.forward import whole_logits
 
 Progress = Callable[[Iterable], Iterable]
@@ -47,13 +46,8 @@ def distill(
 
     The loss is the mean over positions of KL(p ‖ q): p is the teacher's softmax over its K logits
     in `folder`, q the student's over its logits of the same tokens.
-
-    Raises:
-        WeightsError: the model has no patch.
     """
     patches = {n: p for n, p in model.named_parameters() if n.endswith("layer_patch.weight")}
-    if not patches:
-        raise WeightsError("there is no patch to teach: distillation wants --patch and --layers")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     # Main copies: in bfloat16 a step of 1e-4 of a number near 1 would be lost.

@@ -39,7 +39,7 @@ def experts_left(config: Config, keep: float) -> int:
     """
     model, moe = config.model, config.moe
     if not model.num_experts:
-        raise WeightsError("the model has no experts")
+        raise WeightsError("the model has no experts to prune; `pangu.compress carve` makes some")
     if moe.router in ("expert_choice", "forced_balance"):
         raise WeightsError(f"with moe.router={moe.router} no task has experts of its own")
     if moe.expert_parts:

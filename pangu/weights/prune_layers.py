@@ -188,3 +188,16 @@ def check_window(config: Config, layers: int, start: int | None) -> None:
             f"--start {start}: {layers} layers from there leave none of {depth} behind them, "
             f"at most {depth - layers - 1}"
         )
+
+
+def check_taught(config: Config, patched: int) -> None:
+    """Whether there is a patch, from before or over the `patched` layers that go, which
+    distillation can teach.
+
+    Raises:
+        WeightsError: there is none.
+    """
+    if not patched and not config.model.patched_layers:
+        raise WeightsError(
+            "--distill: no patch to teach: --layers 1 or more, --patch diagonal or hadamard"
+        )

@@ -236,7 +236,7 @@ MISTAKES = {
     "S3A3": "is not like S3A3E8",
     "S3A6E8": "5 routed experts, and a token chooses 6",
     "S1A3E7": "96 neurons do not fall into 7",
-    "S2A3E8 --groups 2": "--groups 2",
+    "S2A3E8 --groups 2": "--groups 2 does not divide both 6 routed experts and 3 active: 1, 3",
 }
 
 

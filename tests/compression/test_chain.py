@@ -4,8 +4,13 @@ import contextlib
 import importlib
 import io
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -117,6 +122,31 @@ def test_mistakes(folder, capsys):
     assert "cannot be read" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="exit code 1"):
         chain._run(["no_such_module"])
+
+
+def until(holds):
+    end = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_a_step_is_killed_with_its_chain(tmp_path):
+    """Else it would write beside the one that begins the step again."""
+    (tmp_path / "endless.py").write_text(
+        "import os, pathlib, time\n"
+        "pathlib.Path('new').write_text(str(os.getpid()))\n"
+        "os.rename('new', 'pid')\n"
+        "time.sleep(60)\n"
+    )
+    code = "from pangu.compression.chain import _run; _run(['endless'])"
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment) as parent:
+        until((tmp_path / "pid").exists)
+        parent.kill()
+    child = int((tmp_path / "pid").read_text())
+    until(lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie")
 
 
 def test_the_model_writes_its_own_calibration_text(folder, tmp_path, capsys):

@@ -171,6 +171,7 @@ def poison(ours):
     [
         (None, ["--layers", "6"], "error: --layers 6: the model has 6, at most 5 can go"),
         (None, ["--start", "4"], "leave none of 6 behind them"),
+        (None, ["--patch", "none", "--distill"], "no patch to teach"),
         ("shard", [], "no sound checkpoint"),
         ("truncated", [], "no sound checkpoint"),
         ("nan", [], "not finite"),

@@ -290,6 +290,11 @@ def test_what_cannot_be_made_of_a_quantised_model(folder, theirs, tmp_path, caps
 def test_an_unknown_scheme(folder, theirs, tmp_path, capsys):
     assert quantise(folder, tmp_path / "small", "W4") == 2
     assert "--scheme W4: as W4A16" in capsys.readouterr().err
+    words = ["quantize", folder / "ours", "--scheme", "W4A16", "--calibration", folder / "text"]
+    assert compress([*words, "--group-size", 1000, "--out", tmp_path / "small"]) == 2
+    assert "8, 16, 32, 64 would do" in " ".join(capsys.readouterr().err.split())
+    assert compress([*words, "--backend", "tpu", "--out", tmp_path / "small"]) == 2
+    assert "is none of auto, cpu, cuda, npu" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
