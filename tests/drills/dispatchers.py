@@ -27,12 +27,16 @@ ROUTERS = {
     "moge, wide": ["moe=moge", "moe.top_k=4", "moe.num_expert_groups=2"],
 }
 EP4 = "parallel.expert_model_parallel_size=4"
-EP2_TP2 = ["parallel.expert_model_parallel_size=2", "parallel.tensor_model_parallel_size=2"]
+EP2 = "parallel.expert_model_parallel_size=2"
+EP2_TP2 = [EP2, "parallel.tensor_model_parallel_size=2"]
+EP2_PP2 = [EP2, "parallel.pipeline_model_parallel_size=2"]
 LAYOUTS = {
     "EP4": [EP4],
     "EP4 TP2": [EP4, "parallel.tensor_model_parallel_size=2"],
     "EP2 TP2": EP2_TP2,
     "EP2 TP2 ETP2": [*EP2_TP2, "parallel.expert_tensor_parallel_size=2"],
+    "EP2 PP2": EP2_PP2,
+    "EP2 PP2 VPP2": [*EP2_PP2, "parallel.virtual_pipeline_model_parallel_size=2"],
 }
 MEMORY = {
     "none": [],
@@ -89,10 +93,10 @@ WAYS = [
     Way("hierarchical", "top_k", False, "full", "static", "EP2 TP2"),
     Way("deduplicated", "top_k", True, "none", "dynamic"),
     Way("deduplicated", "moge", False, "full", "static", "EP2 TP2 ETP2"),
-    Way("deduplicated", "top_k", False, "swap", "dynamic"),
+    Way("deduplicated", "top_k", False, "swap", "dynamic", "EP2 PP2"),
     Way("alltoall", "top_k", True, "none", "static"),
     Way("alltoall", "moge, wide", False, "layer", "dynamic"),
-    Way("alltoall", "top_k", True, "swap", "dynamic"),
+    Way("alltoall", "top_k", True, "swap", "dynamic", "EP2 PP2 VPP2"),
     Way("allgather", "moge, wide", False, "none", "dynamic"),
     Way("allgather", "top_k", True, "parts", "static"),
     Way("allgather", "top_k", False, "swap", "static"),
