@@ -49,7 +49,7 @@ _KEYS: dict[Kind, str] = {
     "schedule": """
         optimizer.* moe.expert_bias_update_rate moe.aux_loss_scope moe.aux_loss_coefficient
         moe.z_loss_coefficient moe.capacity_factor moe.dispatch_dtype moe.combine_dtype
-        model.mtp_loss_scaling_factor backend.precision train.steps
+        model.mtp_loss_scaling_factor model.lora_dropout backend.precision train.steps
         train.micro_batch_size train.global_batch_size train.seq_length train.leap_heads_only
     """,
     "free": """
@@ -74,6 +74,7 @@ _APPLIES: dict[str, Callable[[Config], bool]] = {
     "moe.active_parts": lambda config: config.moe.expert_parts > 0,
     "model.lora_alpha": lambda config: config.model.lora_rank > 0,
     "model.lora_modules": lambda config: config.model.lora_rank > 0,
+    "model.lora_dropout": lambda config: config.model.lora_rank > 0,
     "model.rotary_base": lambda config: config.model.position_embedding == "rope",
     **dict.fromkeys(
         (
@@ -124,7 +125,7 @@ def changes(then: Config, now: Config) -> list[Change]:
     if then.model.leap_heads == 0:  # heads begin as copies of the model's own
         begun, said = {"model.leap_heads", "model.leap_stride"}, {"model.leap_heads"}
     if then.model.lora_rank == 0:  # adapters begin at zero
-        begun |= {"model.lora_rank", "model.lora_alpha", "model.lora_modules"}
+        begun |= {key for key in KINDS if key.startswith("model.lora_")}
         said |= {"model.lora_rank"}
     return [
         Change(key, "schedule" if key in begun else kind, before[key], value)

@@ -91,6 +91,7 @@ def _expert_widths(config: Config) -> Iterator[Problem]:
     yield from divides(config, "experts/EP", "model.num_experts", EP, reason)
     reason = "an expert's width {value} does not split over {size} expert-tensor-parallel ranks"
     yield from divides(config, "expert/ETP", "model.moe_ffn_hidden_size", ETP, reason)
+    yield from _expert_adapters(config)
     if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
         key = "parallel.sequence_parallel"
         reason = "with tensor parallelism, experts expect each rank to hold its own tokens"
@@ -106,6 +107,19 @@ def _expert_widths(config: Config) -> Iterator[Problem]:
             options[ETP] = [1]
             options[EP] = [n for n in divisors(model.num_experts) if n % (per_node or 1) == 0]
         yield Problem("dispatcher", key, kind, reason, options)
+
+
+def _expert_adapters(config: Config) -> Iterator[Problem]:
+    """LoRA beside routed experts, whose matrices are cut on both sides."""
+    model, size = config.model, config.parallel.expert_tensor_parallel_size
+    modules = model.lora_modules if model.lora_rank else []
+    if "experts_fc1" in modules or "experts_fc2" in modules:
+        reason = "adapters of experts: {value} hidden channels do not split over {size} ranks"
+        yield from divides(config, "adapters/ETP", "model.hidden_size", ETP, reason)
+    if size > 1 and model.lora_dropout and "experts_fc1" in modules:
+        key = "model.lora_dropout"
+        reason = f"{size} expert-tensor-parallel ranks would draw other masks for the same rows"
+        yield Problem("adapters/ETP", key, model.lora_dropout, reason, {key: [0.0], ETP: [1]})
 
 
 def pipeline(config: Config) -> Iterator[Problem]:

@@ -206,6 +206,10 @@ def _overlap_limits(config: Config) -> Iterator[Problem]:
         reason = "in a pipeline the trainer overlaps micro-batches of interleaved stages alone"
         more = {**options, f"parallel.{stages}": [1], f"parallel.{chunks}": [2]}
         yield Problem("overlapped stages", key, True, reason, more)
+    if config.model.lora_rank and config.model.lora_dropout:
+        reason = "two passes in one process draw from one generator, and none could be recomputed"
+        more = {**options, "model.lora_dropout": [0.0]}
+        yield Problem("overlapped dropout", key, True, reason, more)
 
 
 def trainer_limits(config: Config) -> Iterator[Problem]:

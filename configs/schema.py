@@ -29,10 +29,11 @@ from configs.running import BackendConfig, EngineConfig, LaunchConfig
 
 KeyRounding = Literal["token", "channel"]
 # megatron-core's names of a layer's linears; gate and up are `linear_fc1`, and an MoE layer's are
-# its shared expert's.
+# its shared expert's; those of its routed experts are `experts_fc1` and `experts_fc2`.
 LoraModule = Literal[
     "linear_qkv", "linear_q_proj", "linear_q_down_proj", "linear_q_up_proj",
     "linear_kv_down_proj", "linear_kv_up_proj", "linear_proj", "linear_fc1", "linear_fc2",
+    "experts_fc1", "experts_fc2",
 ]  # fmt: skip
 
 
@@ -111,9 +112,11 @@ class ModelConfig:
     key_rounding: KeyRounding = "token"
 
     # LoRA: beside each of these linears a product of two matrices of this rank, times
-    # lora_alpha / lora_rank, and nothing else is trained; 0: none.
+    # lora_alpha / lora_rank, and nothing else is trained; 0: none. In training a part
+    # `lora_dropout` of what comes into the products is set to zero.
     lora_rank: Width = 0
     lora_alpha: Positive = 16.0
+    lora_dropout: Annotated[float, Limits(0, 0.99)] = 0.0
     lora_modules: list[LoraModule] = field(
         default_factory=lambda: ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
     )

@@ -63,6 +63,8 @@ def adapters(config: Config) -> Iterator[Problem]:
     there = [*(latent if model.attention == "mla" else ["linear_qkv"]), "linear_proj"]
     if not model.num_experts or model.num_dense_layers or model.shared_expert_ffn_hidden_size:
         there += ["linear_fc1", "linear_fc2"]
+    if model.num_experts:
+        there += ["experts_fc1", "experts_fc2"]
     if wrong := [name for name in model.lora_modules if name not in there]:
         reason = f"this model has no {', '.join(wrong)} beside which adapters could stand"
         yield Problem("adapters", key, model.lora_modules, reason, {key: [there]})

@@ -82,12 +82,13 @@ class StageParameters:
     # Embedding table that another stage holds too (tied with its head, or for its MTP modules):
     # an all-reduce between the stages adds up the gradients.
     copied: Array = 0.0
-    adapters: Array | None = None  # of `dense`, where they alone are trained
+    # Of `dense` and of `experts`, where they alone are trained.
+    adapters: tuple[Array, Array] | None = None
 
     @property
     def trained(self) -> StageParameters:
         """Those that have gradients."""
-        return self if self.adapters is None else StageParameters(self.adapters, 0.0)
+        return self if self.adapters is None else StageParameters(*self.adapters)
 
     @property
     def total(self) -> Array:
@@ -131,18 +132,21 @@ def stage_parameters(s: Shapes, contents: list[StageContent]) -> StageParameters
         patches = total(content.patch for content in contents)
         shared = shared + patches * patch_linear(model).parameters()
     experts: Array = 0.0
-    low = dense * kinds["dense"].adapters
+    low, expert_low = dense * kinds["dense"].adapters, dense * 0.0
     if model.num_experts:
         low = low + moe * kinds["moe"].adapters
+        expert_low = moe * kinds["moe"].expert_adapters
         shared = shared + moe * kinds["moe"].dense
-        experts = moe * kinds["moe"].experts
+        experts = moe * kinds["moe"].routed
     if model.mtp_num_layers:
         inside = kinds[mtp_kind(model)]
         extra = model.mtp_num_layers * mtp
         low = low + extra * inside.adapters
         shared = shared + extra * (inside.dense + mtp_extra(model, layout.tp))
-        experts = experts + extra * inside.experts
-    return StageParameters(shared, experts, copied, low if model.lora_rank else None)
+        experts = experts + extra * inside.routed
+        expert_low = expert_low + extra * inside.expert_adapters
+    trained = (low, expert_low) if model.lora_rank else None
+    return StageParameters(shared, experts, copied, trained)
 
 
 def kept_activations(s: Shapes, counts: Counts) -> Array:
@@ -327,7 +331,7 @@ def whole_layers(s: Shapes, blocks: Blocks, contents: list[StageContent]) -> Arr
         count = count + (mtp if kind == mtp_kind(s.model) else 0)
         held = layer_parameters(s.model, s.moe, kind, layout.tp, layout.ep, layout.etp)
         dense = np.where(layout.dp * layout.cp > 1, held.dense, 0.0)
-        experts = np.where(layout.expert_dp > 1, held.experts, 0.0)
+        experts = np.where(layout.expert_dp > 1, held.routed, 0.0)
         largest = np.maximum(largest, np.where(count > 0, dense + experts, 0.0))
         layers = layers + count
     copies = np.where(layout.zero >= 3, np.minimum(layers, 2), 0)

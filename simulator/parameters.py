@@ -124,16 +124,27 @@ _ADAPTED = {
     "attention.proj": "linear_proj",
     "mlp.fc1": "linear_fc1",
     "mlp.fc2": "linear_fc2",
+    "experts.fc1": "experts_fc1",
+    "experts.fc2": "experts_fc2",
 }
 
 
 def adapters(model: ModelConfig, kind: LayerKind) -> list[tuple[Linear, Linear]]:
     """A and B of every adapter of a layer (LoRA), which are cut as the linear beside them: A by its
-    inputs where that is, B by its outputs. Of experts only the shared one has any."""
+    inputs where that is, B by its outputs. Those of routed experts are `expert_adapters`."""
+    width = model.ffn_hidden_size if kind == "dense" else model.shared_expert_ffn_hidden_size
+    return _beside(model, attention_linears(model) + (mlp_linears(model, width) if width else []))
+
+
+def expert_adapters(model: ModelConfig) -> list[tuple[Linear, Linear]]:
+    """A and B of one routed expert's adapters, as they are multiplied; of all of them each
+    expert-tensor-parallel rank keeps an equal part."""
+    return _beside(model, mlp_linears(model, model.moe_ffn_hidden_size, "experts"))
+
+
+def _beside(model: ModelConfig, linears: list[Linear]) -> list[tuple[Linear, Linear]]:
     if not model.lora_rank:
         return []
-    width = model.ffn_hidden_size if kind == "dense" else model.shared_expert_ffn_hidden_size
-    linears = attention_linears(model) + (mlp_linears(model, width) if width else [])
     return [
         (
             replace(
@@ -183,6 +194,7 @@ class LayerParameters:
     shared_experts: Array
     experts: Array  # routed experts held by the rank
     adapters: Array = 0
+    expert_adapters: Array = 0  # of the routed experts held by the rank
 
     @property
     def dense(self) -> Array:
@@ -191,8 +203,13 @@ class LayerParameters:
         return linears + self.norms + self.adapters
 
     @property
+    def routed(self) -> Array:
+        """Everything whose gradients are reduced over the expert-data-parallel group."""
+        return self.experts + self.expert_adapters
+
+    @property
     def total(self) -> Array:
-        return self.dense + self.experts
+        return self.dense + self.routed
 
 
 def router_rows(model: ModelConfig, moe: MoEConfig) -> Array:
@@ -232,7 +249,9 @@ def layer_parameters(
         shared = sum(linear.parameters(tp) for linear in mlp_linears(model, width))
     expert = sum(linear.parameters(etp) for linear in mlp_linears(model, model.moe_ffn_hidden_size))
     experts = expert * model.num_experts / ep
-    return LayerParameters(attention, norms, 0, router, shared, experts, low)
+    each = sum(one.parameters() for pair in expert_adapters(model) for one in pair)
+    beside = each * model.num_experts / (ep * etp)
+    return LayerParameters(attention, norms, 0, router, shared, experts, low, beside)
 
 
 def layer_counts(model: ModelConfig) -> dict[LayerKind, int]:
@@ -315,7 +334,7 @@ def count_parameters(config: Config) -> ParameterCount:
         share = moe.top_k / model.num_experts if kind == "moe" else 0
         for part, value in vars(layer).items():
             if value:
-                used = value * share if part == "experts" else value
+                used = value * share if part in ("experts", "expert_adapters") else value
                 parts[part] = parts.get(part, 0) + int(layers * value)
                 active[part] = active.get(part, 0) + round(layers * used)
     mtp = 0
@@ -360,17 +379,22 @@ def model_flops_per_token(
     for kind, layers in layer_counts(model).items():
         if layers:
             matrices = float(matmul_parameters_per_token(model, moe, kind))
-            total += layers * (each * matrices + 6.0 * _low_rank(model, kind) + attention)
+            total += layers * (each * matrices + 6.0 * _low_rank(model, moe, kind) + attention)
     if mtp and model.leap_heads:
         total += each * (model.leap_heads - 1) * (head + model.hidden_size**2)
     if mtp and model.mtp_num_layers:
         matrices = float(matmul_parameters_per_token(model, moe, mtp_kind(model)))
         matrices += float(mtp_projection(model).matrix() + head)
-        low = 6.0 * _low_rank(model, mtp_kind(model))
+        low = 6.0 * _low_rank(model, moe, mtp_kind(model))
         total += model.mtp_num_layers * (each * matrices + low + attention)
     return total
 
 
-def _low_rank(model: ModelConfig, kind: LayerKind) -> float:
-    """Elements of a layer's adapters."""
-    return float(sum(one.matrix() for pair in adapters(model, kind) for one in pair))
+def _low_rank(model: ModelConfig, moe: MoEConfig, kind: LayerKind) -> float:
+    """Elements of a layer's adapters that one token meets."""
+    low = float(sum(one.matrix() for pair in adapters(model, kind) for one in pair))
+    if kind == "dense":
+        return low
+    return low + moe.top_k * sum(
+        float(one.matrix()) for pair in expert_adapters(model) for one in pair
+    )

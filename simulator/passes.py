@@ -161,7 +161,7 @@ def sharded_weights(parts: Parts, block: BlockSeconds, kind: LayerKind) -> tuple
     early = s.traits.sharding == "deepspeed_2021"
     gather: Array = 0.0
     reduce: Array = 0.0
-    for elements, group in ((held.dense, "dp_cp"), (held.experts, "expert_dp")):
+    for elements, group in ((held.dense, "dp_cp"), (held.routed, "expert_dp")):
         size, stride = layout.size(group), layout.stride(group)
         if early:  # every neighbour as far as the next node's
             stride = np.maximum(stride, s.domain)

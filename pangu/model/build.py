@@ -154,7 +154,15 @@ def build_model(config: Config) -> tuple[list[GPTModel], PanguTransformerConfig]
                 parameter.requires_grad_(name.startswith("leap_heads."))
             elif config.model.lora_rank:
                 parameter.requires_grad_(".lora_" in name)
+        if config.model.lora_rank and settings.recompute_granularity and chunk.pre_process:
+            chunk.embedding.register_forward_hook(_with_gradient)
     return chunks, settings
+
+
+def _with_gradient(_: Any, __: Any, embedded: torch.Tensor) -> torch.Tensor:
+    """What is recomputed is passed over in the backward where none of its inputs has a gradient,
+    whatever is trained inside: behind a frozen embedding, the first layer's adapters."""
+    return embedded.requires_grad_() if torch.is_grad_enabled() else embedded
 
 
 def _build_chunk(

@@ -42,6 +42,7 @@ def transformer_config(config: Config) -> PanguTransformerConfig:
         input_transforms=model.input_transforms,
         lora_rank=model.lora_rank,
         lora_alpha=model.lora_alpha,
+        lora_dropout=model.lora_dropout,
         lora_modules=frozenset(model.lora_modules if model.lora_rank else ()),
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,

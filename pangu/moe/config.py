@@ -48,6 +48,7 @@ class MoETransformerConfig(MLATransformerConfig):
     input_transforms: bool = False  # it passes a learned matrix first
     lora_rank: int = 0  # of the adapters beside `lora_modules`; 0: there are none
     lora_alpha: float = 1.0
+    lora_dropout: float = 0.0
     lora_modules: frozenset[str] = frozenset()
     recomputed: frozenset[str] = frozenset()  # modules, of `memory.recompute_modules`
     step: StepTokens | None = None  # of the step under way; None where no engine counts

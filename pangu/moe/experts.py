@@ -15,7 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
-from pangu import backends
+from pangu.moe.adapters import ExpertAdapter, expert_parameter
 from pangu.ops.grouped_matmul import Postponed, grouped_matmul, postpone
 from pangu.ops.rounded_linear import input_rounding
 from pangu.ops.swiglu import swiglu
@@ -40,16 +40,14 @@ class GroupedExperts(MegatronModule):
     `w1` is `[E, H, 2, F]` (gate, then up) and `w2` `[E, F, H]`. Dimension 0 is split over the
     expert-parallel ranks, F over the expert-tensor-parallel ranks; with gate and up in a dimension
     of their own every rank's part is one block of the whole, and no split needs to know of them.
+    LoRA's matrices beside them are split like them.
 
-    On each parameter: `partition_dim` is F's dimension, `partition_stride` is 1,
+    On each parameter: `partition_dim` is the dimension that is split, `partition_stride` is 1,
     `global_expert_indices` names the experts in dimension 0. `allreduce = False` in every layout
     (megatron-core: gradients belong to the *expert* data-parallel group), so that expert tensor
     parallelism may differ from tensor parallelism and optimizer states have the same names
     whatever the layout.
     """
-
-    EXPERT_DIM = 0
-    TENSOR_DIM = {"w1": 3, "w2": 1}  # noqa: RUF012 - a constant
 
     def __init__(
         self,
@@ -64,28 +62,20 @@ class GroupedExperts(MegatronModule):
         self.dp_group = pg_collection.expt_dp
         hidden, width = config.hidden_size, config.moe_ffn_hidden_size
         slice_width = width // self.tp_group.size()
-        self.w1 = self._parameter("w1", (num_local_experts, hidden, 2, slice_width))
-        self.w2 = self._parameter("w2", (num_local_experts, slice_width, hidden))
+        into = (num_local_experts, hidden, 2, slice_width)
+        out = (num_local_experts, slice_width, hidden)
+        self.w1 = expert_parameter(config, into, 3, self.ep_group)
+        self.w2 = expert_parameter(config, out, 1, self.ep_group)
         if config.perform_initialization:
             config.init_method(self.w1)
             config.output_layer_init_method(self.w2)
+        adapted: frozenset[str] = getattr(config, "lora_modules", frozenset())
+        self.w1_adapter = ExpertAdapter(self, self.w1) if "experts_fc1" in adapted else None
+        self.w2_adapter = ExpertAdapter(self, self.w2) if "experts_fc2" in adapted else None
         self.input_rounding = input_rounding(config, hidden)  # one for all experts
         self.activate = WeightedActivation(input_rounding(config, width, self.tp_group))
         # Also of a plain configuration of megatron-core, which has no such field.
         self.recomputed: frozenset[str] = getattr(config, "recomputed", frozenset())
-
-    def _parameter(self, name: str, shape: tuple[int, ...]) -> torch.nn.Parameter:
-        values = torch.empty(
-            shape, dtype=self.config.params_dtype, device=backends.current().device
-        )
-        parameter: Any = torch.nn.Parameter(values)
-        parameter.allreduce = False
-        parameter.tensor_model_parallel = True
-        parameter.partition_dim = self.TENSOR_DIM[name]
-        parameter.partition_stride = 1
-        first = self.ep_group.rank() * self.num_local_experts
-        parameter.global_expert_indices = list(range(first, first + self.num_local_experts))
-        return parameter
 
     def postponed(self) -> tuple[Postponed, Postponed]:
         """`w1` and `w2` for one call of `forward`, whose gradients are made where the backward pass
@@ -110,7 +100,9 @@ class GroupedExperts(MegatronModule):
 
         def first(rows_NH: torch.Tensor) -> torch.Tensor:
             rows_NH = self.input_rounding(rows_NH)
-            return grouped_matmul(rows_NH, w1.flatten(2), counts_E, parameter=self.w1, later=later1)
+            whole_EHG = w1.flatten(2)
+            inner = grouped_matmul(rows_NH, whole_EHG, counts_E, parameter=self.w1, later=later1)
+            return inner if self.w1_adapter is None else inner + self.w1_adapter(rows_NH, counts_E)
 
         def both(rows_NH: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:
             return self.activate(first(rows_NH), weights_N)
@@ -123,6 +115,8 @@ class GroupedExperts(MegatronModule):
         else:
             activated_NF = both(rows_NH, weights_N)
         output_NH = grouped_matmul(activated_NF, w2, counts_E, parameter=self.w2, later=later2)
+        if self.w2_adapter is not None:
+            output_NH = output_NH + self.w2_adapter(activated_NF, counts_E)
         if {"moe_fc1", "moe_act"} & self.recomputed:
             checkpoint.discard_output_and_register_recompute(output_NH)
         return output_NH, None
@@ -144,10 +138,10 @@ class GroupedExperts(MegatronModule):
                 prefix + name,
                 parameter,
                 *sharded_offsets,
-                (prepended + self.EXPERT_DIM, self.ep_group.rank(), self.ep_group.size()),
-                (prepended + self.TENSOR_DIM[name], self.tp_group.rank(), self.tp_group.size()),
+                (prepended, self.ep_group.rank(), self.ep_group.size()),
+                (prepended + parameter.partition_dim, self.tp_group.rank(), self.tp_group.size()),
                 replica_id=(0, 0, self.dp_group.rank()),
                 prepend_axis_num=prepended,
             )
-            for name, parameter in (("w1", self.w1), ("w2", self.w2))
+            for name, parameter in self.named_parameters()
         }

@@ -1,11 +1,13 @@
 """Linears with a low-rank product beside them, which alone is trained: LoRA (arXiv 2106.09685),
-y = W·x + α/r · B·A·x. In every layout of tensor parallelism the whole A and B are the same.
+y = W·x + α/r · B·A·x, in training with dropout of the second x. In every layout of tensor
+parallelism the whole A and B are the same.
 
 Shapes: r rank; inputs and outputs are those of the linear.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
@@ -41,6 +44,16 @@ def _scale(linear: Any) -> float:
     return float(linear.config.lora_alpha / linear.config.lora_rank)
 
 
+def _dropped(linear: Any, x: torch.Tensor, *, cut: bool) -> torch.Tensor:
+    """What an adapter reads of `x` in training. Where x is `cut`, every tensor-parallel rank draws
+    a mask of its own for its part; else all of them hold the whole x and draw the same mask."""
+    part = linear.config.lora_dropout
+    if not part or not linear.training:
+        return x
+    with get_cuda_rng_tracker().fork() if cut else nullcontext():
+        return F.dropout(x, part)
+
+
 def _sharded(
     linear: Any, cuts: dict[str, int], prefix: str, offsets: tuple, metadata: dict
 ) -> dict[str, Any]:
@@ -60,7 +73,7 @@ class LoraColumn(RoundedColumn):
 
     def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         output, bias = super().forward(input_, *args, **kwargs)
-        low = F.linear(input_, self.lora_a)
+        low = F.linear(_dropped(self, input_, cut=self.sequence_parallel), self.lora_a)
         if self.sequence_parallel:
             low = gather_from_sequence_parallel_region(low, group=self.tp_group)
         else:
@@ -89,7 +102,7 @@ class LoraRow(RoundedRow):
 
     def forward(self, input_: torch.Tensor) -> Any:
         output, bias = super().forward(input_)
-        low = F.linear(input_, self.lora_a)
+        low = F.linear(_dropped(self, input_, cut=True), self.lora_a)
         if self.sequence_parallel:
             low = reduce_scatter_to_sequence_parallel_region(low, group=self.tp_group)
         else:

@@ -11,6 +11,7 @@ from configs.schema import Config, ModelConfig
 from pangu.checkpoint.tensor_files import Source
 
 _A, _B = ".lora_a", ".lora_b"
+_OF_EXPERTS = "_adapter"  # `experts.w1_adapter.lora_a` stands beside `experts.w1`
 
 
 class _Merged:
@@ -29,11 +30,19 @@ class _Merged:
 
     def read(self, name: str) -> torch.Tensor:
         weight = self._source.read(name)
-        linear = name.removesuffix(".weight")
-        if linear == name or linear not in self._adapted:
+        if name + _OF_EXPERTS in self._adapted:
+            a, b = self._matrices(name + _OF_EXPERTS)  # [E, inputs, r], [E, r, …outputs]
+            product = (a @ b.flatten(2)).view(weight.shape)
+        elif name.endswith(".weight") and (linear := name.removesuffix(".weight")) in self._adapted:
+            a, b = self._matrices(linear)
+            product = b @ a
+        else:
             return weight
-        a, b = (self._source.read(linear + part).double() for part in (_A, _B))
-        return (weight.double() + self._scale * (b @ a)).to(weight.dtype)
+        return (weight.double() + self._scale * product).to(weight.dtype)
+
+    def _matrices(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b = (self._source.read(adapter + part).double() for part in (_A, _B))
+        return a, b
 
 
 def merged(config: Config, source: Source) -> tuple[Config, Source]:
@@ -47,4 +56,4 @@ def merged(config: Config, source: Source) -> tuple[Config, Source]:
     return replace(config, model=replace(model, **plain)), _Merged(source, scale)
 
 
-_KEYS = ("lora_rank", "lora_alpha", "lora_modules")
+_KEYS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_modules")

@@ -7,18 +7,26 @@ from dataclasses import dataclass, replace
 from simulator.array import Array
 from simulator.counts.attention import attention
 from simulator.counts.mlp import dense_mlp
-from simulator.counts.moe import moe
-from simulator.counts.records import Counts, Saved, Shapes, matmul, vector
+from simulator.counts.moe import moe, routed_rows
+from simulator.counts.records import Counts, Saved, Shapes, grouped_matmul, matmul, vector
 from simulator.counts.tensor_parallel import after_row, before_column
 from simulator.counts.vocabulary import embedding, head, mtp_entrance
-from simulator.parameters import LayerKind, Linear, adapters, mtp_kind, patch_linear
+from simulator.parameters import (
+    LayerKind,
+    Linear,
+    adapters,
+    expert_adapters,
+    mtp_kind,
+    patch_linear,
+)
 
 
 def layer(s: Shapes, kind: LayerKind, load: Array = 1.0) -> Counts:
     """One transformer layer."""
     counts = attention(s) + (dense_mlp(s) if kind == "dense" else moe(s, load))
     counts = _side_by_side(counts) if s.traits.parallel_block and kind == "dense" else counts
-    return sum(low_rank(s, kind), _frozen(s, counts))
+    beside = low_rank(s, kind) + (expert_low_rank(s, load) if kind == "moe" else [])
+    return sum(beside, _frozen(s, counts))
 
 
 def _frozen(s: Shapes, counts: Counts) -> Counts:
@@ -51,6 +59,27 @@ def low_rank(s: Shapes, kind: LayerKind) -> list[Counts]:
                 ],
                 messages=around(s, b.name, rank) if a.split != b.split else [],
                 saved=[Saved(f"{b.name} input", after * rank * s.linear_element)],
+            )
+        )
+    return found
+
+
+def expert_low_rank(s: Shapes, load: Array) -> list[Counts]:
+    """The adapters of routed experts. Between expert-tensor-parallel ranks half of their matrices
+    are gathered, which is not counted: they are `rank` wide."""
+    rows, experts = routed_rows(s, load), s.model.num_experts / s.layout.ep
+    etp, found = s.layout.etp, []
+    for a, b in expert_adapters(s.model):
+        output = rows * b.local_outputs(etp) * s.element
+        products = [grouped_matmul(s, one, experts, rows / experts, etp) for one in (a, b)]
+        found.append(
+            Counts(
+                operators=[
+                    *products[0],
+                    *products[1],
+                    *vector(f"{b.name} added", 5 * output, 2 * output),
+                ],
+                saved=[Saved(f"{b.name} input", rows * s.model.lora_rank * s.linear_element)],
             )
         )
     return found

@@ -15,6 +15,8 @@ from simulator.memory import StageParameters, stage_contents, stage_parameters
 MTP = [*MODEL, "model=pangu_ultra_moe", "model.num_layers=4", "model.num_dense_layers=1"]
 MTP += ["model.attention=gqa", "model.qk_layernorm=false", "model.num_attention_heads=4"]
 MTP += ["model.num_query_groups=2", "model.ffn_hidden_size=48", "moe.num_expert_groups=1"]
+ADAPTERS = ["model.lora_rank=4"]
+ADAPTERS += ["model.lora_modules=[linear_qkv,linear_fc1,linear_fc2,experts_fc1,experts_fc2]"]
 LAYOUTS = {
     "tensor": ["parallel.tensor_model_parallel_size=2"],
     "pipeline": ["parallel.pipeline_model_parallel_size=2"],
@@ -24,8 +26,12 @@ LAYOUTS = {
         "model.mtp_num_layers=0",
         "model.leap_heads=3",
     ],
-    "adapters": ["model.lora_rank=4", "parallel.pipeline_model_parallel_size=2"],
-    "adapters cut": ["model.lora_rank=4", "parallel.tensor_model_parallel_size=2"],
+    "adapters": [*ADAPTERS, "parallel.pipeline_model_parallel_size=2"],
+    "adapters cut": [
+        *ADAPTERS,
+        "parallel.tensor_model_parallel_size=2",
+        "parallel.expert_tensor_parallel_size=2",
+    ],
     "tied": ["parallel.pipeline_model_parallel_size=2", "model.tie_embeddings=true"],
 }
 

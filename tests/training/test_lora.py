@@ -7,6 +7,7 @@ import torch
 from compression.ours import logits
 from compression.tiny import compress
 from gloo import leave
+from layouts import all_layouts
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from trained_model import EVERYTHING, build, micro_batch
@@ -15,37 +16,64 @@ from transformers import AutoModelForCausalLM
 from configs.check import examine
 from configs.compose import load
 from pangu.model.build import build_model
+from pangu.moe.adapters import ExpertAdapter
+from pangu.ops.lora_linear import LoraColumn, LoraRow, _dropped
 from pangu.trained_model import loaded
 from pangu.weights.convert import export_model
+from pangu.weights.lora import merged
 from pangu.weights.model_folder import opened
 from simulator.parameters import count_parameters, model_flops_per_token
 from simulator.ranks import pipeline_ranks
 
 LORA = ["model.lora_rank=4", "model.lora_alpha=8"]
+MODULES = "linear_qkv,linear_proj,linear_fc1,linear_fc2,experts_fc1,experts_fc2"
+EXPERTS = [*LORA, f"model.lora_modules=[{MODULES}]"]
 WITHOUT = ["model.mtp_num_layers=0", "optimizer.clip_grad=0", "backend.precision=fp64"]
 
 
-def in_plain_torch(net, adapters, batch):
-    """The loss of a micro-batch with W + alpha/r B A in the place of each W."""
-    weights = dict(net.named_parameters())
+def whole(weights, adapters):
+    """The weights with W + alpha/r B A in the place of each W."""
+    found = dict(weights)
     for name in adapters:
-        if name.endswith(".lora_a"):
-            linear = name.removesuffix(".lora_a")
-            product = adapters[f"{linear}.lora_b"] @ adapters[name]
-            weights[f"{linear}.weight"] = weights[f"{linear}.weight"].detach() + 2.0 * product
+        if not name.endswith(".lora_a"):
+            continue
+        linear = name.removesuffix(".lora_a")
+        a, b = adapters[name], adapters[f"{linear}.lora_b"]
+        if linear.endswith("_adapter"):  # expert by expert
+            weight = linear.removesuffix("_adapter")
+            each = zip(a, b, found[weight], strict=True)
+            product = torch.stack([(x @ y.flatten(1)).view(w.shape) for x, y, w in each])
+        else:
+            weight, product = f"{linear}.weight", b @ a
+        found[weight] = found[weight].detach() + 2.0 * product
+    return found
+
+
+def in_plain_torch(net, adapters, batch):
+    """The loss of a micro-batch."""
+    weights = whole(dict(net.named_parameters()), adapters)
     found = functional_call(net, weights, (batch["tokens"], batch["position_ids"], None))
     losses = cross_entropy(found.flatten(0, 1), batch["labels"].flatten(), reduction="none")
     return (losses * batch["loss_mask"].flatten()).sum() / batch["loss_mask"].sum()
 
 
+class Held(dict):
+    """Tensors by name as files of them are read."""
+
+    names, read = dict.keys, dict.__getitem__
+
+    def shape(self, name):
+        return tuple(self[name].shape)
+
+
 def test_adapters_train_as_in_plain_torch_and_nothing_else_moves():
-    """Dense layer, experts and shared expert; torch's own AdamW."""
+    """Dense layer, routed experts and shared expert; torch's own AdamW."""
     gloo.single()
-    model = build([*WITHOUT, *LORA])
+    model = build([*WITHOUT, *EXPERTS])
     before = {name: value.detach().clone() for name, value in model.parameters().items()}
     buffers = {name: value.clone() for name, value in model.chunks[0].module.named_buffers()}
     adapters = {name: value.clone() for name, value in before.items() if ".lora_" in name}
-    assert len(adapters) == 2 * 4 * 2  # layers, linears, matrices
+    assert len(adapters) == (4 + 6) * 2  # linears of both layers, matrices
     net = build_model(load([*EVERYTHING, "launch.processes=1", *WITHOUT]))[0][0].train()
     options = model.config.optimizer
     adam = torch.optim.AdamW(
@@ -70,6 +98,12 @@ def test_adapters_train_as_in_plain_torch_and_nothing_else_moves():
             assert torch.equal(value, before[name]), name
     for name, value in model.chunks[0].module.named_buffers():
         assert "expert_bias" not in name or torch.equal(value, buffers[name])
+    plain, once = merged(model.config, Held(model.parameters()))
+    assert plain.model.lora_rank == 0
+    expected = whole(dict(net.named_parameters()), adapters)
+    assert set(once.names()) == set(expected)
+    for name, value in expected.items():
+        assert torch.allclose(once.read(name), value, rtol=1e-6, atol=1e-9), name
 
 
 def test_the_simulator_has_the_bytes_of_adapters_alone():
@@ -77,7 +111,7 @@ def test_the_simulator_has_the_bytes_of_adapters_alone():
     what is frozen."""
     gloo.single()
     words = ["parallel.zero_stage=0", "model.mtp_num_layers=0", "backend.precision=fp32"]
-    model = build([*LORA, *words])
+    model = build([*EXPERTS, *words])
     model.step([micro_batch(0, 1.0, size=2)])
     buffers = model.chunks[0].buffers + model.chunks[0].expert_parallel_buffers
     gradients = sum(buffer.grad_data.nbytes for buffer in buffers)
@@ -87,11 +121,103 @@ def test_the_simulator_has_the_bytes_of_adapters_alone():
     assert int(rank.memory.gradients) == gradients > 0
     assert int(rank.memory.optimizer) == sum(m.nbytes for m in moments if m.dim())
     plain = load([*EVERYTHING, *words])
-    low = count_parameters(model.config).parts["adapters"]
-    assert count_parameters(model.config).total == count_parameters(plain).total + low
+    count = count_parameters(model.config)
+    every, met = (
+        sum(parts[name] for name in ("adapters", "expert_adapters"))
+        for parts in (count.parts, count.active_parts)
+    )
+    trained = sum(p.numel() for p in model.parameters().values() if p.requires_grad)
+    assert count.total - count_parameters(plain).total == every == trained
     products = model_flops_per_token(plain, seq_length=1) - 3 * 2 * 4 * (8 + 8)  # attention's own
     found = model_flops_per_token(model.config, seq_length=1) - 3 * 2 * 4 * (8 + 8)
-    assert found == pytest.approx(products * 2 / 3 + 6 * low, rel=1e-9)
+    assert found == pytest.approx(products * 2 / 3 + 6 * met, rel=1e-9)
+
+
+EXPERT_LAYOUTS = {
+    "moge": ["parallel.expert_model_parallel_size=2", "moe.dispatcher=moge"],
+    "tensor": ["parallel.tensor_model_parallel_size=2", "parallel.expert_model_parallel_size=2"],
+    "sliced, computed again": [
+        "parallel.tensor_model_parallel_size=2",
+        "parallel.expert_tensor_parallel_size=2",
+        "memory=selective",
+        "memory.recompute_modules=[moe_fc1,moe_permute]",
+    ],
+    "all computed again": ["parallel.pipeline_model_parallel_size=2", "memory=full"],
+}
+EXPERT_MODEL = ["model.num_layers=2", "moe=moge", "moe.top_k=2", "moe.num_expert_groups=2"]
+
+
+DROPPED = ["model.lora_dropout=0.3"]
+WHOLE = ["model.num_experts=0", "model.ffn_hidden_size=64", *LORA, *DROPPED]
+WHOLE += ["model.num_layers=2", "model.lora_modules=[linear_qkv,linear_fc1]"]
+BY_TENSOR = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=false"]
+
+
+def dropped(world_size):
+    """Which of 64 inputs are left by adapters whose input is whole, cut, or an expert's."""
+    words = [*EXPERTS, *DROPPED, "model.mtp_num_layers=0"]
+    sizes = ["parallel.tensor_model_parallel_size=2", "parallel.expert_model_parallel_size=2"]
+    modules = list(build([*words, *sizes], world_size).chunks[0].modules())
+    column, row, expert = (next(m for m in modules if isinstance(m, kind))
+                           for kind in (LoraColumn, LoraRow, ExpertAdapter))  # fmt: skip
+    ones = torch.ones(64)
+    found = [
+        _dropped(column, ones, cut=False),
+        _dropped(row, ones, cut=True),
+        expert._dropped(ones),
+    ]
+    column.eval(), row.eval(), expert.eval()
+    assert _dropped(column, ones, cut=False) is _dropped(row, ones, cut=True) is ones
+    assert expert._dropped(ones) is ones
+    return found
+
+
+def on_two_ranks():
+    layouts = {name: [*EXPERT_MODEL, *EXPERTS, *more] for name, more in EXPERT_LAYOUTS.items()}
+    steps = all_layouts({**layouts, "dropped": [*WHOLE, *BY_TENSOR]}, 2, 3)
+    return dropped(2), steps
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    """What each of two ranks drops, and the steps of every layout."""
+    return gloo.run(2, on_two_ranks)
+
+
+@pytest.mark.distributed
+def test_adapters_of_experts_train_alike_in_every_layout(two_ranks):
+    """Loss and gradient norm of three steps: A moves from the second on."""
+    expected = gloo.alone(all_layouts, {"one": [*EXPERT_MODEL, *EXPERTS]}, 1, 3)["one"]
+    for name in EXPERT_LAYOUTS:
+        found = two_ranks[0][1][name]
+        assert found == [pytest.approx(step, rel=1e-5) for step in expected], name
+
+
+@pytest.mark.distributed
+def test_ranks_that_hold_the_same_input_drop_the_same_of_it(two_ranks):
+    """Others do not; evaluation drops nothing; two ranks train as one where inputs are whole."""
+    whole, cut, expert = zip(*(found for found, _ in two_ranks), strict=True)
+    assert torch.equal(*whole)
+    assert not torch.equal(*cut)
+    assert not torch.equal(*expert)
+    assert whole[0].unique().tolist() == pytest.approx([0, 1 / 0.7])
+    one = gloo.alone(all_layouts, {"one": WHOLE, "none": [*WHOLE, "model.lora_dropout=0"]}, 1, 3)
+    two = two_ranks[0][1]["dropped"]
+    assert two == [pytest.approx(step, rel=1e-5) for step in one["one"]]
+    assert two[2] != pytest.approx(one["none"][2], rel=1e-3)
+
+
+def test_what_is_computed_again_drops_the_same():
+    words = [*EXPERT_MODEL, *EXPERTS, *DROPPED]
+    again = {
+        "kept": [],
+        "layers": ["memory=full"],
+        "modules": ["memory=selective", "memory.recompute_modules=[moe_fc1,moe_permute,mlp]"],
+    }
+    found = gloo.alone(all_layouts, {name: [*words, *more] for name, more in again.items()}, 1, 2)
+    expected = found.pop("kept")
+    for name, steps in found.items():
+        assert steps == [pytest.approx(step, rel=1e-6) for step in expected], name
 
 
 DENSE = ["model.num_layers=2", "model.num_experts=0", "model.ffn_hidden_size=64"]
@@ -139,6 +265,36 @@ def test_every_layout_trains_adapters_as_one_process_does(runs):
     for name in adapted.names():
         if ".lora_" not in name:
             assert torch.equal(plain.read(name), adapted.read(name)), name
+
+
+# Mixtral's shape.
+MOE = ["model.num_layers=2", "model.shared_expert_ffn_hidden_size=0", *SAVED]
+MOE += ["moe=top_k", "moe.num_expert_groups=1", "moe.router_scale=false", "moe.expert_bias=false"]
+EP2 = ["parallel.expert_model_parallel_size=2"]
+
+
+@pytest.mark.distributed
+def test_adapters_of_experts_are_saved_resharded_and_merged(tmp_path):
+    """Two ranks with four experts each, gone on with by one process, against one all along."""
+    modules = ["model.lora_rank=4", "model.lora_modules=[experts_fc1,experts_fc2]"]
+    gloo.alone(checkpoint_runs.train, tmp_path / "base", [*MOE, "train.steps=1"])
+
+    def words(start, steps):
+        return [*MOE, *modules, f"checkpoint.resume={tmp_path / start}", f"train.steps={steps}"]
+
+    expected = gloo.alone(checkpoint_runs.train, tmp_path / "one", words("base", 4))[0]
+    half = [*words("base", 3), *EP2]
+    assert list(gloo.run(2, checkpoint_runs.train, tmp_path / "ep", half)[0][0]) == [2, 3]
+    found = gloo.alone(checkpoint_runs.train, tmp_path / "on", words("ep", 4))[0]
+    assert found == {4: pytest.approx(expected[4], rel=1e-5)}
+    leave()
+    rows = torch.arange(2 * 16).view(2, 16) * 7 % 256
+    with loaded(tmp_path / "on", "cpu") as (model, _, _):
+        ours = logits(model, rows)
+    export_model(tmp_path / "on", tmp_path / "out")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert (read(rows).logits - ours).abs().max() <= 1e-5
 
 
 def test_export_merges_adapters(runs, tmp_path, capsys):
@@ -197,6 +353,7 @@ def test_a_quantised_model_trains_on_and_says_what_becomes_of_its_codes(runs, tm
         (["model.num_experts=8", "model.shared_expert_ffn_hidden_size=0"], "model.lora_modules"),
         (["model.lora_modules=[linear_q_proj]"], "model.lora_modules"),
         (["model.lora_modules=[]"], "model.lora_modules"),
+        ([*DENSE, "model.lora_modules=[experts_fc1]"], "model.lora_modules"),
         (["model.leap_heads=4", "train.leap_heads_only=true"], "model.lora_rank"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import timedelta
 
 import torch
@@ -50,6 +51,8 @@ def initialize(config: Config) -> None:
             reason = "nodes have different numbers of ranks"
             raise ConfigError([Violation("moe.dispatcher", "hierarchical", reason)])
         nodes.initialize(per_node, timeout)
+    # On a CPU the device's generator is the host's, of which the engine warns at every mask.
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
     torch.manual_seed(config.seed)
     tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
 
