@@ -10,6 +10,7 @@ from configs.problem import CP, EP, ETP, PP, TP, Problem, get
 from configs.schema import Config
 
 NAME, ZERO, OFFLOAD = "engine.name", "parallel.zero_stage", "engine.offload"
+NVME_PATH = "engine.nvme_path"
 MEGATRON: dict[str, list[Any]] = {NAME: ["megatron"]}
 
 
@@ -34,6 +35,8 @@ def _megatron(config: Config) -> Iterator[Problem]:
     if config.engine.offload != "none":
         options = {OFFLOAD: ["none"], **more}
         yield Problem("megatron offload", OFFLOAD, config.engine.offload, reason, options)
+    elif path := config.engine.nvme_path:
+        yield Problem("megatron NVMe", NVME_PATH, path, reason, more, "without it")
     if config.engine.config:
         key = "engine.config"
         yield Problem("megatron JSON", key, config.engine.config, reason, {key: [{}], **more})
@@ -83,14 +86,19 @@ def _memory(config: Config) -> Iterator[Problem]:
         key, reason = "memory.swap_optimizer", "DeepSpeed has engine.offload for that"
         options = {key: [False], **MEGATRON}
         yield Problem("deepspeed swapped state", key, True, reason, options)
-    if offload == "nvme":
-        reason = "DeepSpeed builds it with libaio's headers, and what lies on an NVMe drive cannot "
-        reason += "be saved in our checkpoints"
-        yield Problem("nvme", OFFLOAD, offload, reason, {OFFLOAD: ["cpu", "none"]})
+    if offload == "nvme" and stage != 3:
+        reason = "DeepSpeed has files for stage 3 alone: at others the state would stay in the "
+        reason += "host's memory without a word"
+        options: dict[str, list[Any]] = {ZERO: [3]}
+        yield Problem("nvme stage", OFFLOAD, offload, reason, options)
     elif offload != "none" and stage == 0:
         reason = "stage 0 shards nothing, and DeepSpeed offloads what it has sharded"
         options = {OFFLOAD: ["none"], ZERO: [1, 2, 3]}
         yield Problem("offload of nothing", OFFLOAD, offload, reason, options)
+    if (offload == "nvme") != bool(config.engine.nvme_path):
+        reason = "engine.offload=nvme and a folder on the drive belong together"
+        hint = "engine.offload=nvme engine.nvme_path=FOLDER"
+        yield Problem("nvme path", NVME_PATH, config.engine.nvme_path, reason, hint=hint)
 
 
 def _json(config: Config) -> Iterator[Problem]:

@@ -24,12 +24,14 @@ class EngineConfig:
     """What trains the model: megatron-core's optimizer, or DeepSpeed's ZeRO around the same model.
 
     `offload` says where DeepSpeed keeps the optimizer's state, and at stage 3 the weights between
-    their uses; `config` has further keys of its JSON (`configs.engine_rules` names those that the
-    tree decides).
+    their uses: with `nvme` the state is in files below `nvme_path`, a folder on the drive, and the
+    weights are in the host's memory. `config` has further keys of its JSON
+    (`configs.deepspeed_keys` names those that the tree decides).
     """
 
     name: Literal["megatron", "deepspeed"] = "megatron"
     offload: Literal["none", "cpu", "nvme"] = "none"
+    nvme_path: str = ""
     config: dict[str, Any] = field(default_factory=dict)
 
 

@@ -67,12 +67,13 @@ def _configuration(overrides: list[str], out: Path) -> Config:
         if not line.startswith(("backend=", "backend.")):
             raise ConfigError([Violation(line, "", "only backend=… and backend.… matter here")])
     from configs.compose import load
-    from pangu.machine_check import impossible
+    from pangu.machine_check import backend, impossible
 
     config = load(["data=synthetic", *overrides])
     if sentences := impossible(config.backend.name):
         raise ConfigError([Violation("backend", config.backend.name, sentences[0])])
-    return config
+    # A preset is one device's.
+    return replace(config, backend=replace(config.backend, name=backend(config.backend.name)[0]))
 
 
 def _between_nodes(config: Config, out: Path, machine: str, quick: bool) -> None:

@@ -46,7 +46,10 @@ class Part:
         if self.main is None or name == MAIN:
             return self.main
         kept = self.state[name]
-        return kept if self.flat is None else kept[self.offset : self.offset + self.main.numel()]
+        return kept if self.flat is None else self._piece(kept)
+
+    def _piece(self, flat: torch.Tensor) -> torch.Tensor:
+        return flat[self.offset : self.offset + self.end - self.start]
 
     def whole(self, name: str) -> torch.Tensor:
         """The main copy or a moment in the parameter's shape. Collective over `group`.

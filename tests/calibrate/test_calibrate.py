@@ -44,7 +44,7 @@ def calibrate(*arguments: str) -> subprocess.CompletedProcess[str]:
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A preset that two real processes measured."""
     file = tmp_path_factory.mktemp("calibrate") / "here.yaml"
-    done = calibrate("--out", str(file), "--quick", "backend=cpu", "backend.threads=1")
+    done = calibrate("--out", str(file), "--quick", "backend.threads=1")
     assert done.returncode == 0, done.stderr
     return file
 

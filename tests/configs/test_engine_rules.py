@@ -10,6 +10,7 @@ PP = "parallel.pipeline_model_parallel_size"
 TP = "parallel.tensor_model_parallel_size"
 EP = "parallel.expert_model_parallel_size"
 ZERO = "parallel.zero_stage"
+NVME = ["engine.offload=nvme", "engine.nvme_path=drive"]
 
 
 @pytest.mark.parametrize(
@@ -24,7 +25,10 @@ ZERO = "parallel.zero_stage"
         ([DS, "memory.swap_optimizer=true", "backend=cpu"], "memory.swap_optimizer", "=false; or"),
         ([DS, "moe.placement=dynamic"], "moe.placement", "=static; or"),
         ([DS, "engine.offload=cpu", f"{ZERO}=0"], "engine.offload", f"none; or {ZERO}=1, 2 or 3"),
-        ([DS, "engine.offload=nvme"], "engine.offload", "cpu or none"),
+        ([DS, *NVME, f"{ZERO}=2"], "engine.offload", f"{ZERO}=3"),
+        ([DS, NVME[0], f"{ZERO}=3"], "engine.nvme_path", "engine.nvme_path=FOLDER"),
+        ([DS, NVME[1]], "engine.nvme_path", "engine.offload=nvme"),
+        ([NVME[1]], "engine.nvme_path", "engine.name=deepspeed"),
         ([DS, "engine.config={optimizer:{type:Lion}}"], "engine.config", "optimizer"),
         ([DS, "engine.config={zero_optimization:{stage:2}}"], "engine.config", ZERO),
         ([DS, "engine.config={gradient_allreduce_op:sum}"], "engine.config", "without it"),

@@ -19,9 +19,14 @@ CUT = "stage3_param_persistence_threshold:0"
 STAGE_3 = [DS, "parallel.zero_stage=3"]
 # A loss beside the main one, and weights that nobody trains.
 HEADS = ["model.mtp_num_layers=0", "model.leap_heads=2", "train.leap_heads_only=true"]
+# Adapters alone, of which B begins at 0, and A's gradients with it. With the other layouts' epsilon
+# AdamW makes whole steps of B's rounding, and A's moments are 2e-5 apart after two.
+LORA = ["model.lora_rank=4", "model.lora_alpha=8", "optimizer.adam_eps=1e-3"]
 LAYOUTS = {
     "megatron": [],
     "megatron heads": HEADS,
+    "megatron lora": LORA,
+    "stage 2 lora": [DS, "parallel.zero_stage=2", *LORA],
     **{f"stage {stage}": [DS, f"parallel.zero_stage={stage}"] for stage in (0, 1, 2)},
     "stage 3": [*STAGE_3, f"engine.config={{zero_optimization:{{{CUT}}}}}"],
     "stage 0 ep2": [DS, "parallel.zero_stage=0", EP2],
@@ -71,7 +76,8 @@ def test_losses_norms_weights_and_moments_are_those_of_megatron(runs, name):
     on one rank in between changes nothing. Moments are linear in gradients: a factor would show."""
     for rank, (left, *_) in enumerate(runs[1]):
         found = left[name]
-        expected = left["megatron heads" if "heads" in name else "megatron"]
+        kind = next((f" {word}" for word in ("heads", "lora") if word in name), "")
+        expected = left[f"megatron{kind}"]
         assert found.skipped == expected.skipped == [False, True, False]
         assert found.updates == expected.updates == 2
         worst = farthest(found, expected, rank, 2 if EP2 in LAYOUTS[name] else 1)

@@ -4,10 +4,13 @@ and optimizer."""
 from __future__ import annotations
 
 import math
+import shutil
+import weakref
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +30,7 @@ from pangu.engines.deepspeed.groups import (
     is_expert,
     mark_experts,
 )
+from pangu.engines.deepspeed.optimizer_state import Drive
 from pangu.engines.megatron.process_groups import sum_over_losses
 from pangu.engines.megatron.step import count_tokens, forward_step, mtp_loss, run_schedule
 from pangu.engines.state_parts import Part
@@ -39,7 +43,8 @@ class DeepSpeedEngine:
     """The model inside DeepSpeed's engine, and torch's AdamW inside its optimizer."""
 
     def __init__(self, config: Config, model: Any, settings: PanguTransformerConfig) -> None:
-        self.deepspeed = library.load()
+        nvme = config.engine.offload == "nvme"
+        self.deepspeed = library.load(nvme=nvme)
         self.chunks = [model]
         self.settings = settings
         self.stage, self.clip = config.parallel.zero_stage, config.optimizer.clip_grad
@@ -53,6 +58,9 @@ class DeepSpeedEngine:
             mpu=DataParallelGroups,
             dist_init_required=False,
         )
+        self.drive = Drive(self.replica.optimizer) if nvme else None
+        if nvme:
+            weakref.finalize(self, _clear, library.swap_folder(config), dist.get_rank())
 
     @classmethod
     def build(cls, config: Config) -> DeepSpeedEngine:
@@ -83,6 +91,8 @@ class DeepSpeedEngine:
             group["lr"] = lr
 
     def train_step(self, batches: Iterator[Batch], shape: StepShape) -> StepResult:
+        if self.drive:
+            self.drive.put_back()
         micro_batches = list(islice(batches, shape.num_microbatches))
         step = self.settings.step = count_tokens(micro_batches, self.settings)
         # DeepSpeed takes means over ranks; megatron-core's gradients are sums, over the tokens of
@@ -117,7 +127,7 @@ class DeepSpeedEngine:
         return (total[0] / total[1]).item()
 
     def state_parts(self) -> list[Part]:
-        return optimizer_state.parts(self.replica, self.adam)
+        return optimizer_state.parts(self.replica, self.adam, self.drive)
 
     def replicas(self) -> dist.ProcessGroup:
         return parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -175,6 +185,15 @@ class DeepSpeedEngine:
         if self.clip > 0:
             torch.nn.utils.clip_grads_with_norm_(weights, self.clip, norm)
         return norm.item()
+
+
+def _clear(folder: Path, rank: int) -> None:
+    """Leave nothing of a rank on the drive, and no empty folders."""
+    mine = folder / "zero_stage_3" / "optimizer" / f"rank{rank}"
+    shutil.rmtree(mine, ignore_errors=True)
+    for above in (mine.parent, mine.parents[1], folder):
+        with suppress(OSError):  # others' are there still
+            above.rmdir()
 
 
 def _adamw(config: Config, trained: list[torch.nn.Parameter]) -> torch.optim.AdamW:

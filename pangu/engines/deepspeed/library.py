@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections import defaultdict
 from copy import deepcopy
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from configs.schema import Config
 from configs.violation import ConfigError, Violation
 from pangu import backends
+from pangu.engines.deepspeed import async_io
 
 # Elements of a bucket of gradients, as DeepSpeed has it where nothing is said.
 LARGEST_BUCKET = 500_000_000
 
 
-def load() -> ModuleType:
-    """DeepSpeed's package. Process groups must exist.
+def load(*, nvme: bool = False) -> ModuleType:
+    """DeepSpeed's package; with `nvme` its operator for drives too, which has been built. Process
+    groups must exist.
 
     On a CPU it would compile C++ (shared-memory collectives, its own AdamW), for minutes, and wait
     without a word for the lock of a build that was killed. Its table of what can be built says no
@@ -35,7 +39,16 @@ def load() -> ModuleType:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if not backend.asynchronous:
         deepspeed.ops.__compatible_ops__ = defaultdict(bool)
+    if nvme:
+        async_io.load(backend.name)
     return deepspeed
+
+
+def swap_folder(config: Config) -> Path:
+    """Where a run's state lies on the drive: its own, since DeepSpeed names files by rank alone."""
+    run = Path(config.run_dir).absolute()
+    name = hashlib.sha256(str(run).encode()).hexdigest()[:12]
+    return Path(config.engine.nvme_path).absolute() / f"{run.name}-{name}"
 
 
 def settings(config: Config, elements: int, groups: type) -> dict[str, Any]:
@@ -54,8 +67,12 @@ def settings(config: Config, elements: int, groups: type) -> dict[str, Any]:
     }
     if config.engine.offload != "none":
         zero["offload_optimizer"] = {"device": config.engine.offload}
+        if config.engine.offload == "nvme":
+            zero["offload_optimizer"]["nvme_path"] = str(swap_folder(config))
         if config.parallel.zero_stage == 3:
-            zero["offload_param"] = {"device": config.engine.offload}
+            # On a drive each needs a buffer while it is whole, as all are for a checkpoint: as much
+            # memory as is saved.
+            zero["offload_param"] = {"device": "cpu"}
     made = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": config.num_microbatches,
