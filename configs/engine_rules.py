@@ -89,8 +89,7 @@ def _memory(config: Config) -> Iterator[Problem]:
     if offload == "nvme" and stage != 3:
         reason = "DeepSpeed has files for stage 3 alone: at others the state would stay in the "
         reason += "host's memory without a word"
-        options: dict[str, list[Any]] = {ZERO: [3]}
-        yield Problem("nvme stage", OFFLOAD, offload, reason, options)
+        yield Problem("nvme stage", OFFLOAD, offload, reason, {ZERO: [3]})
     elif offload != "none" and stage == 0:
         reason = "stage 0 shards nothing, and DeepSpeed offloads what it has sharded"
         options = {OFFLOAD: ["none"], ZERO: [1, 2, 3]}

@@ -72,8 +72,8 @@ def _configuration(overrides: list[str], out: Path) -> Config:
     config = load(["data=synthetic", *overrides])
     if sentences := impossible(config.backend.name):
         raise ConfigError([Violation("backend", config.backend.name, sentences[0])])
-    # A preset is one device's.
-    return replace(config, backend=replace(config.backend, name=backend(config.backend.name)[0]))
+    name = backend(config.backend.name)[0]  # a preset is one device's
+    return replace(config, backend=replace(config.backend, name=name))  # type: ignore[arg-type]
 
 
 def _between_nodes(config: Config, out: Path, machine: str, quick: bool) -> None:
