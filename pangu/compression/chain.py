@@ -4,6 +4,7 @@ one that is done is not done again."""
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
@@ -15,8 +16,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from configs.violation import ConfigError, Violation
 from pangu.processes import die_with_parent
+from pangu.run_lock import hold
 
-DONE = "steps.json"
+DONE, LOCK = "steps.json", ".chain.lock"
 STEPS = ("prune-layers", "carve", "prune-experts", "quantize", "export")
 
 
@@ -68,11 +70,16 @@ def run_chain(chain: Chain) -> str:
     """Do what is left to do; returns a table of all steps.
 
     Raises:
-        ConfigError: a step failed, or was another one when `out` was begun.
+        ConfigError: a step failed, or was another one when `out` was begun, or somebody else is at
+            it in `out`.
     """
+    with hold(chain.out, LOCK, "out"):
+        return _run_alone(chain)
+
+
+def _run_alone(chain: Chain) -> str:
     begun = chain.out / DONE
-    rows = [Row(**row) for row in json.loads(begun.read_text())] if begun.is_file() else []
-    chain.out.mkdir(parents=True, exist_ok=True)
+    rows = _finished(begun)
     model = chain.model
     for number, (name, words) in enumerate(_commands(chain)):
         if number < len(rows) and rows[number].words != words:
@@ -81,12 +88,24 @@ def run_chain(chain: Chain) -> str:
         target = _folder(chain, number)
         if number >= len(rows):
             if number and not target.exists():  # it appears when it is whole
+                for killed in chain.out.glob(f".{target.name}.*"):
+                    shutil.rmtree(killed, ignore_errors=True)
                 _run([*words, str(target)])
             rows.append(_judged(chain, name, words, target))
             begun.with_suffix(".new").write_text(json.dumps([asdict(row) for row in rows]))
             begun.with_suffix(".new").rename(begun)
         model = target
     return table([name for name, _ in _commands(chain)], rows, model)
+
+
+def _finished(begun: Path) -> list[Row]:
+    if not begun.is_file():
+        return []
+    try:
+        return [Row(**row) for row in json.loads(begun.read_text("utf-8"))]
+    except (OSError, ValueError, TypeError) as error:
+        reason = f"holds no finished steps: {error}"
+        raise ConfigError([Violation("out", begun, reason, "a new `out`")]) from None
 
 
 def _commands(chain: Chain) -> list[tuple[str, list[str]]]:

@@ -29,6 +29,7 @@ from pangu.weights.links import Link
 from pangu.weights.lora import merged
 from pangu.weights.quantized_file import Quantized
 from pangu.weights.writer import ModelFolder, finite
+from simulator.api import count_parameters
 
 Progress = Callable[[Iterable[Link]], Iterable[Link]]
 # Buffers that old files hold and the model computes anew.
@@ -54,8 +55,16 @@ def import_model(path: Path, out: Path, progress: Progress = iter) -> Config:
     wanted = tensor_names.links(config, kind, set(source.names()))
     account(wanted, source, tensor_names.copies(config), str(path))
     with ModelFolder(out) as folder:
+        numbers = 0
         for link in progress(wanted):
-            folder.add(link.ours, link.join([_read(source, name) for name in link.theirs]))
+            whole = _joined(source, link, path)
+            folder.add(link.ours, whole)
+            numbers += 0 if link.ours.endswith("expert_bias") else whole.numel()
+        if numbers != (asked := count_parameters(config).allocated):
+            raise WeightsError(
+                f"{path} is not the model of its configuration: its tensors hold {numbers:,} "
+                f"numbers, and sizes in config.json ask for {asked:,}"
+            )
         folder.finish()
         kept = folder.partial / model_folder.HUGGING_FACE
         _keep_companions(source, path, kept)
@@ -63,6 +72,17 @@ def import_model(path: Path, out: Path, progress: Progress = iter) -> Config:
         model_folder.describe(folder, config)
         model_folder.seal(folder)
     return config
+
+
+def _joined(source: Source, link: Link, path: Path) -> torch.Tensor:
+    parts = [_read(source, name) for name in link.theirs]
+    try:
+        return link.join(parts)
+    except RuntimeError:  # torch's, of shapes that do not go together
+        shapes = ", ".join(str(list(part.shape)) for part in parts[:3])
+        raise WeightsError(
+            f"{path}: {link.theirs[0]} {shapes} does not fit the sizes in config.json"
+        ) from None
 
 
 def _config(fields: architectures.Fields, name: str) -> Config:

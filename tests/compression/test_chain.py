@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from configs.violation import ConfigError
 from pangu.checkpoint.tensor_files import Safetensors
 from pangu.compression import chain
+from pangu.run_lock import hold
 from pangu.weights.quantized_file import Quantized, weight_bytes
 
 
@@ -79,7 +80,12 @@ def test_all_methods_one_after_the_other_with_a_stop_in_between(folder, monkeypa
     with pytest.raises(KeyboardInterrupt):
         chain.run_chain(chain.read_chain(described(folder)))
     first = len(ran)
+    (folder / "out" / ".5-export.1.partial").mkdir()  # of a step that was killed
+    with hold(folder / "out", chain.LOCK):
+        assert compress(["chain", described(folder)]) == 2
+    assert "is in use by process" in capsys.readouterr().err
     assert compress(["chain", described(folder)]) == 0
+    assert not list((folder / "out").glob(".5*"))
     assert ran[first:] == ["export"]  # the rest was done
     lines = capsys.readouterr().out.splitlines()
     assert [line[:16].strip() for line in lines[1:-1]] == NAMES
@@ -97,6 +103,10 @@ def test_all_methods_one_after_the_other_with_a_stop_in_between(folder, monkeypa
     file = described(folder, steps=[{"prune-layers": {"layers": 2}}])
     assert compress(["chain", file]) == 2
     assert "step 1 was another one" in capsys.readouterr().err
+    whole = (folder / "out" / chain.DONE).read_text()
+    (folder / "out" / chain.DONE).write_text(whole[:-9])
+    assert compress(["chain", described(folder)]) == 2
+    assert "holds no finished steps" in capsys.readouterr().err
 
 
 def test_bytes_of_weights(folder):
