@@ -214,6 +214,7 @@ def _carved(model: ModelConfig, f: Fields) -> MoEConfig:
         score_function="gated",
         router_scale=True,
         expert_bias=True,
+        aux_loss_coefficient=0.0,
     )
 
 

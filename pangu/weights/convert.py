@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 
+from configs import shape_rules
 from configs.compose import load
+from configs.run_rules import bounds
 from configs.schema import Config
 from pangu.checkpoint.tensor_files import Safetensors, Source, WeightsError, read_json
 from pangu.data import DataError
@@ -89,12 +91,22 @@ def _config(fields: architectures.Fields, name: str) -> Config:
     model, moe = architectures.model_of(fields, name)
     config = load([])
     config.model, config.moe = model, moe
+    bounded, problems = bounds(config)
+    problems += [*shape_rules.attention(bounded), *shape_rules.experts(bounded)]
+    if problems:
+        one = problems[0]
+        reason = f"{one.key}={one.value}: {one.reason}"
+        raise WeightsError(f"config.json does not describe a model: {reason}")
     config.train.seq_length = min(config.train.seq_length, model.max_position_embeddings)
     return config
 
 
 def _read(source: Source, name: str) -> torch.Tensor:
-    return finite(name, source.read(name))
+    tensor = source.read(name)
+    if not tensor.is_floating_point() or tensor.itemsize < 2:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise WeightsError(f"{name} is stored as {kind}: float32, bfloat16 or float16 can be read")
+    return finite(name, tensor)
 
 
 def account(wanted: list[Link], source: Source, copies: dict[str, str], where: str) -> None:

@@ -74,6 +74,12 @@ def test_weights_that_are_no_numbers_do_not_go_out(tmp_path, capsys):
     assert "predictions are not finite numbers" in capsys.readouterr().err
 
 
+def eight_bit(folder: Path) -> None:
+    held = load_file(folder / "model.safetensors")
+    small = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in held.items()}
+    save_file(small, folder / "model.safetensors")
+
+
 def missing_shard(folder: Path) -> None:
     table = dict.fromkeys(
         load_file(folder / "model.safetensors"), "model-00001-of-00001.safetensors"
@@ -107,8 +113,12 @@ def edit(**changes):
         (edit(num_hidden_layers=4), "missing"),
         (edit(hidden_size="wide"), "config.json"),
         (edit(hidden_size=36), "numbers, and sizes in config.json ask for"),
-        (edit(num_key_value_heads=3), "does not fit the sizes in config.json"),
-        (edit(num_hidden_layers=0), "extra"),
+        (edit(num_key_value_heads=3), "model.num_query_groups=3"),
+        (edit(num_hidden_layers=0), "model.num_layers=0"),
+        (edit(num_attention_heads=0, head_dim=8), "model.num_attention_heads=0"),
+        (edit(rms_norm_eps=-1.0), "model.norm_epsilon=-1"),
+        (edit(max_position_embeddings=0), "model.max_position_embeddings=0"),
+        (eight_bit, "is stored as float8_e4m3fn"),
         (edit(rope_parameters={"rope_type": "dynamic", "factor": 4.0}), "(dynamic): not supported"),
         (edit(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "'original_max_position_emb"),
         (edit(rope_parameters={**SCALED, "rope_type": "yarn", "factor": "x"}), "is no number"),
