@@ -67,14 +67,32 @@ def _layout(config: Config) -> Iterator[Problem]:
             if reason.endswith(": "):
                 reason += "engine.config={zero_optimization:{overlap_comm:true}}"
             yield Problem(f"deepspeed {key}", key, True, reason, {key: [False], **MEGATRON})
-    precision, allowed = config.backend.precision, ["auto", "fp32"]
-    if precision not in allowed:
-        key, reason = "backend.precision", "DeepSpeed trains in float32 here"
-        yield Problem("deepspeed precision", key, precision, reason, {key: allowed, **MEGATRON})
+    yield from _precision(config)
     if config.model.num_experts and config.moe.placement == "dynamic":
         key, reason = "moe.placement", "experts cannot move between DeepSpeed's pieces of weights"
         options = {key: ["static"], **MEGATRON}
         yield Problem("deepspeed placement", key, "dynamic", reason, options)
+
+
+def _precision(config: Config) -> Iterator[Problem]:
+    key, precision, stage = (
+        "backend.precision",
+        config.backend.precision,
+        config.parallel.zero_stage,
+    )
+    float32 = {key: ["auto", "fp32"], **MEGATRON}
+    if precision == "bf16" and stage < 2:
+        reason = (
+            f"at stage {stage} DeepSpeed keeps bfloat16's state in a way of its own, which our "
+        )
+        reason += "checkpoints do not read"
+        yield Problem("deepspeed bf16", key, precision, reason, {**float32, ZERO: [2, 3]})
+    elif precision == "bf16" and config.engine.offload == "nvme":
+        reason = "with its state on a drive DeepSpeed trains in float32 here"
+        yield Problem("nvme precision", key, precision, reason, float32)
+    elif precision not in ("auto", "fp32", "bf16"):
+        reason = "DeepSpeed trains in float32 here, and from stage 2 on in bfloat16"
+        yield Problem("deepspeed precision", key, precision, reason, float32)
 
 
 def _memory(config: Config) -> Iterator[Problem]:

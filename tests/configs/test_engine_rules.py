@@ -22,6 +22,8 @@ NVME = ["engine.offload=nvme", "engine.nvme_path=drive"]
         ([DS, f"{ZERO}=3", f"{EP}=2"], ZERO, f"{ZERO}=0, 1 or 2; or {EP}=1"),
         ([DS, "parallel.overlap_grad_reduce=true"], "parallel.overlap_grad_reduce", "=false; or"),
         ([DS, "backend.precision=bf16"], "backend.precision", "auto or fp32"),
+        ([DS, "backend.precision=bf16", f"{ZERO}=1"], "backend.precision", f"{ZERO}=2 or 3"),
+        ([DS, "backend.precision=bf16", f"{ZERO}=3", *NVME], "backend.precision", "auto or fp32"),
         ([DS, "memory.swap_optimizer=true", "backend=cpu"], "memory.swap_optimizer", "=false; or"),
         ([DS, "moe.placement=dynamic"], "moe.placement", "=static; or"),
         ([DS, "engine.offload=cpu", f"{ZERO}=0"], "engine.offload", f"none; or {ZERO}=1, 2 or 3"),

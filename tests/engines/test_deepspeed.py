@@ -7,7 +7,7 @@ import gloo
 import pytest
 import torch
 from checkpoint_runs import train
-from deepspeed_runs import all_steps, asked_for, farthest, refusal, saved, through
+from deepspeed_runs import Left, all_steps, asked_for, farthest, refusal, saved, through
 
 from configs.deepspeed_keys import DECIDED, FIXED, IDLE, KEYS
 from pangu.report.run_files import METRICS, read_metrics
@@ -22,8 +22,12 @@ HEADS = ["model.mtp_num_layers=0", "model.leap_heads=2", "train.leap_heads_only=
 # Adapters alone, of which B begins at 0, and A's gradients with it. With the other layouts' epsilon
 # AdamW makes whole steps of B's rounding, and A's moments are 2e-5 apart after two.
 LORA = ["model.lora_rank=4", "model.lora_alpha=8", "optimizer.adam_eps=1e-3"]
+BF16 = "backend.precision=bf16"
 LAYOUTS = {
     "megatron": [],
+    "megatron bf16": [BF16],
+    "stage 2 bf16": [DS, "parallel.zero_stage=2", BF16],
+    "stage 3 bf16 offloaded": [*STAGE_3, BF16, "engine.offload=cpu"],
     "megatron heads": HEADS,
     "megatron lora": LORA,
     "stage 2 lora": [DS, "parallel.zero_stage=2", *LORA],
@@ -39,7 +43,8 @@ LAYOUTS = {
         f"engine.config={{zero_optimization:{{overlap_comm:true,{CUT}}}}}",
     ],
 }
-THROUGH = ["stage 2 ep2 recomputed", "stage 3"]
+EXACT = [name for name in LAYOUTS if "megatron" not in name and "bf16" not in name]
+THROUGH = ["stage 2 ep2 recomputed", "stage 3", "stage 2 bf16", "stage 3 bf16 offloaded"]
 # One run, its steps shared among engines: what each takes up the one before it has saved.
 CHAIN = {2: LAYOUTS["stage 3"], 3: [DS, "parallel.zero_stage=1", EP2], 4: []}
 JUDGED = ["train.validate_every=1", "train.validation_batches=1"]
@@ -70,7 +75,7 @@ def runs(tmp_path_factory) -> tuple[Path, list[tuple[Any, ...]]]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if "megatron" not in name])
+@pytest.mark.parametrize("name", EXACT)
 def test_losses_norms_weights_and_moments_are_those_of_megatron(runs, name):
     """With a clip that binds, decay, uneven masks, router losses and multi-token prediction; a NaN
     on one rank in between changes nothing. Moments are linear in gradients: a factor would show."""
@@ -83,6 +88,32 @@ def test_losses_norms_weights_and_moments_are_those_of_megatron(runs, name):
         worst = farthest(found, expected, rank, 2 if EP2 in LAYOUTS[name] else 1)
         assert worst.keys() >= {"rows", "weight", "main", "exp_avg", "exp_avg_sq"}
         assert {kind: error for kind, error in worst.items() if not error < 1e-5} == {}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["stage 2 bf16", "stage 3 bf16 offloaded"])
+def test_bfloat16_is_as_near_to_float32_as_megatrons(runs, name):
+    """Rounding: what two engines in bfloat16 share is the model in float32."""
+    for left, *_ in runs[1]:
+        found, own, expected = left[name], left["megatron bf16"], left["megatron"]
+        assert found.skipped == expected.skipped
+        assert found.updates == expected.updates
+        for (loss, *_), (other, *_) in zip(found.rows, own.rows, strict=True):
+            assert loss == pytest.approx(other, rel=1e-3, nan_ok=True)
+        for kind in ("main", "exp_avg", "exp_avg_sq"):
+            apart, ratio = together(found, expected, kind)
+            assert apart < 1.5 * together(own, expected, kind)[0], kind
+            assert 0.97 < ratio < 1.03, kind  # a factor in gradients would show
+        main = [tensor for kind, tensor in found.tensors.items() if kind.startswith("main ")]
+        assert {tensor.dtype for tensor in main} == {torch.float32}
+
+
+def together(found: Left, expected: Left, kind: str) -> tuple[float, float]:
+    """Of all tensors of a kind as one: the difference, and the length, relative to the expected."""
+    names = [name for name in expected.tensors if name.startswith(f"{kind} ")]
+    ours, theirs = (torch.cat([x.tensors[n].view(-1) for n in names]) for x in (found, expected))
+    length = theirs.norm()
+    return float((ours - theirs).norm() / length), float(ours.norm() / length)
 
 
 @pytest.mark.distributed

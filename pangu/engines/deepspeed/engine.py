@@ -70,9 +70,14 @@ class DeepSpeedEngine:
             ConfigError: the backend's own precision is none that this engine has, or DeepSpeed
                 does not take `engine.config`.
         """
-        if (dtype := backends.torch_dtype(config.backend.precision)) is not torch.float32:
-            precision = config.backend.precision
-            reason = f"engine=deepspeed trains in float32, {backends.current().name} in {dtype}"
+        dtype = backends.torch_dtype(config.backend.precision)
+        kinds = [torch.float32, *([torch.bfloat16] if config.parallel.zero_stage > 1 else [])]
+        if dtype not in kinds:
+            precision, stage = config.backend.precision, config.parallel.zero_stage
+            reason = (
+                f"engine=deepspeed trains in {' and '.join(map(str, kinds))} at stage {stage}, "
+            )
+            reason += f"{backends.current().name} in {dtype}"
             hint = "backend.precision=fp32; or engine=megatron"
             raise ConfigError([Violation("backend.precision", precision, reason, hint)])
         (model,), settings = build_model(config)

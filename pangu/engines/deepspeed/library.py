@@ -11,6 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from configs.schema import Config
 from configs.violation import ConfigError, Violation
 from pangu import backends
@@ -73,7 +75,7 @@ def settings(config: Config, elements: int, groups: type) -> dict[str, Any]:
             # On a drive each needs a buffer while it is whole, as all are for a checkpoint: as much
             # memory as is saved.
             zero["offload_param"] = {"device": "cpu"}
-    made = {
+    made: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": config.num_microbatches,
         # Stage 0 neither tells its norm nor looks for numbers that are none: the engine does both.
@@ -82,6 +84,10 @@ def settings(config: Config, elements: int, groups: type) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
     }
+    if backends.torch_dtype(config.backend.precision) is torch.bfloat16:
+        # Sums of gradients, within a rank and over ranks, in float32 as megatron-core's.
+        made |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        made["communication_data_type"] = "fp32"
     whole = _merged(made, config.engine.config)
     try:
         DeepSpeedConfig(deepcopy(whole), groups)
