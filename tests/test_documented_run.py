@@ -11,7 +11,9 @@ from test_documented import documented
 LINES = [line for _, line in documented()]
 # What the drill makes for a reader, or a command has made before.
 NAMES = {"PATH", "MODEL", "MOE", "DIR", "FILE", "RUN_DIR", "PATTERNS"}
-CHEAP = re.compile(r"pangu\.(doctor(?!.*plan\.yaml)|data\.(prepare|inspect))|--help")
+CHEAP = re.compile(
+    r"pangu\.(doctor(?!.*(plan\.yaml|280t))|data\.(prepare(?!.*--pattern)|inspect))|--help"
+)
 
 
 def test_no_rule_is_left_over() -> None:
@@ -35,7 +37,7 @@ def test_cheap_ones(tmp_path: Path) -> None:
     chosen = [
         (page, line) for page, line in documented() if CHEAP.search(line) and not reason(line)
     ]
-    assert len(chosen) > 7
+    assert len(chosen) > 5
     for page, line in chosen:
         done = run(page, line, tmp_path)
         assert done.code == 0, f"{line}\n{done.said[-2000:]}"
