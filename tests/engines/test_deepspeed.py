@@ -22,6 +22,9 @@ HEADS = ["model.mtp_num_layers=0", "model.leap_heads=2", "train.leap_heads_only=
 # Adapters alone, of which B begins at 0, and A's gradients with it. With the other layouts' epsilon
 # AdamW makes whole steps of B's rounding, and A's moments are 2e-5 apart after two.
 LORA = ["model.lora_rank=4", "model.lora_alpha=8", "optimizer.adam_eps=1e-3"]
+LORA += [
+    "model.lora_modules=[linear_qkv,linear_proj,linear_fc1,linear_fc2,experts_fc1,experts_fc2]"
+]
 BF16 = "backend.precision=bf16"
 LAYOUTS = {
     "megatron": [],
@@ -30,7 +33,7 @@ LAYOUTS = {
     "stage 3 bf16 offloaded": [*STAGE_3, BF16, "engine.offload=cpu"],
     "megatron heads": HEADS,
     "megatron lora": LORA,
-    "stage 2 lora": [DS, "parallel.zero_stage=2", *LORA],
+    "stage 2 lora": [DS, "parallel.zero_stage=2", EP2, *LORA],
     **{f"stage {stage}": [DS, f"parallel.zero_stage={stage}"] for stage in (0, 1, 2)},
     "stage 3": [*STAGE_3, f"engine.config={{zero_optimization:{{{CUT}}}}}"],
     "stage 0 ep2": [DS, "parallel.zero_stage=0", EP2],
