@@ -248,6 +248,8 @@ def _schema_of(path: list[str]) -> dict[str, Any]:
     for part in path:
         inner = schema.get("properties", {}).get(part) or schema.get("items")
         schema = inner or schema.get("additionalProperties") or {}
+        if schema is True:  # whatever it may be
+            return {}
         if "$ref" in schema:
             schema = definitions[schema["$ref"].rsplit("/", 1)[-1]]
     return schema

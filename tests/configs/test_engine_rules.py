@@ -4,6 +4,7 @@ import pytest
 
 from configs.check import violations
 from configs.compose import load
+from configs.violation import ConfigError
 
 DS = "engine=deepspeed"
 PP = "parallel.pipeline_model_parallel_size"
@@ -62,3 +63,10 @@ def test_what_an_engine_does_not_train(overrides, key, suggestion):
 def test_deepspeed_trains_every_stage(stage):
     more = "engine.config={zero_optimization:{overlap_comm:true}}"
     assert violations(load(["launch.processes=2", DS, f"{ZERO}={stage}", more])) == []
+
+
+def test_a_key_that_is_no_word_is_named():
+    with pytest.raises(ConfigError) as error:
+        load(["engine=deepspeed", "engine.config={1:2}"])
+    (found,) = error.value.violations
+    assert found.key.startswith("engine.config.1")
