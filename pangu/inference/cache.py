@@ -187,6 +187,7 @@ class CachedPass:
         self._segments = segments
         device = backends.current().device
         self.hidden: torch.Tensor | None = None
+        self._turns: tuple[torch.Tensor, torch.Tensor] | None = None
         self.rows = torch.tensor(rows, dtype=torch.long, device=device)
         none = torch.empty(0, dtype=torch.long)
         self.positions = torch.cat([none, *(each.positions() for each in segments)]).to(device)
@@ -201,6 +202,16 @@ class CachedPass:
         ]
         self._written = torch.cat([none, *written]).to(device)
         self._places = [p.to(device) if isinstance(p, torch.Tensor) else p for p in places]
+
+    def turns(self, angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines, and sines whose first half is negative, `[s, 1, 1, 1, d]`, of rotary angles
+        `[s, 1, 1, d]`; the same for all layers."""
+        if self._turns is None or len(self._turns[0]) != len(angles):
+            half = angles.size(-1) // 2
+            sin = angles.sin()
+            sin[..., :half].neg_()
+            self._turns = (angles.cos().to(dtype)[:, None], sin.to(dtype)[:, None])
+        return self._turns
 
     def attend(
         self,
@@ -234,23 +245,23 @@ class CachedPass:
     def _attended(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        out = query.new_zeros(*query.shape[:3], values.size(2))
-        first = 0
+        filling = query.size(0) - self._written.numel()
+        parts, first = [], 0
         for segment, place, seen in zip(self._segments, self._places, self._seen, strict=True):
             held_keys, held_values = keys[:, place], values[:, place]
+            part = query[first : first + segment.count]
             if segment.count == 1:
-                out[first, 0] = attention_of_one(
-                    query[first, 0], held_keys, held_values, scale=scale
-                )
+                parts.append(attention_of_one(part, held_keys, held_values, scale=scale))
             else:
-                part = slice(first, first + segment.count)
                 seq_first = (
                     held_keys.transpose(0, 1)[:, None],
                     held_values.transpose(0, 1)[:, None],
                 )
-                out[part] = attention(query[part], *seq_first, scale=scale, seen=seen)
+                parts.append(attention(part, *seq_first, scale=scale, seen=seen))
             first += segment.count
-        return out
+        if filling:
+            parts.append(query.new_zeros(filling, *query.shape[1:3], values.size(2)))
+        return torch.cat(parts)
 
 
 def nothing_cached() -> CachedPass:

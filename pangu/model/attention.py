@@ -39,6 +39,11 @@ class CachedKeys(Protocol):
     rows: torch.Tensor  # `[r]`, the tokens whose logits are wanted
     hidden: torch.Tensor | None  # `[s, 1, H]`, set by the model: what the logits are made from
 
+    def turns(self, angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a pass's rotary angles `[s, 1, 1, d]`, made once for all layers: cosines, and sines
+        whose first half is negative, `[s, 1, 1, 1, d]`."""
+        ...
+
     def attend(
         self,
         layer: int,

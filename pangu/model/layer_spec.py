@@ -20,13 +20,13 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
 
 from configs.schema import ModelConfig
 from pangu.model.attention import CoreAttention, LatentAttention, RoundedKeysAttention
+from pangu.model.cached_layer import CachedLayer
 from pangu.model.norm import Norm, SandwichResidual
 from pangu.model.patched_layer import PatchedLayer
 from pangu.model.transformer_config import PanguTransformerConfig
@@ -73,7 +73,7 @@ def layer_spec(config: PanguTransformerConfig, *, moe: bool, patched: bool = Fal
     before it."""
     model = _model(config)
     return ModuleSpec(
-        module=PatchedLayer if patched else TransformerLayer,
+        module=PatchedLayer if patched else CachedLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=Norm,
             self_attention=_mla(config) if model.attention == "mla" else _gqa(config),

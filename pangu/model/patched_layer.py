@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from pangu import backends
+from pangu.model.cached_layer import CachedLayer
 
 
 class LayerPatch(torch.nn.Module):
@@ -32,7 +32,7 @@ class LayerPatch(torch.nn.Module):
         return F.linear(x, self.weight)
 
 
-class PatchedLayer(TransformerLayer):
+class PatchedLayer(CachedLayer):
     """`layer_patch`, then the layer."""
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:

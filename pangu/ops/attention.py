@@ -35,15 +35,15 @@ def attention(
 def attention_of_one(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float
 ) -> torch.Tensor:
-    """A single query that sees all keys: query `[n, d]`, key `[g, t, d]`, value `[g, t, e]` →
-    `[n, e]`. While text is decoded there is one for each sequence and layer."""
+    """A single query that sees all keys: query `[1, 1, n, d]`, key `[g, t, d]`, value `[g, t, e]` →
+    `[1, 1, n, e]`. While text is decoded there is one for each sequence and layer."""
     if backends.current().operators.attention != "sdpa" or key.size(2) != value.size(2):
         seq_first = (key.transpose(0, 1)[:, None], value.transpose(0, 1)[:, None])
-        return attention(query[None, None], *seq_first, scale=scale)[0, 0]
+        return attention(query, *seq_first, scale=scale)
     # The heads that share a key stand where several queries would.
-    shared = query.view(1, key.size(0), -1, query.size(1))
+    shared = query.view(1, key.size(0), -1, query.size(3))
     out = F.scaled_dot_product_attention(shared, key[None], value[None], scale=scale)
-    return out.view(query.size(0), -1)
+    return out.view(query.shape)
 
 
 def visible(

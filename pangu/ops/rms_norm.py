@@ -23,17 +23,25 @@ def rms_norm_npu(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch
     return importlib.import_module("torch_npu").npu_rms_norm(x, weight, epsilon)[0]
 
 
+def _normed(
+    x: torch.Tensor, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """And one over each row's root mean square, `[..., 1]`."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    inverse = norm.square_().div_(x.size(-1)).add_(epsilon).rsqrt_()
+    return (wide * inverse).mul_(weight).to(x.dtype), inverse
+
+
 class _RmsNorm(torch.autograd.Function):
     """Keeps its input and a number per row; torch's own, where it is not one kernel, keeps the
     normalised input beside them."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        inverse = norm.square_().div_(x.size(-1)).add_(epsilon).rsqrt_()
+        normed, inverse = _normed(x, weight, epsilon)
         ctx.save_for_backward(x, weight, inverse)
-        return (wide * inverse).mul_(weight).to(x.dtype)
+        return normed
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
@@ -49,6 +57,8 @@ class _RmsNorm(torch.autograd.Function):
 
 def rms_norm_lean(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     """`rms_norm` that keeps little for the backward pass."""
+    if not torch.is_grad_enabled():
+        return _normed(x, weight, epsilon)[0]
     return _RmsNorm.apply(x, weight, epsilon)
 
 

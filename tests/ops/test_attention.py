@@ -44,8 +44,8 @@ def test_a_single_query_is_the_last_of_all(heads_groups, value_size):
     query, key, value = (x.detach()[:, :1] for x in tensors(7, 7, *heads_groups, 8, value_size))
     whole = attention_reference(query, key, value, scale=0.3)
     heads_first = (key[:, 0].transpose(0, 1), value[:, 0].transpose(0, 1))
-    last = attention_of_one(query[-1, 0], *heads_first, scale=0.3)
-    torch.testing.assert_close(last, whole[-1, 0], rtol=1e-12, atol=1e-13)
+    last = attention_of_one(query[-1:, :1], *heads_first, scale=0.3)
+    torch.testing.assert_close(last, whole[-1:], rtol=1e-12, atol=1e-13)
 
 
 def test_visible_is_causal_and_stays_inside_documents():
