@@ -6,6 +6,8 @@ Shapes: N windows, S tokens of a window, K logits, V vocabulary.
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from pangu import backends
+from pangu.checkpoint import WeightsError
 from pangu.inference.forward import whole_logits
 
 Progress = Callable[[Iterable], Iterable]
@@ -23,16 +26,37 @@ _INDICES, _LOGITS = "indices.npy", "logits.npy"
 def store_logits(
     model: GPTModel, ids_NS: torch.Tensor, k: int, folder: Path, progress: Progress = iter
 ) -> None:
-    """Write the K largest logits of every position and their tokens: 8·K bytes for each."""
+    """Write the K largest logits of every position and their tokens: 8·K bytes for each.
+
+    Raises:
+        WeightsError: the disk has no room for them.
+    """
     shape = (*ids_NS.shape, k)
-    indices = np.lib.format.open_memmap(folder / _INDICES, "w+", np.int32, shape)
-    logits = np.lib.format.open_memmap(folder / _LOGITS, "w+", np.float32, shape)
+    indices = _room(folder / _INDICES, np.int32, shape)
+    logits = _room(folder / _LOGITS, np.float32, shape)
     for row in progress(range(len(ids_NS))):
         with torch.no_grad():
             top = whole_logits(model, ids_NS[row, None])[0].topk(k, dim=-1)
         indices[row], logits[row] = top.indices.cpu().numpy(), top.values.cpu().numpy()
     indices.flush()
     logits.flush()
+
+
+def _room(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
+    """A new array on the disk, all of whose bytes are there: a page that finds no room when it is
+    written to ends the process."""
+    try:
+        array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+        with path.open("r+b") as file:
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        size = 4 * math.prod(shape) / 2**30
+        raise WeightsError(
+            f"--distill: no room for {size:.2g} GiB of logits beside --out ({error.strerror}); "
+            "fewer --distill-tokens or a smaller --top take less"
+        ) from None
+    return array
 
 
 def distill(
