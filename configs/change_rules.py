@@ -43,8 +43,9 @@ _KEYS: dict[Kind, str] = {
         moe.softmax_after_top_k moe.renormalize moe.scaling_factor moe.active_parts
     """,
     "data": """
-        data.name data.blend data.validation_blend data.tokenizer data.reset_attention_mask
-        data.reset_position_ids data.eod_mask_loss train.validation_batches seed
+        data.name data.blend data.blend_by data.validation_blend data.tokenizer
+        data.reset_attention_mask data.reset_position_ids data.eod_mask_loss
+        train.validation_batches seed
     """,
     "schedule": """
         optimizer.* moe.expert_bias_update_rate moe.aux_loss_scope moe.aux_loss_coefficient

@@ -268,14 +268,16 @@ class MemoryConfig:
 class DataConfig:
     """Tokenised corpora.
 
-    `blend` maps a prefix of Megatron `.bin/.idx` files to its weight. `name = "stdlib"` prepares
-    Python's standard library source and needs no blend.
+    `blend` maps a prefix of Megatron `.bin/.idx` files to its weight, of the tokens that are drawn
+    or, `blend_by = "documents"`, of the documents. `name = "stdlib"` prepares Python's standard
+    library source and needs no blend.
     """
 
     name: Literal["stdlib", "indexed", "synthetic"] = "stdlib"
     cache_dir: str = "data"
     blend: dict[str, Positive] = field(default_factory=dict)
     validation_blend: dict[str, Positive] = field(default_factory=dict)
+    blend_by: Literal["tokens", "documents"] = "tokens"
     tokenizer: str = ""  # path of the tokenizer that wrote the corpus
     # Document-aware masking: attention stays inside a document, positions restart with it.
     reset_attention_mask: bool = False

@@ -169,6 +169,16 @@ def _check_blend(key: str, blend: dict[str, float], seq_length: int) -> list[Vio
     return violations
 
 
+def _of_tokens(config: Config, blend: dict[str, float]) -> list[float]:
+    """The weights of a blend as parts of its tokens: sequences are equally long, so that a corpus
+    whose documents are twice as long gives half as many of them with each."""
+    if config.data.blend_by == "tokens":
+        return list(blend.values())
+    files = {prefix: read_structure(prefix) for prefix in blend}
+    lengths = {prefix: each.tokens / (len(each.documents) - 1) for prefix, each in files.items()}
+    return [weight * lengths[prefix] for prefix, weight in blend.items()]
+
+
 def _build(
     config: Config,
     blend: dict[str, float],
@@ -184,7 +194,7 @@ def _build(
     from pangu.data.indexed import SequenceConfig, SequenceDataset
 
     blends: list[Any] = [None, None, None]
-    blends[split] = (list(blend), list(blend.values()))
+    blends[split] = (list(blend), _of_tokens(config, blend))
     sizes = [0, 0, 0]
     sizes[split] = samples
     dataset_config = SequenceConfig(

@@ -233,6 +233,15 @@ def test_blending_follows_the_weights(corpus: Path, second_corpus: Path, tmp_pat
         assert sum(numbers) == pytest.approx(count / 4, abs=1)
         # at every point of the run, not on average only
         assert np.abs(np.cumsum(numbers) - np.arange(1, count + 1) / 4).max() <= 1.5
+    config.data.blend_by = "documents"
+    rows = token_rows(build(config, train=2000).train, 2000)
+    # A document's end is counted with the corpus that it came from.
+    ends = [[t for t in row if t == datasets.tokenizer.eod] for row in rows]
+    text = [datasets.tokenizer.decode([t for t in row if t]) for row in rows]
+    second = [all(c.isdigit() or c in " \ufffd" for c in line) for line in text]
+    of_second = sum(len(row) for row, is_second in zip(ends, second, strict=True) if is_second)
+    assert of_second / sum(map(len, ends)) == pytest.approx(0.25, abs=0.03)
+    config.data.blend_by = "tokens"
     longer = build(config, train=500)
     assert np.array_equal(token_rows(longer.train, 400), token_rows(datasets.train, 400))
 
