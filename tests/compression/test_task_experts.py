@@ -22,7 +22,7 @@ from pangu.checkpoint.tensor_files import Safetensors
 from pangu.data.tokenizer import load_tokenizer
 from pangu.generate import Options, stream
 from pangu.serve import Options as Served
-from pangu.serve import _server
+from pangu.serve import _engine, _server
 from pangu.task_experts import TaskChoice, opened
 from pangu.weights.model_folder import write
 
@@ -157,7 +157,9 @@ def test_a_server_switches_between_requests(qwen, alone):
     leave()
     choice = TaskChoice(qwen / "store")
     with opened(qwen / "ours", "cpu", choice) as (trained, experts):
-        server = _server(Served(checkpoint=str(qwen / "ours"), name="tiny"), "", trained, experts)
+        asked = Served(checkpoint=str(qwen / "ours"), name="tiny")
+        engine = _engine(asked, trained, several=False)
+        server = _server(asked, "", trained, engine, experts)
         with serving(server) as address, ThreadPoolExecutor(8) as pool:
             api = client(address)
 
