@@ -51,11 +51,17 @@ def evaluate(
     standard error."""
     if text is None and not task:
         raise typer.BadParameter("nothing to judge by: --text FILE or --task FILE")
+    from configs.violation import ConfigError, Violation
+    from pangu.inference.kept_results import OtherResults
+
     report: dict[str, Any] = {}
-    if text is not None:
-        report |= text_report(model, text, tokens, window, backend, results)
-    if task:
-        report["tasks"] = task_report(model, task, limit, backend, results)
+    try:
+        if text is not None:
+            report |= text_report(model, text, tokens, window, backend, results)
+        if task:
+            report["tasks"] = task_report(model, task, limit, backend, results)
+    except OtherResults as unkept:
+        raise ConfigError([Violation("--results", results, str(unkept))]) from None
     if as_json:
         print(json.dumps(report))
         return
@@ -111,11 +117,12 @@ def _remember(results: Path | None, folder: Path, *judged: object) -> Remember:
     """Results of what is `judged` by the model of `folder`, kept in the file `results`.
 
     Raises:
-        ConfigError: the file cannot be used.
+        ConfigError: the file cannot be read.
+        OtherResults: it holds something else.
     """
     from configs.violation import ConfigError, Violation
     from pangu.checkpoint.manifest import complete
-    from pangu.inference.kept_results import KeptResults, OtherResults, anew
+    from pangu.inference.kept_results import KeptResults, anew
 
     if results is None:
         return anew
@@ -124,7 +131,7 @@ def _remember(results: Path | None, folder: Path, *judged: object) -> Remember:
     digest.update((newest / "manifest.json").read_bytes())  # checksums of all that the model is
     try:
         return KeptResults(results).of(digest.hexdigest())
-    except (OtherResults, OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([Violation("--results", results, str(error))]) from None
 
 

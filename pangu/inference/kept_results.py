@@ -12,7 +12,7 @@ _HEAD = '"results of pangu.evaluate"\n'
 
 
 class OtherResults(Exception):
-    """A file that is not one of results; the message is a reason."""
+    """A file that is not one of results, or takes no more of them; the message is a reason."""
 
 
 def anew(number: int, compute: Callable[[], list[float]]) -> list[float]:
@@ -24,8 +24,8 @@ class KeptResults:
     """A line of JSON for each result in `path`: the part it belongs to, its number, its values.
 
     Raises:
-        OtherResults: the file is something else.
-        OSError: it cannot be read or written.
+        OtherResults: the file is something else; or, when a result comes, the disk is full.
+        OSError: it cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,8 +46,11 @@ class KeptResults:
             self._append("\n")
 
     def _append(self, text: str) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(text)
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise OtherResults(f"{error.strerror}: what is in it is kept, run again") from None
 
     def of(self, part: str) -> Remember:
         """Those of one model on one text or task."""

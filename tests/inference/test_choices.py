@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import resource
 
 import pytest
 import torch
@@ -88,6 +89,14 @@ def goes_on(model, file):
     assert judged(KeptResults(file).of) == whole
     assert sorted(set(file.read_text().splitlines(keepends=True)) & set(lines)) == sorted(lines)
     assert judged(lambda part: lambda number, _: KeptResults(file).of(part)(number, None)) == whole
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 9, limits[1]))  # a full disk
+    try:
+        with pytest.raises(OtherResults, match="run again"):
+            KeptResults(file).of("other")(0, lambda: [1.0] * 9)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert judged(KeptResults(file).of) == whole
     file.write_text("a poem\n")
     with pytest.raises(OtherResults):
         KeptResults(file)
