@@ -12,6 +12,7 @@ from simulator.collectives import collective_seconds
 from simulator.counts.records import total
 from simulator.hardware import ELEMENT_BYTES, Hardware
 from simulator.imbalance import routing_factor, straggler_factor
+from simulator.input_transforms import transform_seconds
 from simulator.moesd import active_experts, sigma
 from simulator.operators import (
     attention_seconds,
@@ -256,7 +257,7 @@ def _host_seconds(serving: Serving) -> float:
 
 
 def _linear(serving: Serving, linear: Linear, tokens: Array, tp: int) -> Array:
-    return matmul_seconds(
+    return transform_seconds(serving, linear, tokens, tp) + matmul_seconds(
         serving.hardware,
         tokens,
         linear.local_outputs(tp),
@@ -290,6 +291,7 @@ def _experts(serving: Serving, tokens: Array) -> Array:
         products = products + grouped_matmul_seconds(
             hw, touched, rows / touched, outputs, inputs, dtype=dtype, weight_bytes=weight
         )
+        products = products + transform_seconds(serving, linear, rows, serving.etp)
     scores = router_rows(model, moe)
     router = matmul_seconds(hw, tokens, scores, model.hidden_size, dtype=_plain(hw))
     # Softmax, choice inside groups, weights, casts; sorting, counting and cumulating the rows.

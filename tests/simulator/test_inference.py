@@ -4,22 +4,29 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from configs.compose import load
 from configs.violation import ConfigError
+from pangu.ops import input_transform
 from simulator.__main__ import application
-from simulator.hardware import load_hardware
+from simulator.hardware import Launch, Matmul, load_hardware
 from simulator.inference import (
     decode_step,
     forecast,
     largest_batch,
     memory_bytes,
+    prefill,
     usable_bytes,
 )
+from simulator.input_transforms import transform_seconds
+from simulator.parameters import attention_linears
 from simulator.serving import Serving, serving
 from simulator.validation.serving import TABLE, serving_outcomes
 
@@ -90,6 +97,25 @@ def test_drafting_gains_where_it_is_accepted() -> None:
     never = forecast(make(*good[:2], "inference.acceptance_rate=0"), 64)
     assert never.tpot_seconds > plain.tpot_seconds
     assert plain.tokens_per_second_per_device == pytest.approx(64 / plain.tpot_seconds / 4)
+
+
+def test_transforms_of_inputs_cost_what_the_trainers_compute() -> None:
+    left, right = input_transform.factors(5120)
+    with FlopCounterMode(display=False) as counted:
+        input_transform.kronecker(torch.zeros(3, 5120), torch.eye(left), torch.eye(right))
+    plain, turned = make(), make("model.input_transforms=true")
+    linear = attention_linears(turned.model)[0]
+    ideal = replace(
+        turned.hardware,
+        memory_bandwidth_gbps=1e15,
+        launch_us=Launch(0, 0, 0, 0),
+        matmul=Matmul([1.0], [1.0], 1, [(1, 1, 1.0)], 0.0),
+    )
+    seconds = transform_seconds(replace(turned, hardware=ideal), linear, 3, 1)
+    assert seconds * ideal.peak("fp32") == pytest.approx(counted.get_total_flops(), rel=1e-6)
+    for part in ("attention_projections", "experts", "shared_experts"):
+        assert decode_step(turned, 64, 1024).parts[part] > decode_step(plain, 64, 1024).parts[part]
+    assert float(prefill(turned, 1, 512).parts["head"]) == prefill(plain, 1, 512).parts["head"]
 
 
 def test_hybrid_layouts_and_impossible_ones() -> None:
