@@ -145,7 +145,7 @@ def _beats(path: Path, before: Holder) -> bool:
 
 def _in_use(path: Path, holder: Holder | None, key: str) -> ConfigError:
     who = str(holder) if holder else "another process"
-    hint = "wait for it or stop it; or another run_dir"
+    hint = f"wait for it or stop it; or another {key}"
     return ConfigError([Violation(key, path.parent, f"is in use by {who}", hint)])
 
 

@@ -11,7 +11,7 @@ HOUSE = (
     {"simulator"},
     {"pangu/plain_file"},
     {"pangu/processes", "pangu/run_lock", "pangu/violation_table", "pangu/machine_check"},
-    {"pangu/local_launch", "pangu/command_line"},
+    {"pangu/local_launch", "pangu/command_line", "pangu/new_folder"},
     {"pangu/backends"},
     {"pangu/ops"},
     {"pangu/moe"},

@@ -4,7 +4,6 @@ one that is done is not done again."""
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
@@ -88,8 +87,6 @@ def _run_alone(chain: Chain) -> str:
         target = _folder(chain, number)
         if number >= len(rows):
             if number and not target.exists():  # it appears when it is whole
-                for killed in chain.out.glob(f".{target.name}.*"):
-                    shutil.rmtree(killed, ignore_errors=True)
                 _run([*words, str(target)])
             rows.append(_judged(chain, name, words, target))
             begun.with_suffix(".new").write_text(json.dumps([asdict(row) for row in rows]))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from configs.schema import Config
 from configs.violation import ConfigError, Violation
-from pangu.plain_file import taken
+from pangu.new_folder import NEW as MODEL
+from pangu.new_folder import workplace
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -125,30 +124,18 @@ def refuse_broken(model: GPTModel, folder: Path) -> None:
             raise ConfigError([Violation("MODEL", folder, reason)])
 
 
-MODEL = "model"  # of `new_model`'s folder: what becomes of it
-
-
 @contextlib.contextmanager
 def new_model(out: Path) -> Iterator[Path]:
     """A folder beside `out` for what is on the way there. Its `MODEL` becomes `out` when the block
     has not failed; the rest is gone.
 
     Raises:
-        ConfigError: there is something at `out` already, or no room for it.
+        ConfigError: there is something at `out` already, no room for it, or somebody else is at it.
     """
-    if taken(out):
-        raise ConfigError([Violation("--out", out, "exists: name a new folder")])
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise ConfigError([Violation("--out", out, f"cannot be made: {error.strerror}")]) from None
-    try:
+    with workplace(out) as work:
         yield work
         try:
             (work / MODEL).rename(out)
         except OSError as error:
             reason = f"could not be written: {error.strerror}"
             raise ConfigError([Violation("--out", out, reason)]) from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)

@@ -6,9 +6,9 @@ disk: a conversion that is killed, or runs out of room, leaves nothing that look
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shutil
 from pathlib import Path
 from types import TracebackType
 
@@ -16,8 +16,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from configs.violation import ConfigError
 from pangu.checkpoint.tensor_files import INDEX, WeightsError
-from pangu.plain_file import publish, taken
+from pangu.new_folder import NEW, workplace
+from pangu.plain_file import publish
 
 SHARD_BYTES = 2**30
 
@@ -26,15 +28,13 @@ class ModelFolder:
     """A new folder `path` under its final name after a `with` block that did not fail.
 
     Raises:
-        WeightsError: there is something at `path` already, or comes there meanwhile, or the disk is
-            full.
+        WeightsError: there is something at `path` already, or comes there meanwhile, somebody else
+            writes it, or the disk is full.
     """
 
     def __init__(self, path: Path, shard_bytes: int = SHARD_BYTES) -> None:
-        if taken(path):
-            raise WeightsError(f"--out {path} exists: name a new folder")
         self.path = path
-        self.partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        self._held = contextlib.ExitStack()
         self._shard_bytes = shard_bytes
         self._shard: dict[str, torch.Tensor] = {}
         self._size = 0
@@ -44,9 +44,11 @@ class ModelFolder:
 
     def __enter__(self) -> ModelFolder:
         try:
-            self.partial.mkdir(parents=True)
-        except OSError as error:
-            raise WeightsError(f"{self.path} cannot be made: {error.strerror}") from None
+            self.partial = self._held.enter_context(workplace(self.path)) / NEW
+            self.partial.mkdir()
+        except (ConfigError, OSError) as error:
+            self._held.close()
+            raise WeightsError(str(error)) from None
         return self
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -88,7 +90,8 @@ class ModelFolder:
                 return
         except OSError as late:
             error = late
-        shutil.rmtree(self.partial, ignore_errors=True)
+        finally:
+            self._held.close()
         if isinstance(error, OSError | SafetensorError):  # the latter of a full disk
             raise WeightsError(f"{self.path} could not be written: {error}") from None
 

@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from gloo import leave
 from transformers import AutoModelForCausalLM
 
 from configs.violation import ConfigError
+from pangu import convert
 from pangu.checkpoint.tensor_files import Safetensors
 from pangu.compression import chain
 from pangu.run_lock import hold
@@ -80,12 +82,10 @@ def test_all_methods_one_after_the_other_with_a_stop_in_between(folder, monkeypa
     with pytest.raises(KeyboardInterrupt):
         chain.run_chain(chain.read_chain(described(folder)))
     first = len(ran)
-    (folder / "out" / ".5-export.1.partial").mkdir()  # of a step that was killed
     with hold(folder / "out", chain.LOCK):
         assert compress(["chain", described(folder)]) == 2
     assert "is in use by process" in capsys.readouterr().err
     assert compress(["chain", described(folder)]) == 0
-    assert not list((folder / "out").glob(".5*"))
     assert ran[first:] == ["export"]  # the rest was done
     lines = capsys.readouterr().out.splitlines()
     assert [line[:16].strip() for line in lines[1:-1]] == NAMES
@@ -157,6 +157,45 @@ def test_a_step_is_killed_with_its_chain(tmp_path):
         parent.kill()
     child = int((tmp_path / "pid").read_text())
     until(lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie")
+
+
+def test_a_folder_that_another_process_writes_and_what_a_killed_one_left(folder, tmp_path, capsys):
+    code = (
+        "import pathlib, sys, time\n"
+        "from pangu.new_folder import workplace\n"
+        "with workplace(pathlib.Path(sys.argv[1])) as work:\n"
+        "    (work / 'model').mkdir()\n"
+        "    (work / 'model' / 'half').write_text('half')\n"
+        "    (work / 'logits').write_text('half')\n"
+        "    time.sleep(60)\n"
+    )
+    out, hidden = tmp_path / "new", tmp_path / ".new.partial"
+    text = ["--calibration", folder / "text", "--tokens", 64, "--window", 32, "--group-size", 16]
+    commands = (
+        lambda: compress(["quantize", folder / "ours", "--scheme", "W4A16", *text, "--out", out]),
+        lambda: convert.main(["export", str(folder / "ours"), "--no-check", "--out", str(out)]),
+    )
+    for command in commands:
+        words = [sys.executable, "-c", code, str(out)]
+        with subprocess.Popen(words, cwd=Path(__file__).parents[2]) as other:
+            try:
+                until((hidden / "logits").exists)
+                capsys.readouterr()
+                assert command() == 2
+            finally:
+                other.kill()
+        (said,) = capsys.readouterr().err.splitlines()
+        assert said.startswith(f"error: --out={out}: is in use by process {other.pid} on ")
+        assert (hidden / "model" / "half").exists()
+        assert command() == 0
+        assert [path.name for path in tmp_path.iterdir()] == ["new"]
+        assert not (out / "half").exists()
+        shutil.rmtree(out)
+    hidden.mkdir()
+    (hidden / "mine").write_text("no model's")
+    assert command() == 2
+    assert f"{hidden} is in the way, which is none of ours" in capsys.readouterr().err
+    assert (hidden / "mine").exists()
 
 
 def test_the_model_writes_its_own_calibration_text(folder, tmp_path, capsys):
