@@ -342,20 +342,19 @@ def _exchange(serving: Serving, tokens: Array, local: Array) -> Array:
 
 def _cached_attention(serving: Serving, local: Array, new: Array, context: Array) -> Array:
     """Attention of a few new tokens over the cache: MLA multiplies the compressed cache itself
-    (absorbed up-projections), shared by all heads."""
+    (absorbed up-projections), shared by all heads, where the cache has latents."""
     model, options = serving.model, serving.options
-    heads = model.num_attention_heads / serving.tp
-    mla = model.attention == "mla"
+    latents = _keeps_latents(serving)
     rank = model.kv_lora_rank
     return attention_seconds(
         serving.hardware,
         batch=local,
-        heads=heads,
-        kv_heads=0.5 if mla else max(query_groups(model) / serving.tp, 1),
+        heads=model.num_attention_heads / serving.tp,
+        kv_heads=0.5 if latents else _kept_heads(serving),
         seq_q=new,
         seq_kv=context + new,
-        qk_dim=rank + model.qk_pos_emb_head_dim if mla else qk_size(model),
-        v_dim=rank if mla else v_size(model),
+        qk_dim=rank + model.qk_pos_emb_head_dim if latents else qk_size(model),
+        v_dim=rank if latents else v_size(model),
         causal=False,
         dtype=_attention_dtype(serving),
         kv_bytes=ELEMENT_BYTES[options.kv_dtype],
@@ -366,10 +365,28 @@ def _cache_bytes_per_token(serving: Serving) -> float:
     """One layer's keys and values of one token on one device."""
     model = serving.model
     element = ELEMENT_BYTES[serving.options.kv_dtype]
-    if model.attention == "mla":
+    if _keeps_latents(serving):
         return (model.kv_lora_rank + model.qk_pos_emb_head_dim) * element
-    groups = max(query_groups(model) / serving.tp, 1)
-    return groups * (qk_size(model) + v_size(model)) * element
+    return _kept_heads(serving) * (qk_size(model) + v_size(model)) * element
+
+
+def _keeps_latents(serving: Serving) -> bool:
+    """Whether MLA's latents are all that the cache has, as our engine has it: not where keys and
+    values are rounded, the projection up is more than a matrix, or ranks divide the sequence,
+    which experts over tensor-parallel ranks want."""
+    model, parallel = serving.model, serving.config.parallel
+    rounded = model.kv_bits or model.activation_bits or model.input_transforms
+    adapted = model.lora_rank and "linear_kv_up_proj" in model.lora_modules
+    divided = serving.tp > 1 and model.num_experts and parallel.sequence_parallel
+    return model.attention == "mla" and not (rounded or adapted or divided)
+
+
+def _kept_heads(serving: Serving) -> float:
+    """Heads of keys and values that a device keeps where it keeps them whole; MLA has as many as
+    of queries."""
+    model = serving.model
+    heads = model.num_attention_heads if model.attention == "mla" else query_groups(model)
+    return max(heads / serving.tp, 1)
 
 
 def _attention_dtype(serving: Serving) -> str:

@@ -4,7 +4,7 @@ import gloo
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_models import KINDS, TINY, build, decode, greedy, prompts, whole_forward
+from tiny_models import KINDS, MLA, TINY, build, decode, greedy, prompts, whole_forward
 
 from configs.compose import load
 from pangu.data.tokenizer import NumberTokenizer
@@ -42,20 +42,38 @@ def test_a_batch_takes_the_argmax_of_each_sequences_whole_forward_pass(kind):
     assert engine.scheduler.pool.used == 0
 
 
-@pytest.mark.parametrize("kind", ["moge", "mla"])
-def test_the_cache_has_the_bytes_of_a_token_that_the_simulator_counts(kind):
-    """MLA: latents and the rotated part of the key alone, one for all heads."""
-    engine = make(build(*KINDS[kind]))
-    decode(engine, requests(2))
+FULL = 4 * (12 + 6)  # keys and values of four heads
+ADAPTED = ["model.lora_rank=2", "model.lora_modules=[linear_kv_up_proj]"]
+
+
+@pytest.mark.parametrize(
+    ("options", "numbers"),
+    [
+        ([], 2 * (8 + 8)),
+        (MLA, 16 + 4),  # latents and the rotated part of the key, one for all heads
+        ([*MLA, "model.kv_bits=4"], FULL),
+        ([*MLA, "model.activation_bits=8"], FULL),
+        ([*MLA, *ADAPTED], FULL),
+        ([*MLA, "model.lora_rank=2", "model.lora_modules=[linear_proj]"], 16 + 4),
+    ],
+)
+def test_the_cache_has_the_bytes_of_a_token_that_the_simulator_counts(options, numbers):
+    engine = make(build(*options))
+    decode(engine, requests(2, some=PROMPTS[:2]))
+    found = engine.store.bytes_per_token
+    assert found == 2 * 4 * numbers  # layers, bytes
+    assert found == 2 * counted(options)  # which plans for 16 bits
+
+
+def counted(options):
+    """Bytes of a token in the cache of one device, by the simulator."""
 
     def bytes_of(length):
-        options = ["hardware=h100", "devices=1", f"inference.max_new_tokens={length}"]
-        config = load([*TINY, *KINDS[kind], *options, "inference.kv_dtype=bf16"])
+        plan = ["hardware=h100", f"inference.max_new_tokens={length}"]
+        config = load([*TINY, "devices=1", "inference.kv_dtype=bf16", *plan, *options])
         return float(memory_bytes(serving(config, load_hardware(config.hardware)), 1))
 
-    found = engine.store.bytes_per_token
-    assert found == 2 * (bytes_of(101) - bytes_of(100))  # the engine's are float32
-    assert found == 2 * 4 * {"moge": 2 * (8 + 8), "mla": 16 + 4}[kind]  # layers, bytes
+    return bytes_of(101) - bytes_of(100)
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +228,7 @@ def test_a_model_in_training_is_left_as_it_was():
 
 
 def decoded(layouts, world_size):
-    """What requests draw in each layout (overrides)."""
+    """What requests draw in each layout (overrides), and the bytes that the cache has a token."""
     from megatron.core import parallel_state
 
     from pangu.engines.megatron import process_groups
@@ -224,7 +242,8 @@ def decoded(layouts, world_size):
         asked = requests(8, temperature=1.0)
         if dist.get_rank():  # rank 0 draws for all
             asked = [Request(r.prompt, r.max_new_tokens, Sampling(seed=99)) for r in asked]
-        results.append(decode(make(model, max_batch_tokens=9), asked))
+        engine = make(model, max_batch_tokens=9)
+        results.append((decode(engine, asked), engine.store.bytes_per_token))
         parallel_state.destroy_model_parallel()
     return results
 
@@ -235,5 +254,8 @@ def test_expert_and_tensor_parallel_models_generate_what_one_process_does(model)
     layouts = [
         ["parallel.expert_model_parallel_size=2"],
         ["parallel.tensor_model_parallel_size=2"],  # with sequence parallelism
+        ["parallel.tensor_model_parallel_size=2", *MLA],
     ]
-    assert gloo.run(2, decoded, layouts, 2) == [[expected, expected]] * 2
+    for *same, (_, whole) in gloo.run(2, decoded, layouts, 2):
+        assert [tokens for tokens, _ in same] == [expected, expected]
+        assert whole == 2 * 4 * FULL / 2 == 2 * counted(["devices=2", *layouts[-1]])
