@@ -1,5 +1,6 @@
 """What images are made from, as far as it shows without building one (docs/containers.md)."""
 
+import json
 import os
 import re
 import subprocess
@@ -8,7 +9,10 @@ import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 import yaml
+from cluster import Cluster
+from cluster.privileges import needs_cluster
 
 from configs.check import load_checked
 
@@ -44,10 +48,24 @@ def test_the_entry_point_runs_our_commands_and_any_other(tmp_path: Path):
         assert (done.returncode, done.stdout.strip()) == (0, asked), done.stderr
 
 
+def services():
+    return yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
+
+
+def test_the_compose_file_fits_the_specifications_schema(tmp_path: Path):
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text((DOCKER / "compose.yaml").read_text().replace("depends_on:", "depend_on:"))
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    command += ["--output-format", "json", DOCKER / "compose.yaml", wrong]
+    found = json.loads(subprocess.run(command, capture_output=True).stdout)
+    (error,) = found["errors"]
+    assert (error["filename"], error["path"]) == (str(wrong), "$.services.node1")
+    assert "'depend_on' was unexpected" in error["message"]
+
+
 def test_the_two_nodes_of_compose_train_what_there_is():
-    services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
     ranks = set()
-    for service in services.values():
+    for service in services().values():
         launcher, _, module, *overrides = service["command"].split()
         assert (launcher, module) == ("torchrun", "pangu.train")
         assert load_checked(overrides).train.steps == 50
@@ -55,6 +73,31 @@ def test_the_two_nodes_of_compose_train_what_there_is():
             ROOT / "docker" / service["build"]["context"] / service["build"]["dockerfile"]
         ).exists()
         ranks.add(service["environment"]["PET_NODE_RANK"])
-        assert service["environment"]["PET_NNODES"] == str(len(services))
-        assert service["environment"]["PET_MASTER_ADDR"] in services
+        assert service["environment"]["PET_NNODES"] == str(len(services()))
+        assert service["environment"]["PET_MASTER_ADDR"] in services()
     assert ranks == {"0", "1"}
+
+
+@pytest.mark.distributed
+@needs_cluster
+def test_the_two_nodes_of_compose_meet_and_train(tmp_path: Path):
+    """What its services run, told what its services are told, each in a folder of its own, with one
+    for both in the place of the volume. Shorter, and on numbers that need not be prepared."""
+    (volume,) = {volume for service in services().values() for volume in service["volumes"]}
+    runs = volume.partition(":")[2]
+    short = ["data=synthetic", "train.steps=2", "train.global_batch_size=4"]
+    short += ["train.micro_batch_size=2", "train.seq_length=32", "train.validate_every=0"]
+    started = []
+    with Cluster(2) as cluster:
+        nodes = {node.name: node for node in cluster.nodes}
+        for name, service in services().items():
+            own = tmp_path / name
+            own.mkdir()
+            words = [word.replace(runs, str(tmp_path)) for word in service["command"].split()]
+            path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+            told = {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+            told |= service["environment"]
+            started.append(nodes[name].start([*words, *short], env=told, cwd=own))
+        assert [process.wait(timeout=300) for process in started] == [0, 0]
+    lines = (tmp_path / "two_nodes/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
