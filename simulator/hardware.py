@@ -178,9 +178,10 @@ class Hardware:
     channels of a large one). `process_base_bytes` is what a process holds before there is a model:
     nothing on a device with memory of its own, interpreter and libraries where the process shares
     the host's.
-    `memory_overhead` is what the process then holds beyond what is counted, as a part of what comes
-    and goes within a step (weights stay where they are and leave no holes): nothing where the peak
-    is the allocator's, fragmentation where it is the process's.
+    `memory_overhead` is what the process then holds beyond what is counted, as a part of what would
+    come and go within a step that recomputes and swaps nothing (weights stay where they are and
+    leave no holes): nothing where the peak is the allocator's, fragmentation where it is the
+    process's.
     """
 
     name: str

@@ -8,10 +8,12 @@ allocator and is reported apart.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import get_args
 
 import numpy as np
 
+from configs.schema import RecomputeModule
 from simulator.array import Array, Mask
 from simulator.counts.layer import Blocks
 from simulator.counts.records import Counts, Saved, Shapes, total
@@ -49,6 +51,7 @@ class Memory:
     activations: Array  # most micro-batches in flight
     temporary: Array
     buffers: Array  # of the collective library, outside the allocator
+    passing_if_all_kept: Array  # `passing`, were nothing recomputed or swapped
 
     @property
     def kept(self) -> Array:
@@ -68,8 +71,12 @@ class Memory:
 
 def measured_peak(hw: Hardware, memory: Memory) -> Array:
     """The peak that a run reports, in bytes: of the allocator on a device with memory of its own,
-    of the whole process elsewhere."""
-    return memory.peak + memory.passing * hw.memory_overhead + hw.process_base_bytes
+    of the whole process elsewhere.
+
+    What a process holds beyond the count does not shrink with what is recomputed or swapped
+    (measured: `benchmarks/memory_limit.py`).
+    """
+    return memory.peak + memory.passing_if_all_kept * hw.memory_overhead + hw.process_base_bytes
 
 
 @dataclass(frozen=True)
@@ -196,9 +203,20 @@ class Activations:
     layer_peak: Array
     head_peak: Array
     patch: Array = 0.0
+    if_all_kept: Activations | None = None  # the same, were nothing recomputed or swapped
 
 
 def block_activations(s: Shapes, blocks: Blocks) -> Activations:
+    plain = replace(s, layout=_keeping_all(s.layout))
+    return replace(_activations(s, blocks), if_all_kept=_activations(plain, blocks))
+
+
+def _keeping_all(layout: Layout) -> Layout:
+    modules = dict.fromkeys(get_args(RecomputeModule), False)
+    return replace(layout, full_recompute=False, swapped=(), **modules)
+
+
+def _activations(s: Shapes, blocks: Blocks) -> Activations:
     dense = kept_activations(s, blocks.dense) if blocks.dense else 0.0
     moe = kept_activations(s, blocks.moe) if blocks.moe else 0.0
     peaks = [block.backward_peak for block in (blocks.dense, blocks.moe) if block]
@@ -304,14 +322,23 @@ def rank_memory(
         gradients = gradients + element * total(matrices.values())
     whole = whole_layers(s, blocks, contents)
     live = live_activations(layout, kept, contents, rank)
+    temporary = _temporary(s, layout, kept, contents) + whole
+    plain, every = _keeping_all(layout), kept.if_all_kept or kept
+    if_all_kept = live_activations(plain, every, contents, rank)
+    if_all_kept = if_all_kept + _temporary(s, plain, every, contents) + whole
+    buffers = communication_buffers(s)
+    return Memory(weights, gradients, optimizer, live, temporary, buffers, if_all_kept)
+
+
+def _temporary(s: Shapes, layout: Layout, kept: Activations, contents: list[StageContent]) -> Array:
+    """The most that one of the three moments of a backward pass adds to what is kept for it."""
     head = total(content.head for content in contents)
     embeds = total(content.embedding for content in contents)
     first = chunk_activations(layout, kept, contents[0])
     table = 0.0 if s.model.lora_rank else embedding_gradient(s)
     at_embedding = embeds * table - first
     temporary = np.maximum(kept.layer_peak, np.where(head > 0, kept.head_peak, 0.0))
-    temporary = np.maximum(temporary, at_embedding)
-    return Memory(weights, gradients, optimizer, live, temporary + whole, communication_buffers(s))
+    return np.maximum(temporary, at_embedding)
 
 
 def whole_layers(s: Shapes, blocks: Blocks, contents: list[StageContent]) -> Array:

@@ -55,7 +55,7 @@ class Framework:
     """Seconds that the framework adds to each operator that the simulator counts, and to each
     step, and that a message costs in a step beside moving its bytes (calling it, waking up,
     waiting for the others); bytes that a process holds without a model; what it holds with one
-    beyond what is counted, as a part of what comes and goes within a step."""
+    beyond what is counted, as a part of what comes and goes within a step that keeps all."""
 
     operator_seconds: float
     step_seconds: float
@@ -114,11 +114,12 @@ def _overhead(
 
 
 def beyond_counted(overrides: list[str], held: float) -> float:
-    """Bytes that a process holds, less those that the simulator counts, as a part of what comes and
-    goes within a step. `hardware.backend=…` among the overrides says which precision `auto` means.
+    """Bytes that a process holds, less those that the simulator counts, as a part of what would
+    come and go within a step that recomputes and swaps nothing. `hardware.backend=…` among the
+    overrides says which precision `auto` means.
     """
     memory = predict(load(["hardware=a100", *overrides])).stages[0].memory
-    return max((held - float(memory.peak)) / float(memory.passing), 0.0)
+    return max((held - float(memory.peak)) / float(memory.passing_if_all_kept), 0.0)
 
 
 def _depths(
