@@ -51,7 +51,9 @@ class Memory:
     activations: Array  # most micro-batches in flight
     temporary: Array
     buffers: Array  # of the collective library, outside the allocator
-    passing_if_all_kept: Array  # `passing`, were nothing recomputed or swapped
+    # What holes are a part of: of a process, what would pass were nothing recomputed or swapped; of
+    # a device's allocator, which has none to forecast, `passing` (a search has no time for more).
+    leaves_holes: Array
 
     @property
     def kept(self) -> Array:
@@ -76,7 +78,7 @@ def measured_peak(hw: Hardware, memory: Memory) -> Array:
     What a process holds beyond the count does not shrink with what is recomputed or swapped
     (measured: `benchmarks/memory_limit.py`).
     """
-    return memory.peak + memory.passing_if_all_kept * hw.memory_overhead + hw.process_base_bytes
+    return memory.peak + memory.leaves_holes * hw.memory_overhead + hw.process_base_bytes
 
 
 @dataclass(frozen=True)
@@ -203,12 +205,16 @@ class Activations:
     layer_peak: Array
     head_peak: Array
     patch: Array = 0.0
-    if_all_kept: Activations | None = None  # the same, were nothing recomputed or swapped
+    # The same, were nothing recomputed or swapped; of a process alone, see `Memory.leaves_holes`.
+    if_all_kept: Activations | None = None
 
 
 def block_activations(s: Shapes, blocks: Blocks) -> Activations:
+    kept = _activations(s, blocks)
+    if s.backend != "cpu":
+        return kept
     plain = replace(s, layout=_keeping_all(s.layout))
-    return replace(_activations(s, blocks), if_all_kept=_activations(plain, blocks))
+    return replace(kept, if_all_kept=_activations(plain, blocks))
 
 
 def _keeping_all(layout: Layout) -> Layout:
@@ -323,11 +329,13 @@ def rank_memory(
     whole = whole_layers(s, blocks, contents)
     live = live_activations(layout, kept, contents, rank)
     temporary = _temporary(s, layout, kept, contents) + whole
-    plain, every = _keeping_all(layout), kept.if_all_kept or kept
-    if_all_kept = live_activations(plain, every, contents, rank)
-    if_all_kept = if_all_kept + _temporary(s, plain, every, contents) + whole
+    holes = live + temporary
+    if kept.if_all_kept is not None:
+        plain, all_kept = _keeping_all(layout), kept.if_all_kept
+        holes = live_activations(plain, all_kept, contents, rank)
+        holes = holes + _temporary(s, plain, all_kept, contents) + whole
     buffers = communication_buffers(s)
-    return Memory(weights, gradients, optimizer, live, temporary, buffers, if_all_kept)
+    return Memory(weights, gradients, optimizer, live, temporary, buffers, holes)
 
 
 def _temporary(s: Shapes, layout: Layout, kept: Activations, contents: list[StageContent]) -> Array:

@@ -119,7 +119,7 @@ def beyond_counted(overrides: list[str], held: float) -> float:
     overrides says which precision `auto` means.
     """
     memory = predict(load(["hardware=a100", *overrides])).stages[0].memory
-    return max((held - float(memory.peak)) / float(memory.passing_if_all_kept), 0.0)
+    return max((held - float(memory.peak)) / float(memory.leaves_holes), 0.0)
 
 
 def _depths(

@@ -184,7 +184,7 @@ def test_what_stays_leaves_no_holes() -> None:
     known = fit("holes", sampled(machine()), 2, COST)
     memory = Memory(
         weights=1e8, gradients=2e8, optimizer=3e8, activations=5e7, temporary=1e7, buffers=0,
-        passing_if_all_kept=8e7,
+        leaves_holes=8e7,
     )  # fmt: skip
     assert measured_peak(known, memory) == pytest.approx(6e8 + 6e7 + 0.5 * 8e7 + 4e8)
 
