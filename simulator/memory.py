@@ -9,7 +9,7 @@ allocator and is reported apart.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -218,7 +218,7 @@ def block_activations(s: Shapes, blocks: Blocks) -> Activations:
 
 
 def _keeping_all(layout: Layout) -> Layout:
-    modules = dict.fromkeys(get_args(RecomputeModule), False)
+    modules: dict[str, Any] = dict.fromkeys(get_args(RecomputeModule), False)
     return replace(layout, full_recompute=False, swapped=(), **modules)
 
 
