@@ -106,7 +106,8 @@ def progress_bar(steps: Iterable) -> Iterable:
 
 
 def run(app: typer.Typer, arguments: list[str], *mistakes: type[Exception]) -> int:
-    """The exit code of `app`: 0 done, 2 one of `mistakes` or wrong words on the command line.
+    """The exit code of `app`: 0 done, 2 one of `mistakes`, a folder that this user may not
+    use, or wrong words on the command line.
 
     Raises:
         SystemExit: a SIGTERM came; what was half written is gone then, as after Ctrl-C.
@@ -119,6 +120,8 @@ def run(app: typer.Typer, arguments: list[str], *mistakes: type[Exception]) -> i
         return app(arguments, standalone_mode=False) or 0
     except mistakes as error:
         print(f"error: {error}", file=sys.stderr)
+    except PermissionError as error:  # even of whether there is a file
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
     except typer.Exit as leave:
         return leave.exit_code
     except Exception as error:

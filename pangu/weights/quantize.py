@@ -69,7 +69,8 @@ def scheme_of(
         WeightsError: there is no such scheme.
     """
     match = _SCHEME.fullmatch(name.upper())
-    if match is None or (match[1] == match[2] == "16" and match[3] is None):
+    nothing = match and match[1] == "16" and (match[4] or (match[2] == "16" and not match[3]))
+    if match is None or nothing:  # no weights that have zero points, or nothing that is rounded
         raise WeightsError(
             f"--scheme {name}: as W4A16 or W4A16_ASYM (with zero points), weights of 2 to 8 or 16 "
             "bits, activations of 16, 8 or 4, and as W8A8KV8 keys and values of 2 to 8; or MXFP4A16"

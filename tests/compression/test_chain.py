@@ -18,13 +18,15 @@ import yaml
 from compression.ours import load_ours, logits
 from compression.tiny import VOCABULARY, compress, llama
 from gloo import leave
+from serving.tiny_server import client, server_of, serving
 from transformers import AutoModelForCausalLM
 
 from configs.violation import ConfigError
-from pangu import convert
+from pangu import convert, generate
 from pangu.checkpoint.tensor_files import Safetensors
 from pangu.compression import chain
 from pangu.run_lock import hold
+from pangu.trained_model import loaded
 from pangu.weights.quantized_file import Quantized, weight_bytes
 
 
@@ -118,6 +120,25 @@ def test_bytes_of_weights(folder):
         count = source.read(name).numel()
         total += count * (4 + 16 / 16) / 8 if name in codes else 4 * count  # a scale each 16
     assert weight_bytes(found) == total
+
+
+@pytest.mark.parametrize("step", chain.STEPS[:4])
+def test_what_each_step_leaves_answers(step, folder, capsys):
+    """pangu.generate and the server go on as the plain model does, whose cache is not asked."""
+    (path,) = (folder / "out").glob(f"?-{step}")
+    leave()
+    with loaded(path, "cpu") as trained:
+        ids = trained.tokenizer.encode("class")
+        for _ in range(4):
+            ids.append(int(logits(trained.model, torch.tensor([ids]))[0, -1].argmax()))
+        expected = trained.tokenizer.decode(ids)
+        options = {"model": "tiny", "prompt": "class", "max_tokens": 4, "temperature": 0}
+        with serving(server_of(path, trained, name="tiny")) as address:
+            found = client(address).completions.create(**options)
+    assert "class" + found.choices[0].text == expected
+    words = [f"checkpoint={path}", "prompt=class", "max_new_tokens=4", "temperature=0"]
+    assert generate.main([*words, "backend=cpu"]) == 0
+    assert capsys.readouterr().out == f"{expected}\n"
 
 
 def test_mistakes(folder, capsys):

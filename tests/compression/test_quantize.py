@@ -12,6 +12,7 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams
 from compression.ours import load_ours, logits
 from compression.tiny import SETTINGS, compress, llama, saved
+from drills.quantize import Way, tried, ways
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, Qwen3MoeConfig
 
 from configs.compose import load, read_file
@@ -296,6 +297,19 @@ def test_an_unknown_scheme(folder, theirs, tmp_path, capsys):
     assert compress([*words, "--backend", "tpu", "--out", tmp_path / "small"]) == 2
     assert "is none of auto, cpu, cuda, npu" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ways_that_no_other_test_goes_end_as_they_should(tmp_path):
+    """All of them: `python -m tests.drills.quantize`."""
+    expected = {
+        Way("experts", "MXFP4A16", "smoothquant"): ("works", "works"),
+        Way("experts", "W4A8KV3", "gptq", ("--keys", "channel", "--rotate")): ("works", "refused"),
+        Way("dense", "W2A8_ASYM", "awq"): ("works", "refused"),
+        Way("dense", "W16A8_ASYM", "rtn"): ("refused", None),
+    }
+    assert set(expected) <= set(ways())
+    found = {way: (end.kind, after and after.kind) for way, end, after in tried(expected, tmp_path)}
+    assert found == expected
 
 
 def test_codes_are_read_again_from_bfloat16():

@@ -168,6 +168,16 @@ def test_what_is_there_is_left_alone(tmp_path, capsys):
     assert sorted(left) == before
 
 
+def test_where_no_folder_can_be_made(tmp_path, capsys):
+    """Not by root either."""
+    save_theirs("llama", tmp_path / "theirs")
+    assert main(["import", str(tmp_path / "theirs"), "--out", "/proc/new"]) == 2
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert said.startswith("error: --out=/proc/new: cannot be made: ")
+    with pytest.raises(ConfigError, match="cannot be made"), new_model(Path("/proc/new")):
+        pass
+
+
 def test_a_full_disk_is_a_sentence(tmp_path):
     """The kernel's own error, from a limit on the size of files."""
     code = f"""
@@ -191,6 +201,24 @@ with ModelFolder(Path({str(tmp_path / "out")!r})) as folder:
     assert "could not be written" in run.stderr
     assert "--distill: no room for" in run.stdout
     assert {path.name for path in tmp_path.iterdir()} <= {"indices.npy"}
+
+
+def test_a_folder_that_nobody_else_may_look_into_is_a_sentence(tmp_path, capsys):
+    app = typer.Typer()
+
+    @app.command()
+    def look() -> None:
+        before = os.geteuid()
+        (tmp_path / "shut").mkdir(mode=0o000)
+        if before == 0:  # to whom it is open
+            os.seteuid(65534)
+        try:
+            (tmp_path / "shut" / "file").exists()
+        finally:
+            os.seteuid(before)
+
+    assert run(app, []) == 2
+    assert f"error: {tmp_path}/shut/file: Permission denied\n" == capsys.readouterr().err
 
 
 def test_a_command_that_is_told_to_end_leaves_nothing(tmp_path):
