@@ -42,6 +42,7 @@ CANNOT = {
     r"benchmarks": "a benchmark, minutes to hours of idle cores: benchmarks/README.md",
     r"tests\.(drills|npu)": "a drill of its own; tests run its parts",
     r"nvme": "DeepSpeed's operator takes minutes to compile: python -m tests.drills.nvme",
+    r"endpoint=HOST": "nodes of one's own; tests/cluster/test_link_calibration.py runs it on two",
     r"METHOD MODEL|-- COMMAND$|backend=… ": "words are left to the reader",
     r"^torchrun --local-addr 127.0.0.1 --nproc-per-node 2$": "the beginning of a command",
     r"^python -m (simulator predict|pangu\.calibrate)$": "a command's name in prose",
