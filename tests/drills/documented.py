@@ -73,6 +73,9 @@ SHORTER = {
 # A part of a command, a word in it that stands for the reader's, and which of the reader's.
 MEANT = (
     (r"prune-experts|patterns=", "MODEL", "MOE"),
+    (r"pangu\.serve .*parallel\.expert", "DIR", "MOE"),
+    (r"--task sciq", "--task sciq ", ""),  # it wants a package of tasks
+    (r"--results FILE", "--results FILE", "--results kept"),
     (r"CARVED", "CARVED", "DIR"),  # the command before has made it
     (r"pangu\.train …", "…", ""),
     (r"train\.steps=…", "train.steps=…", ""),
@@ -145,6 +148,10 @@ def texts(folder: Path) -> None:
     with gzip.open(folder / "more.jsonl.gz", "wt") as out:
         out.writelines(json.dumps({"text": text}) + "\n" for text in written[:4])
     _parquet(folder / "web.parquet", written[4:8])
+    with (folder / "questions.jsonl").open("w") as out:
+        for number, answer in ((0, " text"), (0, " nothing"), (1, " a"), (1, " b")):
+            request = {"context": written[number][:60], "continuation": answer}
+            out.write(json.dumps({"doc_id": number, "request": request, "label": 1}) + "\n")
     prepare = "pangu.data.prepare texts --output corpora/mine --train-tokenizer 1000"
     _do(folder, prepare)
     (folder / "corpus").symlink_to("corpora/mine")
@@ -217,7 +224,10 @@ def run(page: str, line: str, folder: Path, limit: float = 900.0) -> Outcome:
             start_new_session=True,
         )
         try:
-            code = _served(process, said.fileno()) if SERVES.search(line) else process.wait(limit)
+            if SERVES.search(line):
+                code = _served(process, said.fileno(), launched=line.startswith("torchrun"))
+            else:
+                code = process.wait(limit)
         except subprocess.TimeoutExpired:
             code = 124
         finally:
@@ -228,14 +238,16 @@ def run(page: str, line: str, folder: Path, limit: float = 900.0) -> Outcome:
         return Outcome(page, line, time.monotonic() - began, code, said.read())
 
 
-def _served(process: subprocess.Popen[bytes], said: int) -> int:
-    """The exit code of a server that is told to stop once it has said where it is."""
+def _served(process: subprocess.Popen[bytes], said: int, launched: bool) -> int:
+    """The exit code of a server that is told to stop once it has said where it is; `launched` by
+    torchrun, which then ends with 1 whatever its processes do."""
     for _ in range(3000):
         if process.poll() is not None:
             return process.returncode or 1
         if b"http://" in os.pread(said, 1 << 20, 0):
             process.send_signal(signal.SIGINT)
-            return process.wait(120)
+            ended = process.wait(120)
+            return 0 if launched and ended == 1 else ended
         time.sleep(0.1)
     return 124
 
