@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from configs.violation import ConfigError, Violation
+from launch import environment
+from launch.environment import LauncherError
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -83,7 +85,9 @@ def _between_nodes(config: Config, out: Path, machine: str, quick: bool) -> None
     from pangu.calibration.messages import SIZES
     from simulator.api import read_hardware
 
-    nodes, ranks = between_nodes.nodes()
+    process = environment.read(os.environ)
+    ranks = process.local_world_size
+    nodes = process.world_size // ranks
     if nodes < 2:
         way = "torchrun --nnodes=2 --nproc-per-node=N … -m pangu.calibrate --machine … on each"
         raise ConfigError(
@@ -92,15 +96,15 @@ def _between_nodes(config: Config, out: Path, machine: str, quick: bool) -> None
     known = read_hardware(machine)
     threads = config.backend.threads or 1
     sizes = between_nodes.QUICK_SIZES if quick else SIZES
-    samples = between_nodes.measure(config, threads, sizes)
+    samples = between_nodes.measure(config, process, threads, sizes)
     if samples is None:
         return
-    said = f"between nodes: M: pangu.calibrate, {datetime.date.today()}, {nodes} nodes of {ranks}"
+    said = f"pangu.calibrate, {datetime.date.today()}, {nodes} nodes of {ranks}"
     found = replace(between_nodes.joined(known, samples, ranks), name=out.stem)
-    evidence = known.evidence | {"links": f"{known.evidence.get('links', '')}; {said}"}
-    _write(
-        out, preset(found, evidence), f"# Measured by {said.removeprefix('between nodes: M: ')}\n"
-    )
+    evidence = known.evidence | {
+        "links": f"{known.evidence.get('links', '')}; between nodes: M: {said}"
+    }
+    _write(out, preset(found, evidence), f"# Measured by {said}\n")
 
 
 def _measure(
@@ -226,7 +230,7 @@ def main() -> None:
     """Run; a mistake of the user's is one sentence and exit code 2."""
     try:
         typer.run(calibrate)
-    except ConfigError as error:
+    except (ConfigError, LauncherError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
     except OSError as error:

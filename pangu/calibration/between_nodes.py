@@ -13,6 +13,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from configs.schema import Config
+from launch.environment import ProcessEnvironment
 from pangu import backends
 from pangu.calibration import messages
 from pangu.calibration.fit import link_of
@@ -23,21 +24,19 @@ from simulator.api import Hardware
 QUICK_SIZES = [2**12, 2**20, 2**22]
 
 
-def nodes() -> tuple[int, int]:
-    """How many nodes the launcher has started, and ranks on each; (1, 1) without a launcher."""
-    world, local = (int(os.environ.get(f"{name}WORLD_SIZE", 1)) for name in ("", "LOCAL_"))
-    return world // local, local
-
-
-def measure(config: Config, threads: int, sizes: Sequence[int]) -> list[Sample] | None:
+def measure(
+    config: Config, process: ProcessEnvironment, threads: int, sizes: Sequence[int]
+) -> list[Sample] | None:
     """Collectives of `sizes` bytes among one rank of every node, as many at once as a node has
     ranks: what each gets of a card that they share. On rank 0; None on the others."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(threads)
-    backend = backends.select(config.backend.name, int(os.environ["LOCAL_RANK"]))
+    backend = backends.select(config.backend.name, process.local_rank)
+    process.export(os.environ)
     dist.init_process_group(backend.collective_library)
-    rank, world, (_, local) = dist.get_rank(), dist.get_world_size(), nodes()
-    groups = [dist.new_group(list(range(place, world, local))) for place in range(local)]
+    rank, local = process.rank, process.local_world_size
+    places = range(local)
+    groups = [dist.new_group(list(range(place, process.world_size, local))) for place in places]
     every = [(kind, size) for kind in messages.KINDS for size in sizes]
     samples = []
     for kind, size in tqdm(every, "between nodes", disable=rank > 0, file=sys.stderr):
