@@ -74,16 +74,8 @@ def start(cluster: Any, ranks: int, command: list[str]) -> None:
     """`command` under torchrun on every node, to its end."""
     run = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
     threads = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    started = [
-        node.start(
-            [*run, *command],
-            env=cluster.environment(node) | threads,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        for node in cluster.nodes
-    ]
-    if any(process.wait() for process in started):
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    if any(cluster.run([*run, *command], threads, **silent)):
         raise RuntimeError("a rank failed: " + " ".join(command))
 
 

@@ -166,11 +166,7 @@ def measure(
         job = json.dumps([asdict(shape), rounds, variants, folder])
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1", __file__]
         threads = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        started = [
-            node.start([*command, "--worker", job], env=cluster.environment(node) | threads)
-            for node in cluster.nodes
-        ]
-        if any(process.wait() for process in started):
+        if any(cluster.run([*command, "--worker", job], threads)):
             raise RuntimeError("a rank failed with its message above")
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(2)]
 

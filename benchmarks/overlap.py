@@ -68,15 +68,8 @@ def run(rate: str, overrides: list[str], overlap: bool) -> Found:
         flag = f"parallel.overlap_expert_parallel={str(overlap).lower()}"
         command = [sys.executable, "-m", "pangu.train", *MODEL, *overrides, flag]
         threads = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        started = [
-            node.start(
-                [*command, f"run_dir={folder}/run"],
-                env=cluster.environment(node) | threads,
-                stdout=subprocess.DEVNULL,
-            )
-            for node in cluster.nodes
-        ]
-        if any(process.wait() for process in started):
+        command += [f"run_dir={folder}/run"]
+        if any(cluster.run(command, threads, stdout=subprocess.DEVNULL)):
             raise RuntimeError("a rank failed with its message above")
         return read(Path(folder) / "run")
 

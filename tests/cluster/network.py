@@ -187,6 +187,13 @@ class Cluster:
         """This process's environment with the rendezvous of a node."""
         return {**os.environ, **node.rendezvous(len(self.nodes), self.nodes[0])}
 
+    def run(self, command: Sequence[str], env: dict[str, str], **options: Any) -> list[int]:
+        """The exit codes of a command on every node, with the rendezvous and `env` besides."""
+        started = [
+            node.start(command, env=self.environment(node) | env, **options) for node in self.nodes
+        ]
+        return [process.wait() for process in started]
+
     def links(self) -> list[Link]:
         """What every node's card has sent and received so far."""
         return [node.link() for node in self.nodes]

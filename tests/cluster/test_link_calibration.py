@@ -21,14 +21,9 @@ def test_two_nodes_find_the_rate_of_their_link(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     command += ["-m", "pangu.calibrate", "--machine", "h100", "--quick", "--out", str(out)]
     with Cluster(2, "200mbit") as cluster:
-        started = [
-            node.start(
-                [*command, "backend=cpu", "backend.threads=1"],
-                env=cluster.environment(node) | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            )
-            for node in cluster.nodes
-        ]
-        assert [process.wait() for process in started] == [0, 0]
+        command += ["backend=cpu", "backend.threads=1"]
+        threads = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        assert cluster.run(command, threads) == [0, 0]
     known, found = read_hardware("h100"), read_hardware(out)
     assert (found.name, found.devices_per_node) == ("cluster", 2)
     assert found.matmul == known.matmul
