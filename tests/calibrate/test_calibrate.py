@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from configs.compose import load
-from pangu.calibration.fit import fit, preset
+from pangu.calibration.fit import fit, link_of, preset
 from pangu.calibration.framework import WIDE, Framework, beyond_counted
+from pangu.calibration.messages import SIZES
 from pangu.calibration.samples import Device, Sample
 from simulator.collectives import collective_seconds
 from simulator.hardware import Hardware, Kind, load_hardware, read_hardware
@@ -173,6 +174,22 @@ def test_the_fit_finds_a_known_machine_again() -> None:
     for kind in KINDS:
         expected = collective_seconds(known, kind, 2**20, 2)
         assert collective_seconds(found, kind, 2**20, 2) == pytest.approx(expected, rel=0.01)
+
+
+def test_the_rate_is_that_of_long_messages() -> None:
+    """Two nodes behind 200 Mbit/s: the first 256 KiB pass at once, and of messages both ways long
+    ones keep half of it (seconds as measured there, of exchanges of 4 KiB to 16 MiB)."""
+    milliseconds = (0.2, 0.7, 5.3, 23.1, 67.1, 109.4, 330.5, 681.5)
+    samples = [
+        Sample(kind, {"bytes": size, "size": 2}, once / 1e3)
+        for kind in KINDS
+        for size, once in zip(SIZES, milliseconds, strict=True)
+    ]
+    link, _ = link_of("slow", samples)
+    rate = link.bandwidth * link.efficiency["all_to_all"]
+    assert 2**23 / rate == pytest.approx(0.6815, rel=0.15)  # half of 16 MiB
+    assert 2**22 / rate == pytest.approx(0.3305, rel=0.15)
+    assert 0 <= link.latency_us < 1000
 
 
 def test_a_message_of_a_step_costs_at_least_what_it_was_seen_to_cost() -> None:
