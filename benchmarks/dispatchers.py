@@ -88,14 +88,13 @@ def calibrated(machine: Path, nodes: int, ranks: int, rate: str, out: Path) -> N
         start(cluster, ranks, [*command, "backend=cpu", "backend.threads=1"])
 
 
-def measure(layout: Layout, rate: str, dispatcher: str) -> float:
-    """Median seconds of a step."""
+def measure(nodes: int, ranks: int, rate: str, overrides: list[str]) -> float:
+    """Median seconds of a step of a run on so many nodes of so many ranks."""
     from tests.cluster import Cluster
 
-    with tempfile.TemporaryDirectory() as folder, Cluster(layout.nodes, rate) as cluster:
+    with tempfile.TemporaryDirectory() as folder, Cluster(nodes, rate) as cluster:
         run = Path(folder) / "run"
-        overrides = [*layout.overrides, f"moe.dispatcher={dispatcher}", f"run_dir={run}"]
-        start(cluster, layout.ranks, ["-m", "pangu.train", *overrides])
+        start(cluster, ranks, ["-m", "pangu.train", *overrides, f"run_dir={run}"])
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [row["step_seconds"] for row in rows if "step_seconds" in row]
     return statistics.median(steps[WARM_UP:])
@@ -114,7 +113,8 @@ def table(layout: Layout, machine: Path, rate: str, rounds: int) -> list[str]:
     measured: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(rounds):
         for kind in kinds:
-            measured[kind].append(measure(layout, rate, kind))
+            overrides = [*layout.overrides, f"moe.dispatcher={kind}"]
+            measured[kind].append(measure(layout.nodes, layout.ranks, rate, overrides))
     found = {kind: statistics.median(seconds) for kind, seconds in measured.items()}
     best = min(found.values())
     rows = []
