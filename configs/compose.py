@@ -154,8 +154,8 @@ def _grammar(value: Any) -> str:
         return f'"{escaped}"'
     if isinstance(value, list):
         return "[" + ",".join(map(_grammar, value)) + "]"
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{_grammar(k)}:{_grammar(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, dict):  # the grammar knows no quotes around a key
+        return "{" + ",".join(f"{key}:{_grammar(item)}" for key, item in value.items()) + "}"
     return (
         "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     )

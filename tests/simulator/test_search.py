@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from configs import FOLDER
 from configs.check import load_checked, violations
 from configs.compose import load
 from configs.schema import ParallelConfig
@@ -124,6 +125,17 @@ def test_emitted_experiment_is_the_recommendation(result, tmp_path):
     assert predict(trained).step_seconds == pytest.approx(best.prediction.step_seconds)
     # what the user adds on the command line still wins
     assert load([f"experiment={file}", "train.seq_length=2048"]).train.seq_length == 2048
+
+
+def test_emitted_experiment_keeps_the_machine_of_a_file(result, tmp_path):
+    """A calibrated machine is written out whole, lists of links included."""
+    machine = tmp_path / "machine.yaml"
+    machine.write_text((FOLDER / "hardware" / "h100.yaml").read_text())
+    overrides = [*TINY, f"hardware={machine}"]
+    best = replace(result.choices[0].config, hardware=load(overrides).hardware)
+    file = tmp_path / "plan.yaml"
+    file.write_text(experiment(best, overrides))
+    assert load([f"experiment={file}"]).hardware == load(overrides).hardware
 
 
 def test_what_is_offered_fits_with_a_margin(result):
