@@ -27,6 +27,7 @@ class Operators:
     choice: Literal["torch", "triton"]
     cross_entropy: Literal["blocks", "triton"]
     grouped_matmul: Literal["loop", "fused", "npu"]
+    linear: Literal["torch", "onednn"]
     permute: Literal["torch", "npu", "triton"]
     rms_norm: Literal["lean", "torch", "npu", "triton"]
     rotary: Literal["torch", "triton"]

@@ -8,7 +8,7 @@ import os
 import platform
 import resource
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -117,6 +117,15 @@ def keep_freed_memory() -> None:
             mallopt(option, value)
 
 
+def _linear() -> Literal["torch", "onednn"]:
+    """MKL, which torch asks for products in float32, is made for Intel's processors: on an AMD EPYC
+    with AVX-512 oneDNN takes half the time, at 1 to 512 rows."""
+    cpu = torch.cpu.get_capabilities()
+    x86 = cpu["architecture"] == "x86_64"
+    others = x86 and "Intel" not in cpu["cpu_name"] and torch.backends.mkldnn.is_available()
+    return "onednn" if others else "torch"
+
+
 def create(local_rank: int) -> Backend:
     """The CPU backend; every local rank is the same device."""
     keep_freed_memory()
@@ -143,6 +152,7 @@ def create(local_rank: int) -> Backend:
             choice="torch",
             cross_entropy="blocks",
             grouped_matmul="loop",
+            linear=_linear(),
             permute="torch",
             rms_norm="lean",
             rotary="torch",

@@ -32,6 +32,7 @@ PLAIN = Operators(
     choice="torch",
     cross_entropy="blocks",
     grouped_matmul="fused",
+    linear="torch",
     permute="torch",
     rms_norm="torch",
     rotary="torch",

@@ -74,6 +74,7 @@ def create(local_rank: int) -> Backend:
             choice="torch",
             cross_entropy="blocks",
             grouped_matmul="npu",
+            linear="torch",
             permute="npu",
             rms_norm="npu",
             rotary="torch",

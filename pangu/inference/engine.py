@@ -18,17 +18,19 @@ from megatron.core.models.gpt import GPTModel
 from pangu.data.tokenizer import Tokenizer
 from pangu.inference import batching
 from pangu.inference.batching import Request, Scheduler, Work
-from pangu.inference.cache import CachedPass, KeyValues, PagePool, Segment
+from pangu.inference.cache import KeyValues, PagePool
+from pangu.inference.cached_pass import CachedPass, Segment
 from pangu.inference.draft_length import Counts, DraftLength, Prior
+from pangu.inference.drawing import NO_TOKEN, Likely, drawn_of, likely, rows_of
 from pangu.inference.forward import Forward
 from pangu.inference.leap_drafts import LeapDrafter
 from pangu.inference.replicas import Replica
-from pangu.inference.speculative import Draft, Drafter, MtpDrafter, followed, verified
+from pangu.inference.speculative import Draft, Drafter, MtpDrafter
 from pangu.inference.text import StoppedText
 from pangu.inference.touched_experts import TouchedExperts
 from pangu.inference.tree import WIDTH, Accuracies, grown
 
-_NO_TOKEN, _NOTHING = -1, -2  # no number is finite; a guess did not hold
+_NOTHING = -2  # a guess did not hold
 
 
 class NotFinite(ArithmeticError):
@@ -36,15 +38,6 @@ class NotFinite(ArithmeticError):
 
     def __init__(self) -> None:
         super().__init__("the model's predictions are not finite numbers")
-
-
-@dataclass(frozen=True)
-class Likely:
-    """A token's log-probability in the model, before any temperature, and the most likely ones."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass
@@ -200,13 +193,13 @@ class Engine:
         cached = self._pass_of(works, guesses)
         tokens = [token for work in works for token in work.tokens]
         logits = self._forward(tokens, cached)[:, : self._vocab_size]
-        rows_of = logits.split([_rows(work) for work in works])
         passed = time.perf_counter()
-        drawn = self._drawn(works, rows_of, guesses)
+        drawn = self._agreed(works, drawn_of(works, guesses, logits))
         self._keep(works, guesses, drawn, cached)
         self._measure(works, drawn, (started, drafted, passed, time.perf_counter()))
         updates = []
-        for work, draft, rows, tokens in zip(works, guesses, rows_of, drawn, strict=True):
+        parts = logits.split([rows_of(work) for work in works])
+        for work, draft, rows, tokens in zip(works, guesses, parts, drawn, strict=True):
             sequence = work.sequence
             self.scheduler.advance(sequence, len(work.tokens) - len(work.draft))
             if work.last:
@@ -276,7 +269,7 @@ class Engine:
         rows = [
             row
             for work, end in zip(works, ends, strict=True)
-            for row in range(end - _rows(work), end)
+            for row in range(end - rows_of(work), end)
         ]
         return CachedPass(self.store, self.scheduler.pool.page_size, segments, rows)
 
@@ -309,33 +302,16 @@ class Engine:
         size = self.scheduler.pool.page_size
         return [sequence.pages[at // size] * size + at % size for at in positions]
 
-    def _drawn(
-        self,
-        works: Sequence[Work],
-        logits: Sequence[torch.Tensor],
-        drafts: Sequence[Draft],
-    ) -> list[list[int]]:
-        """What follows for each work that reaches its sequence's end, the same on all ranks."""
-        drawn = []
-        for work, draft, rows in zip(works, drafts, logits, strict=True):
-            drawn.append(self._next(work.sequence, draft, rows) if work.last else [])
+    def _agreed(self, works: Sequence[Work], drawn: Sequence[Sequence[int]]) -> list[list[int]]:
+        """What rank 0 has drawn for each work, on all ranks."""
         filled = [
             token
             for work, tokens in zip(works, drawn, strict=True)
-            for token in tokens + [_NOTHING] * (_rows(work) - len(tokens))
+            for token in [*tokens, *[_NOTHING] * (rows_of(work) - len(tokens))]
         ]
         agreed = iter(self._forward.agreed(filled))
-        rows_of = [list(itertools.islice(agreed, _rows(work))) for work in works]
-        return [[token for token in row if token != _NOTHING] for row in rows_of]
-
-    def _next(self, sequence: batching.Sequence, draft: Draft, logits: torch.Tensor) -> list[int]:
-        if not logits.float().sum().isfinite():
-            return [_NO_TOKEN]
-        sampling = sequence.request.sampling
-        if not sampling.greedy:
-            return verified(draft, logits.cpu(), sampling, sequence.draws, sequence.tokens)
-        most_likely = logits.argmax(dim=1).tolist()
-        return followed(draft, lambda row, before: most_likely[row])
+        rows = [list(itertools.islice(agreed, rows_of(work))) for work in works]
+        return [[token for token in row if token != _NOTHING] for row in rows]
 
     def _updated(
         self, sequence: batching.Sequence, tokens: Sequence[int], logits: torch.Tensor
@@ -344,7 +320,7 @@ class Engine:
         request, update = sequence.request, Update(sequence.number, reused=sequence.reused)
         text = self._texts.get(sequence.number)
         for token, row in zip(tokens, logits, strict=False):
-            if token == _NO_TOKEN:  # what rank 0 found
+            if token == NO_TOKEN:  # what rank 0 found
                 update.finish = "not finite"
             elif token in request.stop_tokens:
                 update.finish = "stop"
@@ -353,7 +329,7 @@ class Engine:
                 update.tokens.append(token)
                 update.text += text.push(token) if text else ""
                 if request.logprobs is not None:
-                    update.logprobs.append(_likely(row, token, request.logprobs))
+                    update.logprobs.append(likely(row, token, request.logprobs))
                 if text and text.ended:
                     update.finish = "stop"
                 elif sequence.new_tokens == request.max_new_tokens:
@@ -369,19 +345,6 @@ class Engine:
         self._texts.pop(number, None)
         if sequence is not None:
             self.scheduler.remove(sequence)
-
-
-def _rows(work: Work) -> int:
-    """Rows of logits that a pass gives for it."""
-    return len(work.draft) + 1 if work.last else 0
-
-
-def _likely(logits: torch.Tensor, token: int, count: int) -> Likely:
-    """logits `[vocab]`"""
-    logprobs = logits.float().log_softmax(dim=0)
-    values, order = logprobs.topk(min(count, logprobs.numel()))
-    top = tuple(zip(order.tolist(), values.tolist(), strict=True))
-    return Likely(token, float(logprobs[token]), top)
 
 
 def generate(model: GPTModel, request: Request, vocab_size: int) -> Iterator[int]:

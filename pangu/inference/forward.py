@@ -15,7 +15,7 @@ from megatron.core.models.gpt import GPTModel
 
 from configs.schema import ParallelConfig
 from pangu import backends
-from pangu.inference.cache import CachedPass, nothing_cached
+from pangu.inference.cached_pass import CachedPass, nothing_cached
 from pangu.inference.replicas import Replica
 
 

@@ -19,7 +19,8 @@ from megatron.core.models.gpt import GPTModel
 
 from pangu.inference import tree
 from pangu.inference.batching import Scheduler, Sequence, Work
-from pangu.inference.cache import CachedPass, KeyValues, Segment
+from pangu.inference.cache import KeyValues
+from pangu.inference.cached_pass import CachedPass, Segment
 from pangu.inference.forward import Forward
 from pangu.inference.replicas import Replica
 from pangu.inference.sampling import Draws, Sampling, probabilities

@@ -9,6 +9,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.multi_token_prediction import (
     MTPLossAutoScaler,
@@ -24,6 +25,7 @@ from pangu.model.leap_heads import LeapHeads, LeapTargets, leap_losses
 from pangu.model.rope_scaling import scaled_frequencies
 from pangu.model.transformer_config import PanguTransformerConfig, transformer_config
 from pangu.ops.cross_entropy import cross_entropy, cross_entropy_triton, splits_vocabulary
+from pangu.ops.linear import linear
 
 
 class PanguModel(GPTModel):
@@ -105,7 +107,10 @@ class PanguModel(GPTModel):
         weight = self.shared_embedding_or_output_weight() if tied else None
         if not self.config.sequence_parallel:  # else the output layer gathers the sequence
             hidden_states = hidden_states[rows]
-        logits, _ = self.output_layer(hidden_states, weight=weight, runtime_gather_output=True)
+        head = self.output_layer
+        if type(head) is ColumnParallelLinear and self.config.tensor_model_parallel_size == 1:
+            return linear(hidden_states[:, 0], head.weight if weight is None else weight, head.bias)
+        logits, _ = head(hidden_states, weight=weight, runtime_gather_output=True)
         return logits[rows, 0] if self.config.sequence_parallel else logits[:, 0]
 
     def compute_language_model_loss(

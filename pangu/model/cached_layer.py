@@ -17,6 +17,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from pangu.model.attention import CachedKeys
+from pangu.ops.linear import linear
 
 
 class CachedLayer(TransformerLayer):
@@ -55,12 +56,12 @@ class CachedLayer(TransformerLayer):
         self, normed: torch.Tensor, cached: CachedKeys, angles: torch.Tensor | None
     ) -> torch.Tensor:
         """`[s, 1, H]` to the same, before the projection's bias."""
-        attention, linear = self.self_attention, self.self_attention.linear_qkv
+        attention, into = self.self_attention, self.self_attention.linear_qkv
         groups, size = (
             attention.num_query_groups_per_partition,
             attention.hidden_size_per_attention_head,
         )
-        mixed = F.linear(normed, linear.weight, linear.bias)
+        mixed = linear(normed, into.weight, into.bias)
         mixed = mixed.view(*mixed.shape[:2], groups, -1, size)  # a group's queries, key and value
         turned, value = mixed[:, :, :, :-1], mixed[:, :, :, -1]
         if attention.q_layernorm is not None:
@@ -72,7 +73,7 @@ class CachedLayer(TransformerLayer):
         query, key = turned[:, :, :, :-1].flatten(2, 3), turned[:, :, :, -1]
         core = attention.core_attention
         out = cached.attend(core.layer_number, query, key, value, core.scale)
-        return F.linear(out.flatten(2), attention.linear_proj.weight)
+        return linear(out.flatten(2), attention.linear_proj.weight)
 
     def _added(
         self, add: Any, made: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor
@@ -96,5 +97,5 @@ def _is_plain(mlp: Any) -> bool:
 
 def _swiglu(mlp: MLP, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`[..., H]` to the same, and the bias that is still to be added."""
-    gate, up = F.linear(x, mlp.linear_fc1.weight, mlp.linear_fc1.bias).chunk(2, dim=-1)
-    return F.linear(F.silu(gate).mul_(up), mlp.linear_fc2.weight), mlp.linear_fc2.bias
+    gate, up = linear(x, mlp.linear_fc1.weight, mlp.linear_fc1.bias).chunk(2, dim=-1)
+    return linear(F.silu(gate).mul_(up), mlp.linear_fc2.weight), mlp.linear_fc2.bias

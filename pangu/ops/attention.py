@@ -25,7 +25,7 @@ def attention(
 
     Query i sees keys up to t - s + i (t > s: the first keys come from a cache). `document_ids`
     `[b, t]` (any integer dtype) hides keys of other documents. `seen` bool `[s, t]` takes the place
-    of both where it is given: what each query sees.
+    of both where it is given: what each query sees; or `[b, 1, s, t]`.
     """
     variants = {"sdpa": attention_sdpa, "npu": attention_npu}
     variant = variants[backends.current().operators.attention]
@@ -44,6 +44,29 @@ def attention_of_one(
     shared = query.view(1, key.size(0), -1, query.size(3))
     out = F.scaled_dot_product_attention(shared, key[None], value[None], scale=scale)
     return out.view(query.shape)
+
+
+def attention_of_few(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    scale: float,
+) -> torch.Tensor:
+    """A few queries of each of several sequences: query `[b, s, n, d]`, key `[b, g, t, d]`, value
+    `[b, g, t, e]`, bias `[b, 1, s, t]`, 0 where a query sees a key, else -inf → `[b, s, n, e]`."""
+    if backends.current().operators.attention != "sdpa" or key.size(3) != value.size(3):
+        seq_first = (x.permute(2, 0, 1, 3) for x in (key, value))
+        out = attention(query.transpose(0, 1), *seq_first, scale=scale, seen=bias == 0)
+        return out.transpose(0, 1)
+    groups, repeat = key.size(1), query.size(2) // key.size(1)
+    # The heads that share a key stand where further queries would.
+    shared = query.unflatten(2, (groups, repeat)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    if query.size(1) > 1:
+        bias = bias.repeat(1, 1, repeat, 1)
+    out = F.scaled_dot_product_attention(shared, key, value, attn_mask=bias, scale=scale)
+    return out.unflatten(2, (repeat, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 def visible(
@@ -127,7 +150,8 @@ def attention_npu(
     queries, keys = query.size(0), key.size(0)
     width = value.size(3)
     value = _as_wide(value, query)
-    shown = visible(queries, keys, document_ids, query.device) if seen is None else seen[None, None]
+    shown = visible(queries, keys, document_ids, query.device) if seen is None else seen
+    shown = shown[None, None] if shown.dim() == 2 else shown
     hidden = ~shown  # True = masked out
     out = torch_npu.npu_fusion_attention(
         query.permute(1, 2, 0, 3).contiguous(),

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pangu.data.tokenizer import Tokenizer
-from pangu.inference.engine import Likely, Update
+from pangu.inference.drawing import Likely
+from pangu.inference.engine import Update
 
 
 @dataclass

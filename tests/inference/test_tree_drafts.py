@@ -10,7 +10,8 @@ from test_speculative import PROMPTS, SMALLER, make, requests
 from tiny_models import KINDS, TINY, build, decode, whole_forward
 
 from pangu.inference import tree
-from pangu.inference.cache import CachedPass, KeyValues, Segment
+from pangu.inference.cache import KeyValues
+from pangu.inference.cached_pass import CachedPass, Segment
 from pangu.inference.forward import Forward
 from pangu.inference.tree import Accuracies, depths, grown, seen
 

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from pangu.ops.attention import attention, attention_of_one, attention_reference, visible
+from pangu.ops.attention import (
+    attention,
+    attention_of_few,
+    attention_of_one,
+    attention_reference,
+    visible,
+)
 
 
 def tensors(s, t, heads, groups, size, value_size, seed=0):
@@ -46,6 +52,22 @@ def test_a_single_query_is_the_last_of_all(heads_groups, value_size):
     heads_first = (key[:, 0].transpose(0, 1), value[:, 0].transpose(0, 1))
     last = attention_of_one(query[-1:, :1], *heads_first, scale=0.3)
     torch.testing.assert_close(last, whole[-1:], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("heads_groups", [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("value_size", [8, 6])
+@pytest.mark.parametrize("s", [1, 3])
+def test_a_few_queries_of_two_sequences_see_what_the_bias_lets_them(heads_groups, value_size, s):
+    query, key, value = (x.detach() for x in tensors(s, 7, *heads_groups, 8, value_size))
+    seen = torch.rand(2, 1, s, 7, generator=torch.Generator().manual_seed(3)) < 0.6
+    seen[..., 0] = True
+    bias = torch.zeros(seen.shape, dtype=query.dtype).masked_fill(~seen, float("-inf"))
+    heads_first = (x.permute(1, 2, 0, 3) for x in (key, value))
+    found = attention_of_few(query.transpose(0, 1), *heads_first, bias, scale=0.3)
+    for number in range(2):
+        own = (x[:, number : number + 1] for x in (query, key, value))
+        plain = attention_reference(*own, scale=0.3, seen=seen[number, 0])
+        torch.testing.assert_close(found[number], plain[:, 0], rtol=1e-12, atol=1e-13)
 
 
 def test_visible_is_causal_and_stays_inside_documents():

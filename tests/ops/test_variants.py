@@ -50,6 +50,7 @@ def test_grouped_products_follow_the_backend_and_fall_back(monkeypatch):
 
 def test_variants_are_named_for_every_operator():
     names = asdict(backends.current().operators)
+    assert names.pop("linear") in ("torch", "onednn")  # by who made the processor
     assert names == {
         "attention": "sdpa",
         "choice": "torch",
