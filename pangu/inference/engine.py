@@ -178,6 +178,7 @@ class Engine:
         """Keep nothing for requests to come: the model's weights have changed. None is under
         way."""
         self.scheduler.pool.forget()
+        self._forward.packed.forget()
 
     def step(self) -> list[Update]:
         """One pass of the model, and what it has added to which requests. Collective."""

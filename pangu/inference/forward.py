@@ -17,6 +17,7 @@ from configs.schema import ParallelConfig
 from pangu import backends
 from pangu.inference.cached_pass import CachedPass, nothing_cached
 from pangu.inference.replicas import Replica
+from pangu.ops.packed_weights import PackedWeights, using
 
 
 def obstacle(parallel: ParallelConfig) -> str:
@@ -38,6 +39,10 @@ class Forward:
         config = model.config
         # Sequence parallelism wants sequences that divide: what fills them up is not cached.
         self._multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        # Beside the weights themselves, on a machine that others use too.
+        self.packed = PackedWeights(
+            backends.current().total_memory_bytes // 4 // dist.get_world_size()
+        )
         self._kinds: list[int] = []  # of passes: the model's, and of each layer that guesses
         if replica:
             self._kinds.append(replica.register(self._idle))
@@ -57,7 +62,7 @@ class Forward:
         filling = size - len(tokens)
         ids = torch.tensor([*tokens, *[0] * filling], device=backends.current().device)[None]
         positions = torch.nn.functional.pad(cached.positions, (0, filling))
-        with torch.no_grad(), for_inference(self.model), self._positions(positions):
+        with self._inference(positions):
             return self.model(ids, positions[None], cached)
 
     def _idle(self, size: int) -> None:
@@ -84,7 +89,7 @@ class Forward:
 
     def leap(self, head: int, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states `[r, 1, H]` → logits `[r, vocab]` of leap head `head` (from 1)."""
-        with torch.no_grad():
+        with torch.no_grad(), using(self.packed):
             return self.model.leap_logits(head, hidden)
 
     @property
@@ -115,7 +120,7 @@ class Forward:
         model, filling = self.model, size - len(tokens)
         positions = torch.nn.functional.pad(cached.positions, (0, filling))
         ids = torch.tensor([[*tokens, *[0] * filling]], device=positions.device)
-        with torch.no_grad(), for_inference(model), self._positions(positions):
+        with self._inference(positions):
             angles = None
             if model.position_embedding_type == "rope" and not model.config.multi_latent_attention:
                 angles = model.rotary_pos_emb(size)
@@ -132,6 +137,16 @@ class Forward:
         weight = self.model.embedding.word_embeddings.weight
         hidden = weight.new_zeros(0, 1, self.model.config.hidden_size)
         self._pass_further(depth, hidden, [], nothing_cached(), size)
+
+    @contextlib.contextmanager
+    def _inference(self, positions: torch.Tensor) -> Iterator[None]:
+        with (
+            torch.no_grad(),
+            for_inference(self.model),
+            self._positions(positions),
+            using(self.packed),
+        ):
+            yield
 
     @contextlib.contextmanager
     def _positions(self, positions: torch.Tensor) -> Iterator[None]:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from pangu import backends
+from pangu.ops import packed_weights
 
 Gradient = Callable[[], torch.Tensor]
 
@@ -220,7 +221,33 @@ def grouped_matmul(
     writing it down and adding it afterwards. `later` is that of a `Postponed` weight.
     """
     kernels = kernels or _choose(x_NI, w_EIO)
+    if not torch.is_grad_enabled():
+        packed = packed_weights.current()
+        packs = packed and kernels is Loop and backends.current().operators.linear == "onednn"
+        if packed and packs and x_NI.dtype == torch.float32:
+            return _packed_rows(x_NI, w_EIO, counts_E, packed)
+        return kernels.rows(x_NI, w_EIO, counts_E)
     return _GroupedMatmul.apply(x_NI, w_EIO, counts_E, kernels, parameter, later)
+
+
+def _packed_rows(
+    x_NI: torch.Tensor,
+    w_EIO: torch.Tensor,
+    counts_E: torch.Tensor,
+    packed: packed_weights.PackedWeights,
+) -> torch.Tensor:
+    """`Loop.rows`, by copies of weights where there are some."""
+    sizes = counts_E.tolist()
+    parts = []
+    for x, w, size in zip(x_NI.split(sizes), w_EIO.unbind(0), sizes, strict=True):
+        if size:
+            copy = packed.of(w.t())
+            parts.append(
+                torch.mm(x, w)
+                if copy is None
+                else torch.ops.mkldnn._linear_pointwise(x, copy, None, "none", [], "")
+            )
+    return torch.cat(parts) if parts else x_NI.new_empty(0, w_EIO.size(2))
 
 
 def _choose(x_NI: torch.Tensor, w_EIO: torch.Tensor) -> type[Kernels]:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from pangu import backends
+from pangu.ops import packed_weights
 
 
 def linear_torch(
@@ -26,7 +27,10 @@ def linear_onednn(
     at all, as `linear_torch`."""
     if x.dtype != torch.float32 or not x.numel():
         return F.linear(x, weight_OI, bias_O)
-    return torch.ops.mkldnn._linear_pointwise(x, weight_OI, bias_O, "none", [], "")
+    packed = packed_weights.current()
+    copy = packed.of(weight_OI) if packed else None
+    weight = weight_OI if copy is None else copy
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias_O, "none", [], "")
 
 
 def linear(

@@ -154,11 +154,15 @@ def unpermute_npu(rows_NH: torch.Tensor, permutation: Permutation) -> torch.Tens
 
 def permute_torch(tokens_TH: torch.Tensor, permutation: Permutation) -> torch.Tensor:
     """`permute` whose gradient is a sum in one pass."""
+    if not torch.is_grad_enabled():
+        return _copy(tokens_TH.contiguous(), permutation)
     return _Move.apply(tokens_TH, permutation, _copy, _gather_sum)
 
 
 def unpermute_torch(rows_NH: torch.Tensor, permutation: Permutation) -> torch.Tensor:
     """`unpermute` in one pass."""
+    if not torch.is_grad_enabled():
+        return _gather_sum(rows_NH.contiguous(), permutation)
     return _Move.apply(rows_NH, permutation, _gather_sum, _copy)
 
 

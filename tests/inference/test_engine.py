@@ -131,6 +131,17 @@ def test_prefixes_in_use_by_several_at_once_stay_until_the_last_has_ended(model)
     assert engine.scheduler.pool.used == 0
 
 
+def test_weights_that_have_changed_are_forgotten_with_all_that_was_made_of_them():
+    model, (prompt,) = build(), prompts(1, seed=4, shortest=12, longest=12)
+    engine, request = make(model), Request(prompt, 12, GREEDY)
+    before = decode(engine, [request])
+    for parameter in model.parameters():
+        parameter.data.copy_(parameter.data.flip(0))
+    engine.forget()
+    after = decode(engine, [request])
+    assert after == [greedy(model, prompt, 12)] != before
+
+
 def test_a_cancelled_request_leaves_no_trace(model, alone):
     engine = make(model, max_batch_tokens=16)
     numbers = [engine.add(request) for request in requests(temperature=1.0)]
