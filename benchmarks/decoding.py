@@ -1,15 +1,20 @@
-"""Tokens per second of the decoding engine and of transformers' generate: SmolLM2-135M, float32,
-greedy, the same prompts and the same tokens, in turns in one process.
+"""Tokens per second of the decoding engine, of transformers' generate and of its continuous
+batching: float32, greedy, the same prompts of 59 tokens and the same new ones, in turns in one
+process.
 
-    python -m benchmarks.decoding [--batches 1 8 32] [--new 32] [--rounds 3]
+    python -m benchmarks.decoding [--models SmolLM2 MoE] [--batches 1 8 32] [--new 32] [--rounds 3]
+        [--threads 1 2]
 
-Times are processor seconds of one thread, the best of the rounds: they hardly change when other
-programs run beside, as wall time does.
+SmolLM2-135M as it is imported, and a MoE of ours with random weights (8 layers of 512, 32 experts
+of 256 of which a token takes 4), exported for transformers. With one thread, processor seconds,
+which hardly change when other programs run beside; with several, wall seconds. The best of the
+rounds, of which the first warms up: an engine stands for all rounds, without prefix reuse.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -22,107 +27,194 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from real_models import smollm2
 
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money "
+PAGE = 16
+Way = Callable[[list[list[int]], list[int]], list[list[int]]]
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--models", nargs="+", default=["SmolLM2", "MoE"])
     options.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     options.add_argument("--new", type=int, default=32, help="tokens of an answer")
     options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--threads", type=int, nargs="+", default=[1])
     given = options.parse_args()
     from pangu.trained_model import loaded
+    from pangu.weights.convert import export_model
+
+    print("tokens a second; load at the start", " ".join(f"{each:.1f}" for each in os.getloadavg()))
+    columns = "model | threads | batch | new tokens | generate | continuous | ours"
+    print(f"\n| {columns} | / generate | / continuous |")
+    print("|---" * 9 + "|")
+    for name in given.models:
+        with tempfile.TemporaryDirectory() as folder:
+            ours, theirs = Path(folder) / "ours", Path(folder) / "theirs"
+            {"SmolLM2": import_smollm2, "MoE": import_moe}[name](ours)
+            with loaded(ours) as (model, tokenizer, config):
+                export_model(ours, theirs)
+                vocab = min(tokenizer.vocab_size, config.model.vocab_size)
+                text = [token % vocab for token in tokenizer.encode(TEXT * 3)]
+                for threads in given.threads:
+                    torch.set_num_threads(threads)
+                    compare(f"{name} | {threads}", model, theirs, text, vocab, given)
+
+
+def import_smollm2(ours: Path) -> None:
+    from pangu.weights.convert import import_model
+
+    import_model(smollm2(), ours)
+
+
+def import_moe(ours: Path) -> None:
+    """Weights by transformers' initialisation, wide enough that texts are not one token for ever;
+    SmolLM2's tokenizer."""
+    import shutil
+
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
     from pangu.weights.convert import export_model, import_model
 
+    shape = Qwen3MoeConfig(
+        vocab_size=8192,
+        hidden_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        moe_intermediate_size=256,
+        num_experts=32,
+        num_experts_per_tok=4,
+        norm_topk_prob=True,
+        initializer_range=0.05,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        eos_token_id=0,
+    )
+    torch.manual_seed(3)
     with tempfile.TemporaryDirectory() as name:
-        ours, theirs = Path(name) / "ours", Path(name) / "theirs"
-        import_model(smollm2(), ours)
-        with loaded(ours) as (model, tokenizer, _):
-            export_model(ours, theirs)
-            torch.set_num_threads(1)
-            compare(model, tokenizer, theirs, given)
+        folder = Path(name)
+        AutoModelForCausalLM.from_config(shape).save_pretrained(folder / "moe")
+        import_smollm2(folder / "other")
+        export_model(folder / "other", folder / "text")
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(folder / "text" / file, folder / "moe" / file)
+        import_model(folder / "moe", ours)
 
 
-def compare(model, tokenizer, theirs: Path, given: argparse.Namespace) -> None:
+def compare(
+    name: str, model, theirs: Path, text: list[int], vocab: int, given: argparse.Namespace
+) -> None:
     """A line for each batch size, and one for answers of mixed length."""
     from transformers import AutoModelForCausalLM
 
-    reference = AutoModelForCausalLM.from_pretrained(theirs, dtype=torch.float32).eval()
-    text = tokenizer.encode(TEXT * 3)
-    print("tokens a processor second: batch, new tokens, transformers, ours, ours / theirs")
+    # Continuous batching puts attention of its own into a model.
+    both = [
+        AutoModelForCausalLM.from_pretrained(theirs, dtype=torch.float32).eval() for _ in range(2)
+    ]
     cases = [(batch, [given.new] * batch) for batch in given.batches]
     most = max(given.batches)
     # Twice as many answers as fit into the batch, of a quarter to four times the length.
     cases.append((most, [given.new * factor // 4 for factor in (1, 2, 4, 16)] * (most // 2)))
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     for batch, lengths in cases:
-        prompts = [[100 + number, *text] for number in range(len(lengths))]
-        ways: dict[str, Way] = {
-            "theirs": lambda p, n, b: by_transformers(reference, p, n, b),
-            "ours": lambda p, n, b: by_engine(model, tokenizer, p, n, b),
-        }
-        best = dict.fromkeys(ways, float("inf"))
-        texts = {}
+        prompts = [[(100 + number) % vocab, *text] for number in range(len(lengths))]
+        room = batch * (len(prompts[0]) + max(lengths) + PAGE)
+        ways: list[Way] = [
+            by_generate(both[0], batch),
+            by_continuous_batching(both[1], room),
+            by_engine(model, vocab, batch, room),
+        ]
+        best = [float("inf")] * len(ways)
+        texts: list[list[list[int]]] = [[] for _ in ways]
         for _ in range(given.rounds):
-            for who, way in ways.items():
-                start = time.process_time()
-                texts[who] = way(prompts, lengths, batch)
-                best[who] = min(best[who], time.process_time() - start)
-        parted = sum(a != b for a, b in zip(*texts.values(), strict=True))
-        speed = {who: sum(lengths) / seconds for who, seconds in best.items()}
+            for number, way in enumerate(ways):
+                start = clock()
+                texts[number] = way(prompts, lengths)
+                best[number] = min(best[number], clock() - start)
+        parted = sum(a != b or a != c for a, b, c in zip(*texts, strict=True))
+        speed = [sum(lengths) / seconds for seconds in best]
         told = f"{min(lengths)}–{max(lengths)}" if min(lengths) < max(lengths) else lengths[0]
-        note = f"  ({parted} texts part)" if parted else ""
+        row = " | ".join(f"{each:.1f}" for each in speed)
+        note = f" ({parted} texts part)" if parted else ""
         print(
-            f"{batch:5}  {told:>8}  {speed['theirs']:7.1f}  {speed['ours']:7.1f}"
-            f"  {speed['ours'] / speed['theirs']:5.2f}{note}",
-            flush=True,
+            f"| {name} | {batch} | {told} | {row} | {speed[2] / speed[0]:.2f} |{note}", flush=True
         )
 
 
-Way = Callable[[list[list[int]], list[int], int], list[list[int]]]
-
-
-def by_transformers(
-    model, prompts: list[list[int]], lengths: list[int], batch: int
-) -> list[list[int]]:
+def by_generate(model, batch: int) -> Way:
     """In batches, each until its longest answer is there. Prompts are of one length: there is no
     padding."""
-    found = []
-    for first in range(0, len(prompts), batch):
-        ids = torch.tensor(prompts[first : first + batch])
-        wanted = lengths[first : first + batch]
-        with torch.no_grad():
-            rows = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=max(wanted),
-                eos_token_id=None,
-                pad_token_id=0,
-            )[:, ids.size(1) :]
-        found += [row[:length].tolist() for row, length in zip(rows, wanted, strict=True)]
-    return found
+
+    def way(prompts: list[list[int]], lengths: list[int]) -> list[list[int]]:
+        found = []
+        for first in range(0, len(prompts), batch):
+            ids = torch.tensor(prompts[first : first + batch])
+            wanted = lengths[first : first + batch]
+            with torch.no_grad():
+                rows = model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    do_sample=False,
+                    max_new_tokens=max(wanted),
+                    eos_token_id=None,
+                    pad_token_id=0,
+                )[:, ids.size(1) :]
+            found += [row[:length].tolist() for row, length in zip(rows, wanted, strict=True)]
+        return found
+
+    return way
 
 
-def by_engine(
-    model, tokenizer, prompts: list[list[int]], lengths: list[int], batch: int
-) -> list[list[int]]:
+def by_continuous_batching(model, room: int) -> Way:
+    """With a cache of `room` tokens; as it comes, it takes most of the machine's memory for it, and
+    attends to all of that."""
+    from transformers import GenerationConfig
+    from transformers.generation import ContinuousBatchingConfig
+
+    settings = ContinuousBatchingConfig(
+        page_size=PAGE, num_blocks=-(-room // PAGE), max_batch_tokens=512, allow_block_sharing=False
+    )
+    greedy = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+
+    def way(prompts: list[list[int]], lengths: list[int]) -> list[list[int]]:
+        found: dict[str, list[int]] = {}
+        with model.continuous_batching_context_manager(
+            generation_config=greedy, continuous_batching_config=settings, warmup=False
+        ) as running:
+            asked = [
+                running.add_request(prompt, max_new_tokens=length)
+                for prompt, length in zip(prompts, lengths, strict=True)
+            ]
+            while len(found) < len(asked):
+                result = running.get_result(timeout=60)
+                if result is None:
+                    raise RuntimeError("continuous batching has stopped")
+                found[result.request_id] = list(result.generated_tokens)
+        return [found[number] for number in asked]
+
+    return way
+
+
+def by_engine(model, vocab: int, batch: int, room: int) -> Way:
     from pangu.inference.batching import Request
     from pangu.inference.engine import Engine
     from pangu.inference.sampling import Sampling
 
     engine = Engine(
-        model,
-        vocab_size=tokenizer.vocab_size,
-        cache_tokens=batch * (len(prompts[0]) + max(lengths) + 16),
-        max_sequences=batch,
+        model, vocab_size=vocab, cache_tokens=room, max_sequences=batch, prefix_reuse=False
     )
     greedy = Sampling(temperature=0)
-    found: dict[int, list[int]] = {}
-    for prompt, length in zip(prompts, lengths, strict=True):
-        found[engine.add(Request(tuple(prompt), length, greedy))] = []
-    while engine.busy:
-        for update in engine.step():
-            found[update.number] += update.tokens
-    return list(found.values())
+
+    def way(prompts: list[list[int]], lengths: list[int]) -> list[list[int]]:
+        found: dict[int, list[int]] = {}
+        for prompt, length in zip(prompts, lengths, strict=True):
+            found[engine.add(Request(tuple(prompt), length, greedy))] = []
+        while engine.busy:
+            for update in engine.step():
+                found[update.number] += update.tokens
+        return list(found.values())
+
+    return way
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention
@@ -17,6 +16,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from pangu.model.attention import CachedKeys
+from pangu.ops.dense_mlp import dense_mlp, is_plain
 from pangu.ops.linear import linear
 
 
@@ -37,7 +37,8 @@ class CachedLayer(TransformerLayer):
         bias = self.self_attention.linear_proj.bias
         hidden_states = self._added(self.self_attn_bda, (attended, bias), hidden_states)
         normed = self.pre_mlp_layernorm(hidden_states)
-        made = _swiglu(self.mlp, normed) if _is_plain(self.mlp) else self.mlp(normed)
+        plain = type(self.mlp) is MLP and is_plain(self.mlp)
+        made = dense_mlp(self.mlp, normed) if plain else self.mlp(normed)
         return self._added(self.mlp_bda, made, hidden_states), None
 
     def _attends_plainly(self, angles: torch.Tensor | None) -> bool:
@@ -82,20 +83,3 @@ class CachedLayer(TransformerLayer):
             return add(self.training, False)(made, residual, 0.0)
         out, bias = made
         return residual + (out if bias is None else out + bias)
-
-
-def _is_plain(mlp: Any) -> bool:
-    """Whether it is SwiGLU between two matrices."""
-    return (
-        type(mlp) is MLP
-        and type(mlp.linear_fc1) is ColumnParallelLinear
-        and type(mlp.linear_fc2) is RowParallelLinear
-        and mlp.config.gated_linear_unit
-        and mlp.config.activation_func is F.silu
-    )
-
-
-def _swiglu(mlp: MLP, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`[..., H]` to the same, and the bias that is still to be added."""
-    gate, up = linear(x, mlp.linear_fc1.weight, mlp.linear_fc1.bias).chunk(2, dim=-1)
-    return linear(F.silu(gate).mul_(up), mlp.linear_fc2.weight), mlp.linear_fc2.bias

@@ -19,6 +19,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pangu import backends
+from pangu.ops.linear import linear
 
 
 class LeapHead(MegatronModule):
@@ -49,6 +50,9 @@ class LeapHead(MegatronModule):
     def forward(self, hidden: torch.Tensor, gather: bool | None = None) -> torch.Tensor:
         """hidden `[s, b, H]` → logits `[full s, b, vocab of this rank]`; of the whole vocabulary
         if `gather`."""
+        if not torch.is_grad_enabled() and self.config.tensor_model_parallel_size == 1:
+            hidden = hidden + F.silu(linear(hidden, self.leap_weight, self.leap_bias))
+            return linear(hidden, self.output_layer.weight)
         hidden = hidden + F.silu(F.linear(hidden, self.leap_weight, self.leap_bias))
         logits, _ = self.output_layer(hidden, runtime_gather_output=gather)
         return logits

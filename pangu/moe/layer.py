@@ -23,6 +23,8 @@ from pangu.moe.dispatch.dispatcher import DispatchRecord, nothing
 from pangu.moe.experts import GroupedExperts
 from pangu.moe.placement import Order
 from pangu.moe.router import ExpertRouter
+from pangu.ops import packed_weights
+from pangu.ops.dense_mlp import dense_mlp, is_plain
 from pangu.ops.grouped_matmul import Postponed
 from pangu.ops.lora_linear import column, row
 
@@ -137,10 +139,21 @@ class ExpertLayer(MoELayer):
         return record, *stages.dispatch_postprocess(record, received, weights)
 
 
+class SharedExpert(SharedExpertMLP):
+    """megatron-core's; in a pass of the decoding engine, in few operations."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`[S, B, H]` to the same."""
+        decodes = packed_weights.current() is not None and not torch.is_grad_enabled()
+        if not decodes or self.use_shared_expert_gate or not is_plain(self):
+            return super().forward(hidden_states)
+        return dense_mlp(self, hidden_states)[0]
+
+
 def moe_layer_spec(config: MoETransformerConfig) -> ModuleSpec:
     """What takes the place of the MLP in an MoE layer of `config`."""
     shared = ModuleSpec(
-        module=SharedExpertMLP,
+        module=SharedExpert,
         submodules=MLPSubmodules(
             linear_fc1=column(config, "linear_fc1"), linear_fc2=row(config, "linear_fc2")
         ),
