@@ -3,23 +3,27 @@ batching: float32, greedy, the same prompts of 59 tokens and the same new ones, 
 process.
 
     python -m benchmarks.decoding [--models SmolLM2 MoE] [--batches 1 8 32] [--new 32] [--rounds 3]
-        [--threads 1 2]
+        [--threads 1 2] [--vllm PYTHON]
 
 SmolLM2-135M as it is imported, and a MoE of ours with random weights (8 layers of 512, 32 experts
 of 256 of which a token takes 4), exported for transformers. With one thread, processor seconds,
 which hardly change when other programs run beside; with several, wall seconds. The best of the
-rounds, of which the first warms up: an engine stands for all rounds, without prefix reuse.
+rounds, of which the first warms up: an engine stands for all rounds, without prefix reuse. PYTHON:
+an interpreter that has vLLM for CPUs, which decodes all cases of a model before the others do.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,14 +42,15 @@ def main() -> None:
     options.add_argument("--new", type=int, default=32, help="tokens of an answer")
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--threads", type=int, nargs="+", default=[1])
+    options.add_argument("--vllm", help="an interpreter")
     given = options.parse_args()
     from pangu.trained_model import loaded
     from pangu.weights.convert import export_model
 
     print("tokens a second; load at the start", " ".join(f"{each:.1f}" for each in os.getloadavg()))
-    columns = "model | threads | batch | new tokens | generate | continuous | ours"
-    print(f"\n| {columns} | / generate | / continuous |")
-    print("|---" * 9 + "|")
+    columns = "model | threads | batch | new tokens | generate | continuous | vLLM | ours"
+    print(f"\n| {columns} | / generate | / continuous | / vLLM |")
+    print("|---" * 11 + "|")
     for name in given.models:
         with tempfile.TemporaryDirectory() as folder:
             ours, theirs = Path(folder) / "ours", Path(folder) / "theirs"
@@ -111,34 +116,59 @@ def compare(
     both = [
         AutoModelForCausalLM.from_pretrained(theirs, dtype=torch.float32).eval() for _ in range(2)
     ]
-    cases = [(batch, [given.new] * batch) for batch in given.batches]
+    lengths = [(batch, [given.new] * batch) for batch in given.batches]
     most = max(given.batches)
     # Twice as many answers as fit into the batch, of a quarter to four times the length.
-    cases.append((most, [given.new * factor // 4 for factor in (1, 2, 4, 16)] * (most // 2)))
+    lengths.append((most, [given.new * factor // 4 for factor in (1, 2, 4, 16)] * (most // 2)))
+    cases = [
+        Case(batch, [[(100 + number) % vocab, *text] for number in range(len(asked))], asked)
+        for batch, asked in lengths
+    ]
+    vllm = by_vllm(given.vllm, theirs, cases, given.rounds) if given.vllm else None
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    for batch, lengths in cases:
-        prompts = [[(100 + number) % vocab, *text] for number in range(len(lengths))]
-        room = batch * (len(prompts[0]) + max(lengths) + PAGE)
+    for place, case in enumerate(cases):
         ways: list[Way] = [
-            by_generate(both[0], batch),
-            by_continuous_batching(both[1], room),
-            by_engine(model, vocab, batch, room),
+            by_generate(both[0], case.batch),
+            by_continuous_batching(both[1], case.room),
+            by_engine(model, vocab, case.batch, case.room),
         ]
         best = [float("inf")] * len(ways)
         texts: list[list[list[int]]] = [[] for _ in ways]
         for _ in range(given.rounds):
             for number, way in enumerate(ways):
                 start = clock()
-                texts[number] = way(prompts, lengths)
+                texts[number] = way(case.prompts, case.lengths)
                 best[number] = min(best[number], clock() - start)
-        parted = sum(a != b or a != c for a, b, c in zip(*texts, strict=True))
-        speed = [sum(lengths) / seconds for seconds in best]
-        told = f"{min(lengths)}–{max(lengths)}" if min(lengths) < max(lengths) else lengths[0]
-        row = " | ".join(f"{each:.1f}" for each in speed)
-        note = f" ({parted} texts part)" if parted else ""
-        print(
-            f"| {name} | {batch} | {told} | {row} | {speed[2] / speed[0]:.2f} |{note}", flush=True
-        )
+        if vllm:
+            best.insert(2, vllm[place]["seconds"])
+            texts.insert(2, vllm[place]["texts"])
+        speeds = [f"{sum(case.lengths) / seconds:.1f}" for seconds in best]
+        gains = [f"{seconds / best[-1]:.2f}" for seconds in best[:-1]]
+        if not vllm:
+            speeds.insert(2, "")
+            gains.append("")
+        parted = [sum(a != b for a, b in zip(other, texts[-1], strict=True)) for other in texts]
+        note = f" texts that part from ours: {parted[:-1]}" if any(parted) else ""
+        row = " | ".join([f"{case.batch} | {case.told}", *speeds, *gains])
+        print(f"| {name} | {row} |{note}", flush=True)
+
+
+class Case(NamedTuple):
+    """Prompts of one length, and how many tokens are to follow each; so many at a time."""
+
+    batch: int
+    prompts: list[list[int]]
+    lengths: list[int]
+
+    @property
+    def room(self) -> int:
+        """Tokens of a cache that has all of a batch."""
+        return self.batch * (len(self.prompts[0]) + max(self.lengths) + PAGE)
+
+    @property
+    def told(self) -> str:
+        least, most = min(self.lengths), max(self.lengths)
+        return f"{least}–{most}" if least < most else str(most)
 
 
 def by_generate(model, batch: int) -> Way:
@@ -193,6 +223,23 @@ def by_continuous_batching(model, room: int) -> Way:
         return [found[number] for number in asked]
 
     return way
+
+
+def by_vllm(python: str, model: Path, cases: list[Case], rounds: int) -> list[dict[str, Any]]:
+    """Of each case the best seconds, and the texts."""
+    given = {
+        "model": str(model),
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+        "cases": [case._asdict() for case in cases],
+    }
+    script = Path(__file__).with_name("vllm_decoding.py")
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(given, file)
+        file.flush()
+        command = [python, str(script), file.name]
+        told = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
+    return json.loads(told.splitlines()[-1])
 
 
 def by_engine(model, vocab: int, batch: int, room: int) -> Way:
