@@ -33,7 +33,8 @@ def exchange(s: Shapes, sent: Array, load: Array) -> list[Message]:
     sharded = np.where(
         uses(s, "alltoall", "deduplicated", "hierarchical") & (np.asarray(layout.etp) > 1), 1, 0
     )
-    within = sent * load * layout.etp
+    rows = np.where(uses(s, "deduplicated"), _once(s, sent), sent)
+    within = rows * load * layout.etp
     messages = []
     names: tuple[Any, ...] = ("forward", "input_gradient")
     for phase in names:
@@ -74,8 +75,7 @@ def _between_ranks(
     flat, once, gathered = (
         np.where(uses(s, way), 1, 0) for way in ("alltoall", "deduplicated", "hierarchical")
     )
-    reached = np.vectorize(lambda ranks: ranks_reached(s.moe, int(ranks)))(layout.ep)
-    each = sent * reached / s.moe.top_k  # a token to each rank once
+    each = _once(s, sent)
     messages = []
     if np.any(flat):
         messages.append(Message(name, phase, "all_to_all", "ep", sent, "", again, flat))
@@ -102,6 +102,12 @@ def _between_ranks(
             Message(within, phase, "all_to_all", "ep", each, beside, again, once, *near),
         ]
     return messages
+
+
+def _once(s: Shapes, sent: Array) -> Array:
+    """Of `sent` bytes, a row for each choice, those of a row for each rank that a token goes to."""
+    reached = np.vectorize(lambda ranks: ranks_reached(s.moe, int(ranks)))(s.layout.ep)
+    return sent * reached / s.moe.top_k
 
 
 def distinct_nodes(s: Shapes, nodes: Array) -> Array:

@@ -151,6 +151,19 @@ def test_deduplicated_dispatch_reaches_every_rank_once():
     assert all(float(m.bytes) == pytest.approx(4096 * 7168 * 2 * ranks) for m in messages)
 
 
+def test_sliced_experts_gather_a_token_once_where_it_is_sent_once():
+    """With EP 1 and ETP 4 there is nowhere to send to, and each of 8 choices the same token."""
+    plan = ["model=deepseek_v3", "devices=4", "parallel.tensor_model_parallel_size=4"]
+    plan += ["parallel.expert_tensor_parallel_size=4", "train.seq_length=4096"]
+
+    def gathered(dispatcher):
+        messages = counted("moe", *plan, f"moe.dispatcher={dispatcher}").messages
+        return {float(m.bytes) for m in messages if m.group == "etp" and np.any(m.count)}
+
+    assert gathered("deduplicated") == {4096 * 7168 * 2}
+    assert gathered("alltoall") == {8 * 4096 * 7168 * 2}
+
+
 def test_a_rack_of_fast_links_is_one_domain():
     """64 ranks of a rack of 72 exchange rows without a hop between nodes of 4."""
     plan = ["model=deepseek_v3", "devices=64", "parallel.expert_model_parallel_size=64"]
