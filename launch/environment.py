@@ -100,13 +100,18 @@ def read(environ: Mapping[str, str]) -> ProcessEnvironment:
         found = _torchrun(environ)
     elif environ.get("MS_ROLE") == "MS_WORKER":
         found = _msrun(environ)
-    elif int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in environ:
+    elif "SLURM_PROCID" in environ and _integer(environ, "SLURM_STEP_NUM_TASKS", "srun", 1) > 1:
         found = _slurm(environ)
     else:
         return ProcessEnvironment()
     if not 0 <= found.rank < found.world_size:
         raise LauncherError(
             f"{found.launcher} says rank {found.rank} of {found.world_size} processes"
+        )
+    if not 0 < found.local_world_size <= found.world_size:
+        raise LauncherError(
+            f"{found.launcher} says {found.local_world_size} of {found.world_size} processes are "
+            "on this node"
         )
     return found
 
@@ -118,7 +123,7 @@ def _torchrun(environ: Mapping[str, str]) -> ProcessEnvironment:
         rank=_integer(environ, "RANK", "torchrun"),
         world_size=world,
         local_rank=_integer(environ, "LOCAL_RANK", "torchrun"),
-        local_world_size=int(environ.get("LOCAL_WORLD_SIZE", world)),
+        local_world_size=_integer(environ, "LOCAL_WORLD_SIZE", "torchrun", world),
         master_addr=_text(environ, "MASTER_ADDR", "torchrun"),
         master_port=_integer(environ, "MASTER_PORT", "torchrun"),
     )
@@ -136,7 +141,7 @@ def _msrun(environ: Mapping[str, str]) -> ProcessEnvironment:
         world_size=world,
         local_rank=_integer(environ, "DEVICE_ID", "msrun"),
         # msrun does not say how many workers share the node; launch/msrun.sh exports it.
-        local_world_size=int(environ.get("LOCAL_WORLD_SIZE", world)),
+        local_world_size=_integer(environ, "LOCAL_WORLD_SIZE", "msrun", world),
         master_addr=_text(environ, "MS_SCHED_HOST", "msrun"),
         # msrun's own rendezvous holds MS_SCHED_PORT itself.
         master_port=_integer(environ, "MS_SCHED_PORT", "msrun") + 1,
@@ -146,17 +151,20 @@ def _msrun(environ: Mapping[str, str]) -> ProcessEnvironment:
 def _slurm(environ: Mapping[str, str]) -> ProcessEnvironment:
     nodes = environ.get("SLURM_STEP_NODELIST") or _text(environ, "SLURM_JOB_NODELIST", "srun")
     tasks = environ.get("SLURM_STEP_TASKS_PER_NODE", environ["SLURM_STEP_NUM_TASKS"])
-    node = int(environ.get("SLURM_NODEID", "0"))
-    job = int(environ.get("SLURM_JOB_ID", "0"))
+    counts = tasks_per_node(tasks)
+    node = _integer(environ, "SLURM_NODEID", "srun", 0)
+    if node >= len(counts):
+        raise LauncherError(f"srun says node {node}, and tasks on nodes: {tasks}")
+    job = _integer(environ, "SLURM_JOB_ID", "srun", 0)
     return ProcessEnvironment(
         launcher="slurm",
         rank=_integer(environ, "SLURM_PROCID", "srun"),
         world_size=_integer(environ, "SLURM_STEP_NUM_TASKS", "srun"),
         local_rank=_integer(environ, "SLURM_LOCALID", "srun"),
-        local_world_size=tasks_per_node(tasks)[node],
+        local_world_size=counts[node],
         master_addr=environ.get("MASTER_ADDR") or first_node(nodes),
         # One port per job, so that two jobs that share a node do not meet.
-        master_port=int(environ.get("MASTER_PORT", 20000 + job % 20000)),
+        master_port=_integer(environ, "MASTER_PORT", "srun", 20000 + job % 20000),
     )
 
 
@@ -182,7 +190,11 @@ def _text(environ: Mapping[str, str], name: str, launcher: str) -> str:
     return environ[name]
 
 
-def _integer(environ: Mapping[str, str], name: str, launcher: str) -> int:
+def _integer(
+    environ: Mapping[str, str], name: str, launcher: str, default: int | None = None
+) -> int:
+    if default is not None and name not in environ:
+        return default
     value = _text(environ, name, launcher)
     if not value.isdecimal():
         raise LauncherError(f"{launcher} set {name}={value}, which is no number")

@@ -98,6 +98,11 @@ def task_ranges(patterns: str, task: str, keep: float) -> Ranges:
     }
 
 
+def sentence(error: Exception) -> str:
+    """What a mistake says; of a file that this user may not use, which one and why."""
+    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+
+
 def progress_bar(steps: Iterable) -> Iterable:
     """The same steps, with a bar on the terminal that is gone after the last."""
     from tqdm import tqdm
@@ -118,10 +123,8 @@ def run(app: typer.Typer, arguments: list[str], *mistakes: type[Exception]) -> i
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         return app(arguments, standalone_mode=False) or 0
-    except mistakes as error:
-        print(f"error: {error}", file=sys.stderr)
-    except PermissionError as error:  # even of whether there is a file
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+    except (*mistakes, PermissionError) as error:  # that one even of whether there is a file
+        print(f"error: {sentence(error)}", file=sys.stderr)
     except typer.Exit as leave:
         return leave.exit_code
     except Exception as error:

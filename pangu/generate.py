@@ -99,6 +99,7 @@ def main(arguments: Sequence[str]) -> int:
         print(USAGE)
         return 0
     from configs.violation import ConfigError
+    from pangu.command_line import sentence
 
     try:
         options = parse(arguments)
@@ -108,8 +109,8 @@ def main(arguments: Sequence[str]) -> int:
             print(piece, end="", flush=True)
         if not options.prompts:
             print()
-    except ConfigError as error:
-        print(error, file=sys.stderr)
+    except (ConfigError, PermissionError) as error:
+        print(sentence(error), file=sys.stderr)
         return 2
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

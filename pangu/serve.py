@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from launch import environment
-from launch.environment import ProcessEnvironment
+from launch.environment import LauncherError, ProcessEnvironment
 
 if TYPE_CHECKING:
     from pangu.inference.engine import Engine
@@ -94,18 +94,25 @@ class Options:
 
 def main(arguments: Sequence[str]) -> int:
     """The exit code: 0 told to stop, 1 decoding has failed, 2 a mistake of the user's."""
+    if environment.is_msrun_scheduler(os.environ):
+        return 0
     if {"-h", "--help"} & set(arguments):
         print(USAGE)
         return 0
     from configs.violation import ConfigError
+    from pangu.command_line import sentence
 
-    process = environment.read(os.environ)
+    try:
+        process = environment.read(os.environ)
+    except LauncherError as error:
+        print(error, file=sys.stderr)
+        return 2
     try:
         return 0 if serve(parse(arguments), process) else 1
-    except ConfigError as error:  # the same on every rank
+    except (ConfigError, PermissionError) as error:  # the same on every rank
         if process.rank == 0:
-            print(error, file=sys.stderr)
-            environment.report_refusal(os.environ, str(error))
+            print(sentence(error), file=sys.stderr)
+            environment.report_refusal(os.environ, sentence(error))
         else:  # a launcher ends the others once one has left: the one that speaks comes first
             time.sleep(_HEAD_START)
         return 2

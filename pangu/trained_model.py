@@ -80,9 +80,13 @@ def read_run_config(folder: Path) -> Config:
     Raises:
         ConfigError: there is none, or it is not one of this version.
     """
-    file = folder / "config.yaml"
-    if not file.is_file():
-        reason = "is neither a run folder nor a checkpoint: it has no config.yaml"
+    file, reason = folder / "config.yaml", ""
+    try:
+        if not file.is_file():
+            reason = "is neither a run folder nor a checkpoint: it has no config.yaml"
+    except OSError as error:  # a folder of others', a name that is too long
+        reason = f"cannot be looked into: {error.strerror}"
+    if reason:
         raise ConfigError([Violation("checkpoint", folder, reason)])
     config = read_file(file, "checkpoint")
     return replace(

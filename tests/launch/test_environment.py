@@ -83,6 +83,11 @@ def test_slurm() -> None:
         ({"RANK": "0"}, "torchrun set no WORLD_SIZE"),
         ({**TORCHRUN, "RANK": "x"}, "RANK=x, which is no number"),
         ({**TORCHRUN, "RANK": "16"}, "rank 16 of 16"),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE=x, which is no number"),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "0"}, "0 of 16 processes are on this node"),
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "many"}, "SLURM_STEP_NUM_TASKS=many, which is no"),
+        ({**SLURM, "SLURM_NODEID": "9"}, "srun says node 9, and tasks on nodes"),
+        ({**SLURM, "MASTER_PORT": "-"}, "MASTER_PORT=-, which is no number"),
     ],
 )
 def test_refuses_with_a_hint(environ: dict[str, str], sentence: str) -> None:
@@ -227,7 +232,11 @@ def test_processes_of_the_launcher_are_what_is_checked(tmp_path: Path) -> None:
             "torchrun --nnodes x --nproc_per_node",
         ),
         (MSRUN, "MS_WORKER_NUM", "msrun --worker_num"),
-        (SLURM, "SLURM_STEP_NUM_TASKS", "srun --ntasks"),
+        (
+            {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "3(x2)"},
+            "SLURM_STEP_NUM_TASKS",
+            "srun --ntasks",
+        ),
     ],
 )
 def test_another_number_of_processes_in_the_words_of_the_launcher(

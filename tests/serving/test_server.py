@@ -1,6 +1,7 @@
 """The server through real sockets, with OpenAI's own client."""
 
 import concurrent.futures
+import importlib
 import json
 import os
 import random
@@ -345,3 +346,28 @@ def test_a_mistake_is_a_sentence_and_exit_code_2(arguments, sentence, capsys):
 
     assert main(arguments) == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["serve", "generate"])
+def test_a_folder_of_somebody_else_is_a_sentence_and_exit_code_2(command, tmp_path, capsys):
+    main = importlib.import_module(f"pangu.{command}").main
+    assert main([f"checkpoint={'long' * 100}"]) == 2, "and everything has been imported"
+    assert "cannot be looked into: File name too long" in capsys.readouterr().err
+    before = os.geteuid()
+    (tmp_path / "shut").mkdir(mode=0o000)
+    if before == 0:  # to whom it is open
+        os.seteuid(65534)
+    try:
+        assert main([f"checkpoint={tmp_path}/shut"]) == 2
+    finally:
+        os.seteuid(before)
+    assert "shut: cannot be looked into: Permission denied" in capsys.readouterr().err
+
+
+def test_a_launcher_that_makes_no_sense_is_a_sentence_and_exit_code_2(monkeypatch, capsys):
+    from pangu.serve import main
+
+    for name, value in {"RANK": "x", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["checkpoint=x"]) == 2
+    assert capsys.readouterr().err == "torchrun set RANK=x, which is no number\n"

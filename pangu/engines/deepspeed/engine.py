@@ -37,6 +37,7 @@ from pangu.engines.state_parts import Part
 from pangu.model.build import build_model
 from pangu.model.transformer_config import PanguTransformerConfig
 from pangu.moe.balancing_bias import balance
+from pangu.ops.total_norm import total_norm
 
 
 class DeepSpeedEngine:
@@ -181,12 +182,12 @@ class DeepSpeedEngine:
     def _clip(self) -> float:
         """What DeepSpeed's optimizers do from stage 1 on."""
         weights = [p for p in self.chunks[0].parameters() if p.grad is not None]
-        squares = {True: torch.zeros(()), False: torch.zeros(())}
-        for weight in weights:
-            squares[is_expert(weight)] = squares[is_expert(weight)] + weight.grad.norm().square()
-        experts = squares[True].to(weights[0])
+        experts, others = (
+            total_norm([weight.grad for weight in weights if is_expert(weight) == kind]).square()
+            for kind in (True, False)
+        )
         dist.all_reduce(experts, group=parallel_state.get_expert_model_parallel_group())
-        norm = (experts + squares[False].to(experts)).sqrt()
+        norm = (experts + others).sqrt()
         if self.clip > 0:
             torch.nn.utils.clip_grads_with_norm_(weights, self.clip, norm)
         return norm.item()
