@@ -48,18 +48,19 @@ FIXED = (
     "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
 )
-# Keys of what this project has no use for: another launcher's, generation's.
-IDLE = ("autotuning", "hybrid_engine", "weight_quantization")
+# Keys of what this project has no use for: another launcher's, generation's, libaio's.
+IDLE = (
+    "autotuning",
+    "hybrid_engine",
+    "weight_quantization",
+    "aio.intra_op_parallelism",
+    "aio.overlap_events",
+    "aio.single_submit",
+    "aio.use_gds",
+)
 # What may be asked for; inside a section None where DeepSpeed itself refuses what it does not know.
 KEYS: dict[str, tuple[str, ...] | None] = {
-    "aio": (
-        "block_size",
-        "intra_op_parallelism",
-        "overlap_events",
-        "queue_depth",
-        "single_submit",
-        "use_gds",
-    ),
+    "aio": ("block_size", "queue_depth"),
     "comet": None,
     "comms_logger": None,
     "communication_data_type": None,
@@ -150,7 +151,7 @@ def unknown(given: dict[str, Any]) -> Iterator[tuple[str, str]]:
         inner = KEYS[name]
         if inner is None or not isinstance(value, dict):
             continue
-        theirs = [key.partition(".")[2] for key in DECIDED if key.startswith(f"{name}.")]
+        theirs = [key.partition(".")[2] for key in (*DECIDED, *IDLE) if key.startswith(f"{name}.")]
         for key in value:
             if key not in inner and key not in theirs:
                 yield f"{name}.{key}", _near(key, inner)

@@ -81,17 +81,12 @@ def _precision(config: Config) -> Iterator[Problem]:
         config.parallel.zero_stage,
     )
     float32 = {key: ["auto", "fp32"], **MEGATRON}
-    if precision == "bf16" and stage < 2:
-        reason = (
-            f"at stage {stage} DeepSpeed keeps bfloat16's state in a way of its own, which our "
-        )
-        reason += "checkpoints do not read"
-        yield Problem("deepspeed bf16", key, precision, reason, {**float32, ZERO: [2, 3]})
-    elif precision == "bf16" and config.engine.offload == "nvme":
-        reason = "with its state on a drive DeepSpeed trains in float32 here"
-        yield Problem("nvme precision", key, precision, reason, float32)
+    if precision == "bf16" and stage == 0:
+        reason = "at stage 0 DeepSpeed keeps no weights in float32 beside bfloat16's, and sums "
+        reason += "gradients up in bfloat16"
+        yield Problem("deepspeed bf16", key, precision, reason, {**float32, ZERO: [1, 2, 3]})
     elif precision not in ("auto", "fp32", "bf16"):
-        reason = "DeepSpeed trains in float32 here, and from stage 2 on in bfloat16"
+        reason = "DeepSpeed trains in float32 here, and from stage 1 on in bfloat16"
         yield Problem("deepspeed precision", key, precision, reason, float32)
 
 
@@ -128,7 +123,7 @@ def _json(config: Config) -> Iterator[Problem]:
         if any(path == name or path.startswith(f"{name}.") for path in given):
             reason = f"{name} would change what the engine has reckoned with"
             if name in IDLE:
-                reason = f"{name} is for what DeepSpeed does beside training, and would do nothing"
+                reason = f"{name} is for what is not used of DeepSpeed, and would do nothing"
             yield Problem(f"JSON {name}", key, config.engine.config, reason, hint="without it")
     for name, hint in unknown(config.engine.config):
         reason = f"DeepSpeed's JSON has no {name}, and DeepSpeed ignores what it does not know"

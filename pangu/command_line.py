@@ -123,7 +123,9 @@ def run(app: typer.Typer, arguments: list[str], *mistakes: type[Exception]) -> i
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         return app(arguments, standalone_mode=False) or 0
-    except (*mistakes, PermissionError) as error:  # that one even of whether there is a file
+    except mistakes as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
+    except PermissionError as error:  # even of whether there is a file
         print(f"error: {sentence(error)}", file=sys.stderr)
     except typer.Exit as leave:
         return leave.exit_code

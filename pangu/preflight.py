@@ -6,7 +6,6 @@ has: backend, files, folders, memory.
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import os
 import tempfile
@@ -24,7 +23,6 @@ from launch.environment import STARTED_BY, ProcessEnvironment
 from pangu import machine_check
 from pangu.checkpoint import manifest
 from pangu.data import files
-from pangu.engines.deepspeed import async_io
 from simulator.api import Policy, load_hardware, pipeline_ranks, settle
 
 Precision = Literal["auto", "fp32", "fp64", "bf16", "fp16", "fp8", "int8", "fp4"]
@@ -131,33 +129,8 @@ def faults_here(config: Config) -> list[Violation]:
     if config.engine.name == "deepspeed" and (why := machine_check.unusable_deepspeed()):
         hint = "pip install 'pangu-moe[deepspeed]'; or engine.name=megatron"
         found.append(Violation("engine.name", "deepspeed", why, hint))
-    elif config.engine.offload == "nvme":
-        found += no_nvme(config)
     just_read = STARTED_BY in os.environ  # by the process that started this one
     return found + files.faults(config, just_read=just_read)
-
-
-def no_nvme(config: Config) -> list[Violation]:
-    """Why DeepSpeed could not use the drive: an operator that is still to be built, which takes
-    minutes, or a file system that takes no files past its cache."""
-    backend = machine_check.backend(config.backend.name)[0]
-    found = []
-    if not async_io.is_built(backend):
-        reason = f"DeepSpeed's operator for NVMe is not in {async_io.folder(backend)}"
-        hint = f"once, some minutes: python -m pangu.build_nvme --backend {backend}"
-        if missing := async_io.lacking():
-            hint = f"{missing}; then {hint}"
-        found.append(Violation("engine.offload", "nvme", reason, hint))
-    path = config.engine.nvme_path
-    try:
-        above = next(each for each in (Path(path), *Path(path).parents) if each.is_dir())
-        with tempfile.NamedTemporaryFile(dir=above) as file:
-            os.close(os.open(file.name, os.O_RDWR | os.O_DIRECT))
-    except (OSError, StopIteration) as error:
-        if getattr(error, "errno", 0) == errno.EINVAL:
-            reason = "its file system has no O_DIRECT, without which DeepSpeed opens no file"
-            found.append(Violation("engine.nvme_path", path, reason, "a folder on a drive"))
-    return found
 
 
 def another_model(config: Config) -> list[Violation]:

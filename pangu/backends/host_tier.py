@@ -4,6 +4,7 @@ device is the host itself, a file."""
 from __future__ import annotations
 
 import mmap
+import os
 import tempfile
 from collections import defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -46,10 +47,14 @@ class MappedFile:
         self._end = 0
 
     def place(self, size: int) -> mmap.mmap:
-        """`size` bytes more of the file."""
+        """`size` bytes more of the file.
+
+        Raises:
+            OSError: there is no room for them; who wrote to them would be killed.
+        """
         start, unit = self._end, mmap.ALLOCATIONGRANULARITY
         self._end += -(-size // unit) * unit
-        self._file.truncate(self._end)
+        os.posix_fallocate(self._file.fileno(), start, self._end - start)
         return mmap.mmap(self._file.fileno(), size, offset=start)
 
 

@@ -31,6 +31,7 @@ from pangu.engines.deepspeed.groups import (
     mark_experts,
 )
 from pangu.engines.deepspeed.optimizer_state import Drive
+from pangu.engines.deepspeed.weights_file import WeightsFile
 from pangu.engines.megatron.process_groups import sum_over_losses
 from pangu.engines.megatron.step import count_tokens, forward_step, mtp_loss, run_schedule
 from pangu.engines.state_parts import Part
@@ -44,14 +45,33 @@ class DeepSpeedEngine:
     """The model inside DeepSpeed's engine, and torch's AdamW inside its optimizer."""
 
     def __init__(self, config: Config, model: Any, settings: PanguTransformerConfig) -> None:
-        nvme = config.engine.offload == "nvme"
-        self.deepspeed = library.load(nvme=nvme)
+        self.deepspeed = library.load(nvme=config.engine.offload == "nvme")
         self.chunks = [model]
         self.settings = settings
         self.stage, self.clip = config.parallel.zero_stage, config.optimizer.clip_grad
         mark_experts(model)
         trained = [p for p in model.parameters() if p.requires_grad]
         self.adam = _adamw(config, trained)
+        self.drive: Drive | None = None
+        self.weights_file: WeightsFile | None = None
+        try:
+            self._shard(config, model, trained)
+        except OSError as error:
+            if config.engine.offload != "nvme":
+                raise
+            path, why = config.engine.nvme_path, error.strerror
+            reason = f"what is to be on the drive cannot be written: {why}"
+            raise ConfigError([Violation("engine.nvme_path", path, reason)]) from None
+
+    def _shard(self, config: Config, model: Any, trained: list[torch.nn.Parameter]) -> None:
+        """Give the model to DeepSpeed.
+
+        Raises:
+            OSError: the drive is full.
+        """
+        nvme, folder = config.engine.offload == "nvme", library.swap_folder(config)
+        if nvme:
+            weakref.finalize(self, _clear, folder, dist.get_rank())
         self.replica, *_ = self.deepspeed.initialize(
             model=model,
             optimizer=self.adam,
@@ -59,9 +79,9 @@ class DeepSpeedEngine:
             mpu=DataParallelGroups,
             dist_init_required=False,
         )
-        self.drive = Drive(self.replica.optimizer) if nvme else None
         if nvme:
-            weakref.finalize(self, _clear, library.swap_folder(config), dist.get_rank())
+            self.drive = Drive(self.replica.optimizer)
+            self.weights_file = WeightsFile(model, self.replica.optimizer, folder)
 
     @classmethod
     def build(cls, config: Config) -> DeepSpeedEngine:
@@ -72,7 +92,7 @@ class DeepSpeedEngine:
                 does not take `engine.config`.
         """
         dtype = backends.torch_dtype(config.backend.precision)
-        kinds = [torch.float32, *([torch.bfloat16] if config.parallel.zero_stage > 1 else [])]
+        kinds = [torch.float32, *([torch.bfloat16] if config.parallel.zero_stage > 0 else [])]
         if dtype not in kinds:
             precision, stage = config.backend.precision, config.parallel.zero_stage
             reason = (
@@ -119,6 +139,8 @@ class DeepSpeedEngine:
         loss = total[0] / total[1]
         ahead = mtp_loss(self.chunks, step)
         grad_norm = self._apply_gradients(finite=math.isfinite(loss.item()))
+        if self.weights_file:
+            self.weights_file.put_away()
         skipped = grad_norm is None
         balance(self.chunks, self.settings.moe.expert_bias_update_rate, skipped=skipped)
         norm = float("nan") if grad_norm is None else grad_norm
@@ -176,6 +198,9 @@ class DeepSpeedEngine:
             self.deepspeed.utils.safe_set_full_grad(weight, nothing.to(weight))
         self.replica.step()
         if not self.replica.was_step_applied():
+            if self.stage < 3:  # which offloaded would add the next gradients to these
+                sums = self.replica.optimizer.averaged_gradients
+                sums.update(dict.fromkeys(sums))
             return None
         return float(self.replica.get_global_grad_norm())
 

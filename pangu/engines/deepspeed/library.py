@@ -7,6 +7,7 @@ import logging
 import os
 from collections import defaultdict
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from configs.schema import Config
 from configs.violation import ConfigError, Violation
 from pangu import backends
-from pangu.engines.deepspeed import async_io
+from pangu.engines.deepspeed import files
 
 # Elements of a bucket of gradients, as DeepSpeed has it where nothing is said.
 LARGEST_BUCKET = 500_000_000
@@ -39,11 +40,27 @@ def load(*, nvme: bool = False) -> ModuleType:
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    _take_one_optimizer()
     if not backend.asynchronous:
         deepspeed.ops.__compatible_ops__ = defaultdict(bool)
     if nvme:
-        async_io.load(backend.name)
+        files.install()
     return deepspeed
+
+
+@cache
+def _take_one_optimizer() -> None:
+    """Stage 1 in bfloat16 with the optimizer of all other precisions and of stage 2, which can do
+    it; DeepSpeed takes one whose state has another form."""
+    from deepspeed.runtime import engine
+
+    theirs = engine.DeepSpeedEngine._do_optimizer_sanity_check
+
+    def chosen(self: Any, adam: Any) -> str | None:
+        name = theirs(self, adam)
+        return engine.ZERO_OPTIMIZATION if name == engine.BFLOAT16 else name
+
+    engine.DeepSpeedEngine._do_optimizer_sanity_check = chosen
 
 
 def swap_folder(config: Config) -> Path:
@@ -72,9 +89,7 @@ def settings(config: Config, elements: int, groups: type) -> dict[str, Any]:
         if config.engine.offload == "nvme":
             zero["offload_optimizer"]["nvme_path"] = str(swap_folder(config))
         if config.parallel.zero_stage == 3:
-            # On a drive each needs a buffer while it is whole, as all are for a checkpoint: as much
-            # memory as is saved.
-            zero["offload_param"] = {"device": "cpu"}
+            zero["offload_param"] = {"device": "cpu"}  # on a drive see WeightsFile
     made: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": config.num_microbatches,
