@@ -41,7 +41,6 @@ CANNOT = {
     "so and ends with 2, which tests hold",
     r"benchmarks": "a benchmark, minutes to hours of idle cores: benchmarks/README.md",
     r"tests\.(drills|npu)": "a drill of its own; tests run its parts",
-    r"nvme": "DeepSpeed's operator takes minutes to compile: python -m tests.drills.nvme",
     r"endpoint=HOST": "nodes of one's own; tests/cluster/test_link_calibration.py runs it on two",
     r"METHOD MODEL|-- COMMAND$|backend=… ": "words are left to the reader",
     r"^torchrun --local-addr 127.0.0.1 --nproc-per-node 2$": "the beginning of a command",
@@ -59,6 +58,7 @@ SHORTER = {
     r"pangu\.train (-m )?(moe|launch|data)": "experiment=quickstart",
     r"pangu\.train .*quickstart|pangu\.train (-m )?(moe|launch)": CORPUS,
     r"launch\.processes=8": "launch.processes=2",
+    r"nvme_path": "engine.nvme_path=drive",
     r"run_dir=runs/(heads|joint)": MOE,
     r"run_dir=runs/heads": "train.steps=4",  # each goes on from the one before
     r"run_dir=runs/joint": "train.steps=6",
