@@ -135,6 +135,14 @@ def _json(config: Config) -> Iterator[Problem]:
             yield Problem(f"JSON {name}", key, config.engine.config, reason, hint=hint)
 
 
+    aio = config.engine.config.get("aio")
+    for name, value in (aio if isinstance(aio, dict) else {}).items():
+        if name in (KEYS["aio"] or ()) and (type(value) is not int or value < 1):
+            reason = f"aio.{name} is a number of 1 or more"
+            hint = f"engine.config={{aio:{{{name}:8}}}}"
+            yield Problem(f"JSON aio.{name}", key, config.engine.config, reason, hint=hint)
+
+
 def _dotted(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
     for name, value in tree.items():
         if isinstance(value, dict) and value:

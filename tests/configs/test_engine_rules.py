@@ -44,6 +44,8 @@ NVME = ["engine.offload=nvme", "engine.nvme_path=drive"]
             "did you mean overlap_comm",
         ),
         ([DS, "engine.config={aio:{blocksize:1}}"], "engine.config", "block_size"),
+        ([DS, "engine.config={aio:{queue_depth:0}}"], "engine.config", "{aio:{queue_depth:8}}"),
+        ([DS, "engine.config={aio:{use_gds:true}}"], "engine.config", "without it"),
         ([DS, "engine.config={zero_optimization:3}"], "engine.config", "{KEY:VALUE}"),
         ([DS, "engine.config={qqqqqq:1}"], "engine.config", "known: "),
         ([f"{ZERO}=2"], ZERO, f"{ZERO}=0 or 1; or engine.name=deepspeed"),
