@@ -134,7 +134,6 @@ def _json(config: Config) -> Iterator[Problem]:
             hint = f"engine.config={{{name}:{{KEY:VALUE}}}}"
             yield Problem(f"JSON {name}", key, config.engine.config, reason, hint=hint)
 
-
     aio = config.engine.config.get("aio")
     for name, value in (aio if isinstance(aio, dict) else {}).items():
         if name in (KEYS["aio"] or ()) and (type(value) is not int or value < 1):
