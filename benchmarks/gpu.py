@@ -3,7 +3,7 @@
     python benchmarks/gpu.py [--only operators|layers|steps] [--output FILE.json]
 
 1. every operator as the backend runs it against its float64 reference (`pangu.ops.cases`);
-2. every operator that has a Triton kernel beside its plain form, forward and backward, at the sizes
+2. every operator that has a fused form beside its plain one, forward and backward, at the sizes
    of Qwen3-30B, each under balanced, Zipf and one-hot routing where rows belong to experts;
 3. the MoE layer at four published shapes, on kernels and on plain operators, beside transformers';
 4. training steps of three models, on kernels and on plain operators, by kind of kernel.
@@ -136,13 +136,30 @@ def _device() -> Any:
     return backends.current().device
 
 
+def losses(s: Sizes, randn: Callable[..., Any]) -> Iterator[tuple[str, str, Callable[[], Any]]]:
+    """Of logits, and of hidden states."""
+    import torch
+
+    from pangu.ops.cross_entropy import cross_entropy
+    from pangu.ops.linear_cross_entropy import linear_cross_entropy
+
+    logits = randn(s.logit_rows, s.vocabulary)
+    labels = torch.zeros(s.logit_rows, dtype=torch.int64, device=_device())
+    lost = both_ways(lambda x: cross_entropy(x * 1.0, labels), logits)
+    yield "cross_entropy", f"{s.logit_rows} × {s.vocabulary}, with a copy", lost
+    states, head = randn(s.logit_rows, s.hidden), randn(s.vocabulary, s.hidden)
+    ones = torch.ones(s.logit_rows, device=_device())
+    whole = both_ways(lambda x, w: linear_cross_entropy(x, w, labels, ones), states, head)
+    yield "linear_cross_entropy", f"{s.logit_rows} × {s.hidden} × {s.vocabulary}", whole
+
+
 def operators(sizes: Sizes) -> Iterator[tuple[str, str, Callable[[], Any]]]:
     """(operator, what, call) of everything that has a kernel."""
     import torch
 
     from configs.schema import MoEConfig
     from pangu.moe.routing import routing_for
-    from pangu.ops import choice, cross_entropy, permute, rms_norm, rotary, swiglu
+    from pangu.ops import choice, permute, rms_norm, rotary, swiglu
 
     s, dtype = sizes, torch.bfloat16
 
@@ -159,10 +176,7 @@ def operators(sizes: Sizes) -> Iterator[tuple[str, str, Callable[[], Any]]]:
     heads, angles = randn(s.tokens, 1, s.heads, s.head_size), randn(s.tokens, 1, 1, s.head_size)
     turned = both_ways(lambda x: rotary.rotary(x, angles.detach().float()), heads)
     yield "rotary", f"{s.tokens} × {s.heads} × {s.head_size}", turned
-    logits = randn(s.logit_rows, s.vocabulary)
-    labels = torch.zeros(s.logit_rows, dtype=torch.int64, device=_device())
-    lost = both_ways(lambda x: cross_entropy.cross_entropy(x * 1.0, labels), logits)
-    yield "cross_entropy", f"{s.logit_rows} × {s.vocabulary}, with a copy", lost
+    yield from losses(s, randn)
     scores = randn(s.tokens, s.experts, kind=torch.float32)
     for router in ("moge", "top_k"):
         route = routing_for(MoEConfig(router=router, num_expert_groups=s.top_k, top_k=s.top_k))
@@ -198,16 +212,18 @@ def measured_operators(sizes: Sizes) -> list[dict[str, Any]]:
         for operator, what, run in operators(sizes):
             row = found.setdefault((operator, what), {"operator": operator, "what": what})
             row[name] = milliseconds(run, sizes.seconds, sizes.least)
+            row[f"{name} GiB"] = peak_gib(run)
     backends.use(ours)
     return list(found.values())
 
 
 def plain_forms() -> Any:
-    """What this process would run without our kernels."""
+    """What this process would run without our kernels, and with all logits at once."""
     from pangu import backends
     from pangu.backends import cpu, cuda
 
-    return cuda.PLAIN if backends.current().asynchronous else cpu.create(0).operators
+    forms = cuda.PLAIN if backends.current().asynchronous else cpu.create(0).operators
+    return replace(forms, linear_cross_entropy="plain")
 
 
 def measured_layers(shapes: dict[str, tuple], sizes: Sizes) -> list[dict[str, Any]]:
@@ -288,7 +304,8 @@ def table(found: dict[str, Any]) -> None:
     for row in found.get("operators", []):
         ratio = row["plain"] / row["kernel"]
         name = f"{row['operator']}, {row['what']}"
-        print(f"{name:48} {row['plain']:8.3f} ms → {row['kernel']:8.3f} ms  {ratio:5.2f} ×")
+        held = f"{row['plain GiB']:5.2f} → {row['kernel GiB']:5.2f} GiB"
+        print(f"{name:48} {row['plain']:8.3f} → {row['kernel']:8.3f} ms {ratio:5.2f} ×  {held}")
     for row in found.get("layers", []):
         print(f"{row['shape']}, {row['tokens']} tokens: floor {row['floor']:.1f} ms")
         for label, value in row.items():

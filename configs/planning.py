@@ -65,6 +65,9 @@ class SimulationConfig:
     # Otherwise logits in float32, overwritten by their exponentials and by the gradient where the
     # vocabulary is not cut (`pangu.ops.cross_entropy`); else megatron-core's own passes.
     inplace_cross_entropy: bool = True
+    # Where the vocabulary is not cut, logits are made and used up a chunk of rows at a time, and
+    # both gradients with them (`pangu.ops.linear_cross_entropy`); else those of all rows at once.
+    chunked_cross_entropy: bool = True
     # Metrics that the engine computes from the logits beside the loss, each a cross-entropy.
     loss_metrics: Amount = 0
     # On NVIDIA: PyTorch's kernels for norms, rotary embedding, the router and what sorts and sums

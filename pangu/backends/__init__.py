@@ -28,6 +28,7 @@ class Operators:
     cross_entropy: Literal["blocks", "triton"]
     grouped_matmul: Literal["loop", "fused", "npu"]
     linear: Literal["torch", "onednn"]
+    linear_cross_entropy: Literal["plain", "chunks"]
     permute: Literal["torch", "npu", "triton"]
     rms_norm: Literal["lean", "torch", "npu", "triton"]
     rotary: Literal["torch", "triton"]

@@ -153,6 +153,7 @@ def create(local_rank: int) -> Backend:
             cross_entropy="blocks",
             grouped_matmul="loop",
             linear=_linear(),
+            linear_cross_entropy="chunks",
             permute="torch",
             rms_norm="lean",
             rotary="torch",

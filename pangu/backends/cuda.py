@@ -33,6 +33,7 @@ PLAIN = Operators(
     cross_entropy="blocks",
     grouped_matmul="fused",
     linear="torch",
+    linear_cross_entropy="chunks",
     permute="torch",
     rms_norm="torch",
     rotary="torch",

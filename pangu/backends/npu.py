@@ -75,6 +75,7 @@ def create(local_rank: int) -> Backend:
             cross_entropy="blocks",
             grouped_matmul="npu",
             linear="torch",
+            linear_cross_entropy="chunks",
             permute="npu",
             rms_norm="npu",
             rotary="torch",

@@ -19,6 +19,7 @@ from megatron.core.transformer.multi_token_prediction import (
 
 from configs.schema import Config
 from pangu import backends
+from pangu.model.head import Head, Targets, gives_losses
 from pangu.model.init import initialize
 from pangu.model.layer_spec import block_spec, mtp_spec
 from pangu.model.leap_heads import LeapHeads, LeapTargets, leap_losses
@@ -40,6 +41,8 @@ class PanguModel(GPTModel):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.post_process or self.mtp_process:
+            self.output_layer.__class__ = Head  # which the engine makes without asking for a class
         self.leap_heads: LeapHeads | None = None
         heads = self.config.model.leap_heads if self.config.model else 0
         if heads and self.post_process:
@@ -69,16 +72,29 @@ class PanguModel(GPTModel):
                 return super()._postprocess(*args, **kwargs)
             finally:
                 self.config.mtp_num_layers = depths
-        mask = kwargs.get("loss_mask")
-        self._mtp_masks = []
-        if self.training and mask is not None and self.config.mtp_num_layers:
-            for _ in self.mtp_sums:
-                mask, _ = roll_tensor(mask, shifts=-1, dims=-1, cp_group=self.cp_group)
-                self._mtp_masks.append(mask)
+        self._look_ahead(kwargs.get("labels"), kwargs.get("loss_mask"))
         output = super()._postprocess(*args, **kwargs)
         if self.leap_heads is None or self._leap_targets is None or not self.training:
             return output
         return self._with_leap_losses(output, kwargs["hidden_states"], self._leap_targets)
+
+    def _look_ahead(self, labels: torch.Tensor | None, mask: torch.Tensor | None) -> None:
+        """Masks of each depth of multi-token prediction, and the targets of the head's calls: one
+        for each depth, then the main one."""
+        self._mtp_masks = []
+        if labels is None or mask is None:
+            return
+        targets = [Targets(labels, mask)]
+        for _ in range(self.config.mtp_num_layers or 0):
+            ahead = [
+                roll_tensor(tensor, shifts=-1, dims=-1, cp_group=self.cp_group)[0]
+                for tensor in targets[-1]
+            ]
+            targets.append(Targets(*ahead))
+        if self.training:
+            self._mtp_masks = [each.weights for each in targets[1:]]
+        if self.post_process and gives_losses(self.config.tensor_model_parallel_size):
+            self.output_layer.targets = (*targets[1:], targets[0])
 
     def _with_leap_losses(
         self, output: torch.Tensor, hidden: torch.Tensor, targets: LeapTargets
@@ -117,13 +133,16 @@ class PanguModel(GPTModel):
         self, labels: torch.Tensor, logits: torch.Tensor
     ) -> torch.Tensor:
         """labels `[batch, seq]`, logits `[seq, batch, vocab]` → losses `[batch, seq]`, at least
-        float32. The engine's vocabulary-parallel form takes several passes over the logits.
+        float32; or what a head gave in the place of logits. The engine's vocabulary-parallel form
+        takes several passes over the logits.
 
         megatron-core asks for the losses of each depth of multi-token prediction, then for the main
         one; the sum of each becomes a mean over its own labels, not over the main loss's.
         """
         split = self.config.tensor_model_parallel_size > 1
-        if split and not (splits_vocabulary() and logits.dtype != torch.float64):
+        if logits.dim() == 2:
+            losses = logits
+        elif split and not (splits_vocabulary() and logits.dtype != torch.float64):
             losses = super().compute_language_model_loss(labels, logits)
         else:
             rows, wanted = logits.flatten(0, 1), labels.t().flatten()

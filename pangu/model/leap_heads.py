@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pangu import backends
+from pangu.model.head import Head, Targets, gives_losses
 from pangu.ops.linear import linear
 
 
@@ -38,7 +38,7 @@ class LeapHead(MegatronModule):
         self.leap_bias = torch.nn.Parameter(torch.zeros(size, **options))
         for parameter in (self.leap_weight, self.leap_bias):
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        self.output_layer = ColumnParallelLinear(
+        self.output_layer = Head(
             size,
             vocab_size,
             config=config,
@@ -49,7 +49,7 @@ class LeapHead(MegatronModule):
 
     def forward(self, hidden: torch.Tensor, gather: bool | None = None) -> torch.Tensor:
         """hidden `[s, b, H]` → logits `[full s, b, vocab of this rank]`; of the whole vocabulary
-        if `gather`."""
+        if `gather`; or losses, as its `output_layer` has targets."""
         if not torch.is_grad_enabled() and self.config.tensor_model_parallel_size == 1:
             hidden = hidden + F.silu(linear(hidden, self.leap_weight, self.leap_bias))
             return linear(hidden, self.output_layer.weight)
@@ -116,6 +116,8 @@ def leap_losses(
     `[s, b, H]`. `cross_entropy`: of labels `[b, s]` and this rank's logits `[s, b, vocab]`."""
     found = []
     for number in range(len(heads)):
-        losses = cross_entropy(targets.labels[..., number], heads[number](hidden))
-        found.append(losses * targets.mask[..., number])
+        labels, mask = targets.labels[..., number], targets.mask[..., number]
+        if gives_losses(heads.config.tensor_model_parallel_size):
+            heads[number].output_layer.targets = (Targets(labels, mask),)
+        found.append(cross_entropy(labels, heads[number](hidden)) * mask)
     return found

@@ -13,6 +13,7 @@ from pangu.ops import (
     choice,
     cross_entropy,
     grouped_matmul,
+    linear_cross_entropy,
     permute,
     rms_norm,
     rotary,
@@ -106,6 +107,12 @@ def cases() -> Iterator[Case]:
         lambda x: x.masked_select(choice.highest_reference(x.detach(), 3)).view(-1, 3),
         (randn(tokens, experts),),
     )
+    yield from _lost(randn)
+    yield from _routed_turned_and_attended(randn)
+
+
+def _lost(randn: Callable[..., Tensor]) -> Iterator[Case]:
+    tokens, hidden, width = 96, 64, 128
     labels = torch.arange(tokens)
     yield Case(
         "cross_entropy",  # uses its input up
@@ -113,7 +120,17 @@ def cases() -> Iterator[Case]:
         lambda x: cross_entropy.cross_entropy_reference(x, labels),
         (randn(tokens, width),),
     )
-    yield from _routed_turned_and_attended(randn)
+    many = 300  # more than one chunk
+    counted = 1.0 + torch.arange(many) / many  # as `compared` weighs the results
+    wanted = torch.arange(many) % width
+    yield Case(
+        "linear_cross_entropy",
+        lambda x, w: linear_cross_entropy.linear_cross_entropy(
+            x, w, wanted.to(x.device), counted.to(x.device)
+        ),
+        lambda x, w: linear_cross_entropy.linear_cross_entropy_reference(x, w, wanted, counted),
+        (randn(many, hidden), randn(width, hidden) / hidden**0.5),
+    )
 
 
 def _routed_turned_and_attended(randn: Callable[..., Tensor]) -> Iterator[Case]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from configs.head_chunks import head_chunks
 from simulator.array import Array
 from simulator.counts.records import Counts, Message, Saved, Shapes, matmul, vector
 from simulator.counts.tensor_parallel import before_column
@@ -47,11 +48,12 @@ def head(s: Shapes) -> Counts:
     logits = s.tokens * s.model.vocab_size / tp
     forward, backward, held = _loss_passes(s)
     scalars = 3 * 4.0 * s.tokens
-    peak = logits * held
     gathered = np.where(np.logical_and(s.layout.tp > 1, s.layout.sequence_parallel), 1, 0)
     states = s.tokens * hidden * element
+    matrix = linear.matrix(tp)
     # The gathered input, its gradient, and the placeholder of the matrix's gradient.
-    peak = peak + states * (1 + gathered) + linear.matrix(tp) * element
+    whole = logits * held + states * (1 + gathered) + matrix * element
+    peak = np.where(_in_chunks(s), _chunk_peak(s, logits, matrix) + states, whole)
     return Counts(
         operators=[
             *norm(s, "head.norm", s.shard, hidden),
@@ -66,6 +68,24 @@ def head(s: Shapes) -> Counts:
         saved=[Saved("head.norm input", stream), Saved("head.norm output", stream)],
         backward_peak=peak,
     )
+
+
+def _in_chunks(s: Shapes) -> Array:
+    """Whether logits and loss are made chunk by chunk (`pangu.ops.linear_cross_entropy`)."""
+    return (s.layout.tp == 1) & s.traits.chunked_cross_entropy
+
+
+def _chunk_peak(s: Shapes, logits: Array, matrix: Array) -> Array:
+    """Bytes held at once: a chunk's logits and the matrix's gradient, which in 16 bits is added up
+    in float32 beside the product of a chunk, where there are several."""
+    count = head_chunks(s.tokens, s.model.hidden_size)
+    chunk = logits / count
+    if s.dtype == "fp32":
+        return chunk * s.element + matrix * s.element
+    loss = s.element if s.traits.fused_cross_entropy else 4.0 + 2 * s.element
+    several = np.where(count > 1, 4.0, 0.0)
+    beside_loss = chunk * loss + matrix * several
+    return np.maximum(beside_loss, chunk * s.element + matrix * (several + s.element))
 
 
 def _loss_passes(s: Shapes) -> tuple[Array, Array, Array]:

@@ -57,6 +57,7 @@ def traits(row: Row) -> SimulationConfig:
         launch=_launch(row),
         host_reads_counts=row.number("n_experts") > 0 and not row.mentions(*DROPPED),
         inplace_cross_entropy=False,
+        chunked_cross_entropy=False,
         # `LanguageCrossEntropy` and `LanguagePerplexity` of every batch, each a cross-entropy
         # of its own (llmfoundry/models/mpt/modeling_mpt.py, composer/metrics/nlp.py).
         loss_metrics=2 if row.mentions("llm-foundry") else 0,

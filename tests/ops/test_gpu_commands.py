@@ -40,7 +40,8 @@ def test_the_benchmark_rehearses_on_a_cpu(tmp_path):
     found = json.loads((tmp_path / "found.json").read_text())
     assert all(check["holds"] for check in found["checks"])
     kernels = {row["operator"] for row in found["operators"]}
-    assert kernels == {name for name, kind in asdict(cuda.OURS).items() if kind == "triton"}
+    fused = {name for name, kind in asdict(cuda.OURS).items() if kind in ("triton", "chunks")}
+    assert kernels == fused
     assert [row["operators"] for row in found["steps"]] == ["kernels", "plain"]
     (layer,) = found["layers"]
     assert {"moge, balanced", "top_k, one-hot, plain"} <= layer.keys()

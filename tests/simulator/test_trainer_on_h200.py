@@ -9,7 +9,7 @@ from configs.compose import load
 from simulator.predict import Forecast, predict
 
 RUN = ["hardware=h200", "devices=1", "train.seq_length=4096", "train.micro_batch_size=4"]
-RUN += ["train.global_batch_size=8"]
+RUN += ["train.global_batch_size=8", "simulation.chunked_cross_entropy=false"]  # as it was then
 MOGE_1B = ["model=qwen3_30b_a3b", "model.num_layers=16", "model.hidden_size=1024"]
 MOGE_1B += ["model.num_attention_heads=16", "model.num_query_groups=4", "model.kv_channels=64"]
 MOGE_1B += ["model.qk_layernorm=false", "model.vocab_size=32768", "model.num_experts=64"]

@@ -66,6 +66,34 @@ def _cross_entropy_backward(
     tl.store(place, gradient * tl.load(grad_ptr + row), mask=column < width)
 
 
+def _sums(
+    logits_NV: torch.Tensor, labels_N: torch.Tensor, first: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each row the logarithm of the sum of exponentials, and its label's logit."""
+    rows, width = logits_NV.shape
+    totals_N, own_N = logits_NV.new_empty((2, rows), dtype=torch.float32)
+    if rows:
+        given = (logits_NV, labels_N, totals_N, own_N, first)
+        _cross_entropy_forward[(rows,)](*given, width, BLOCK, num_warps=8)
+    return totals_N, own_N
+
+
+def _gradient(
+    logits_NV: torch.Tensor,
+    labels_N: torch.Tensor,
+    totals_N: torch.Tensor,
+    grad_N: torch.Tensor,
+    first: int,
+) -> torch.Tensor:
+    """Overwrites the logits by their gradient."""
+    rows, width = logits_NV.shape
+    if rows:
+        given = (logits_NV, labels_N, totals_N, grad_N.contiguous(), first)
+        grid = (rows, triton.cdiv(width, BLOCK))
+        _cross_entropy_backward[grid](*given, width, BLOCK, num_warps=8)
+    return logits_NV
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -74,12 +102,8 @@ class _CrossEntropy(torch.autograd.Function):
         labels_N: torch.Tensor,
         group: dist.ProcessGroup | None,
     ) -> torch.Tensor:
-        rows, width = logits_NV.shape
-        totals_N, own_N = logits_NV.new_empty((2, rows), dtype=torch.float32)
-        first = width * group.rank() if group is not None else 0
-        if rows:
-            given = (logits_NV, labels_N, totals_N, own_N, first)
-            _cross_entropy_forward[(rows,)](*given, width, BLOCK, num_warps=8)
+        first = logits_NV.size(1) * group.rank() if group is not None else 0
+        totals_N, own_N = _sums(logits_NV, labels_N, first)
         if group is not None:
             highest_N = totals_N.clone()
             dist.all_reduce(highest_N, dist.ReduceOp.MAX, group)
@@ -93,13 +117,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         logits_NV, labels_N, totals_N = ctx.saved_tensors
-        rows, width = logits_NV.shape
-        grad_N = grads[0].contiguous()
-        if rows:
-            given = (logits_NV, labels_N, totals_N, grad_N, ctx.first)
-            grid = (rows, triton.cdiv(width, BLOCK))
-            _cross_entropy_backward[grid](*given, width, BLOCK, num_warps=8)
-        return logits_NV, None, None
+        return _gradient(logits_NV, labels_N, totals_N, grads[0], ctx.first), None, None
 
 
 def cross_entropy(
@@ -108,3 +126,13 @@ def cross_entropy(
     """Losses `[N]`, float32. The ranks of `group` hold equal parts of the vocabulary, in order, of
     the same rows: collective."""
     return _CrossEntropy.apply(logits_NV.contiguous(), labels_N.contiguous(), group)
+
+
+def losses_and_gradient(
+    logits_NV: torch.Tensor, labels_N: torch.Tensor, weights_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses `[N]`, float32, of a whole vocabulary, and over the logits the gradient of their sum,
+    each times its weight."""
+    labels_N = labels_N.contiguous()
+    totals_N, own_N = _sums(logits_NV, labels_N, 0)
+    return totals_N - own_N, _gradient(logits_NV, labels_N, totals_N, weights_N, 0)
