@@ -136,6 +136,23 @@ def _device() -> Any:
     return backends.current().device
 
 
+def updates(s: Sizes, randn: Callable[..., Any]) -> Iterator[tuple[str, str, Callable[[], Any]]]:
+    """Of experts' weights, from main copies in float32 to 16 bits."""
+    import torch
+
+    from pangu.ops.adamw import Rule, State, Verdict, adamw
+
+    rule, ones = Rule(1e-4, 0.9, 0.95, 1e-8, 0.1), torch.ones(1, device=_device())
+    verdict = Verdict(ones, ones, ones - 1)
+    shape = (s.experts, s.hidden, 2 * s.width)
+    for kind in (torch.float32, torch.bfloat16):
+        main, gradient = (randn(*shape, kind=torch.float32).detach() for _ in range(2))
+        moments = [torch.zeros_like(main, dtype=kind) for _ in range(2)]
+        states = [State(main, gradient, *moments, main.to(torch.bfloat16))]
+        what = f"{main.numel()}, moments in {kind}"
+        yield "adamw", what, lambda states=states: adamw(states, rule, verdict)
+
+
 def losses(s: Sizes, randn: Callable[..., Any]) -> Iterator[tuple[str, str, Callable[[], Any]]]:
     """Of logits, and of hidden states."""
     import torch
@@ -177,6 +194,7 @@ def operators(sizes: Sizes) -> Iterator[tuple[str, str, Callable[[], Any]]]:
     turned = both_ways(lambda x: rotary.rotary(x, angles.detach().float()), heads)
     yield "rotary", f"{s.tokens} × {s.heads} × {s.head_size}", turned
     yield from losses(s, randn)
+    yield from updates(s, randn)
     scores = randn(s.tokens, s.experts, kind=torch.float32)
     for router in ("moge", "top_k"):
         route = routing_for(MoEConfig(router=router, num_expert_groups=s.top_k, top_k=s.top_k))

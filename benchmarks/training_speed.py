@@ -96,7 +96,7 @@ def our_step() -> Callable[[], None]:
         micro_batch_size=BATCH,
     )
     shape = StepShape(1, BATCH, SEQ)
-    return lambda: void(engine.train_step(iterator, shape))
+    return lambda: void(engine.train_step(iterator, shape)())
 
 
 def void(_: object) -> None:

@@ -99,6 +99,10 @@ def _memory(config: Config) -> Iterator[Problem]:
         key, reason = "memory.swap_optimizer", "DeepSpeed has engine.offload for that"
         options = {key: [False], **MEGATRON}
         yield Problem("deepspeed swapped state", key, True, reason, options)
+    if config.optimizer.moments_dtype != "fp32":
+        key, reason = "optimizer.moments_dtype", "DeepSpeed keeps moments in float32"
+        options = {key: ["fp32"], **MEGATRON}
+        yield Problem("deepspeed moments", key, config.optimizer.moments_dtype, reason, options)
     if offload == "nvme" and stage != 3:
         reason = "DeepSpeed has files for stage 3 alone: at others the state would stay in the "
         reason += "host's memory without a word"

@@ -24,6 +24,8 @@ KEEPS: dict[str, set[str]] = {
     "moe_fc1": {"moe", "moe_permute"},
     "moe_permute": {"layernorm", "moe"},
 }
+# The largest beta with which a moment in bfloat16 surely moves.
+SLOWEST_BF16 = 0.99
 
 
 def bounds(config: Config) -> tuple[Config, list[Problem]]:
@@ -134,6 +136,7 @@ def _recomputation(config: Config) -> Iterator[Problem]:
 
 
 def optimizer(config: Config) -> Iterator[Problem]:
+    yield from _moments(config)
     options = config.optimizer
     schedules = [("optimizer", options.lr, options.min_lr)] + [
         (f"optimizer.phases[{index}]", phase.lr, phase.min_lr)
@@ -156,6 +159,23 @@ def optimizer(config: Config) -> Iterator[Problem]:
         key = "parallel.overlap_param_gather"
         reason = "gathering weights early needs overlap_grad_reduce=true and zero_stage>=1"
         yield Problem("overlap", key, True, reason, {key: [False]})
+
+
+def _moments(config: Config) -> Iterator[Problem]:
+    """bfloat16 tells apart what differs by 1/256: a moment that decays more slowly stays."""
+    options = config.optimizer
+    if options.moments_dtype != "bf16":
+        return
+    for key in ("adam_beta1", "adam_beta2"):
+        beta = getattr(options, key)
+        if beta > SLOWEST_BF16:
+            reason = (
+                f"a moment in bf16 does not move by {1 - beta:.2g} of itself, which is less than "
+            )
+            reason += "it can tell apart"
+            fields: dict[str, list[Any]] = {f"optimizer.{key}": [SLOWEST_BF16]}
+            fields["optimizer.moments_dtype"] = ["fp32"]
+            yield Problem("slow bf16 moments", f"optimizer.{key}", beta, reason, fields)
 
 
 def data(config: Config) -> Iterator[Problem]:

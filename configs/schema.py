@@ -317,6 +317,8 @@ class OptimizerConfig:
     adam_beta1: Annotated[float, Limits(0, 0.999999)] = 0.9
     adam_beta2: Annotated[float, Limits(0, 0.999999)] = 0.95
     adam_eps: Scale = 1e-8
+    # Of AdamW's two moments; bf16 halves them. Float64 training keeps float64 under fp32.
+    moments_dtype: Literal["fp32", "bf16"] = "fp32"
     weight_decay: Scale = 0.1
     clip_grad: Scale = 1.0
     phases: list[Phase] = field(default_factory=list)

@@ -322,7 +322,7 @@ def rank_memory(
     trained = parameters.trained
     matrices = _matrices(blocks)
     gradients = sharded(2, trained) * (4.0 if s.traits.fp32_gradients or not half else element)
-    state = 12.0 if half else 8.0  # float32 master weights and Adam's two moments
+    state = (4.0 if half else 0.0) + 2 * s.moment  # float32 master weights, Adam's two moments
     optimizer = np.where(s.layout.swap_optimizer, 0.0, sharded(1, trained) * state)
     if s.traits.transformer_engine and not s.model.lora_rank:
         gradients = gradients + element * total(matrices.values())

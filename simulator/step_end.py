@@ -29,10 +29,11 @@ class DataParallel:
 
 def optimizer_bytes(s: Shapes) -> float:
     """Bytes that norm, clipping and update move for each parameter. PyTorch's fused AdamW moves 28
-    alone; the norm 4, scaling by tokens and by the norm 8 each, 16-bit weights 6."""
+    alone, and 4 more for gradients that it scales; the norm 4, 16-bit weights 6."""
+    narrower = 4 * (4.0 - s.moment)  # two moments, read and written
     if s.torch_kernels:
-        return 54.0
-    return 34.0 if s.element < 4 else 32.0
+        return 42.0 - narrower
+    return (34.0 if s.element < 4 else 32.0) - narrower
 
 
 def data_parallel(parts: Parts, parameters: StageParameters, seconds: RankSeconds) -> DataParallel:
@@ -74,7 +75,8 @@ def data_parallel(parts: Parts, parameters: StageParameters, seconds: RankSecond
     clear: Array = np.where(layout.zero >= 2, held, parameters.total)
     optimizer = vector_seconds(hw, update + clear * element)
     if np.any(s.layout.swap_optimizer):  # states stream in and out, both ways at once
-        streaming = np.where(s.layout.swap_optimizer, 12.0 * held / host_bandwidth(hw), 0.0)
+        state = (4.0 + 2 * s.moment) * held
+        streaming = np.where(s.layout.swap_optimizer, state / host_bandwidth(hw), 0.0)
         optimizer = np.maximum(optimizer, streaming)
     optimizer = optimizer + hw.launch_us.step * 1e-6
     return DataParallel(reduce, optimizer, gather)

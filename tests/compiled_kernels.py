@@ -141,11 +141,24 @@ def routes(dtype: torch.dtype) -> None:
         routing.route(logits, given, rule)[0].sum().backward()
 
 
+def steps(dtype: torch.dtype) -> None:
+    from pangu.ops.adamw import Rule, State, Verdict
+    from pangu.ops.kernels import adamw
+
+    rule, one = Rule(1e-3, 0.9, 0.95, 1e-8, 0.1), torch.ones(1)
+    main, moment = torch.ones(4096), torch.ones(4096, dtype=dtype)
+    for weights in (main.bfloat16(),) if short else (main.bfloat16(), None):
+        for part in (slice(None),) if short else (slice(None), slice(1, None)):
+            tensors = (main, main, moment, moment, weights)
+            state = State(*(each if each is None else each[part] for each in tensors))
+            adamw.adamw([state], rule, Verdict(one, one, one))
+
+
 def main() -> None:
     JITFunction.run = compiled
     backends.select("cpu")
     for dtype in (torch.bfloat16,) if short else (torch.bfloat16, torch.float32):
-        for operator in (activations, norms, permutations, losses, choices, turns, routes):
+        for operator in (activations, norms, permutations, losses, choices, turns, routes, steps):
             operator(dtype)
     print(json.dumps(found))
 

@@ -59,7 +59,7 @@ def steps(overrides: list[str], world_size: int, count: int) -> list[tuple[float
     placement = ExpertPlacement(config, engine)
     for step in range(1, count + 1):
         engine.set_learning_rate(config.optimizer.lr)
-        result = engine.train_step(iterator, shape)
+        result = engine.train_step(iterator, shape)()
         if placement.active:
             placement.after_step(step, read_load(engine.chunks))
         ahead = () if result.mtp_loss is None else (result.mtp_loss,)

@@ -59,7 +59,7 @@ class Trained:
 
         size, length = micro_batches[0]["tokens"].shape
         shape = StepShape(len(micro_batches), size, length)
-        return self.engine.train_step(iter(micro_batches), shape)
+        return self.engine.train_step(iter(micro_batches), shape)()
 
 
 def build(overrides: list[str], world_size: int = 1) -> Trained:

@@ -1,8 +1,8 @@
 """What would make a host wait for its device, noticed on a CPU.
 
 On a device a step is a queue of kernels; whoever asks for a value (`item`, `tolist`, `nonzero`, a
-copy to the host) waits until the queue is empty. Here the questions are noticed where they are
-asked, with the line of the project or of the engine that asks.
+copy to the host), or has one copied there that is not pinned, waits until the queue is empty. Here
+this is noticed where it is done, with the line of the project or of the engine that does it.
 """
 
 import contextlib
@@ -54,6 +54,32 @@ def _note(found: list[str], name: str) -> None:
     found.append(f"{file} {asking[-1].name}: {name}")
 
 
+def _noting_copies(found: list[str]):
+    """`Tensor.to` another device, which waits for it unless it is told not to."""
+    move = torch.Tensor.to
+
+    def to(tensor, *given, **named):
+        where = [named.get("device"), *given]
+        moves = any(isinstance(each, str | torch.device) for each in where)
+        if moves and not named.get("non_blocking"):
+            _note(found, "to")
+        return move(tensor, *given, **named)
+
+    return to
+
+
+def _noting_makers(found: list[str]):
+    """`torch.tensor`, which copies from the host to the device."""
+    make = torch.tensor
+
+    def tensor(*given, **named):
+        if named.get("device") is not None:
+            _note(found, "tensor")
+        return make(*given, **named)
+
+    return tensor
+
+
 @contextlib.contextmanager
 def noticed() -> Iterator[list[str]]:
     """Every question inside, as `file function: operator`, in order."""
@@ -71,5 +97,7 @@ def noticed() -> Iterator[list[str]]:
     with contextlib.ExitStack() as stack:
         for name in READING:
             stack.enter_context(patch.object(torch.Tensor, name, noting(name)))
+        stack.enter_context(patch.object(torch.Tensor, "to", _noting_copies(found)))
+        stack.enter_context(patch.object(torch, "tensor", _noting_makers(found)))
         stack.enter_context(_Asked(found))
         yield found

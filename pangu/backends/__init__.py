@@ -23,6 +23,7 @@ class Operators:
     """The variant of each operator: the part of its function's name behind the operator's, in
     `pangu/ops/<operator>.py`."""
 
+    adamw: Literal["torch", "fused", "triton"]
     attention: Literal["sdpa", "npu"]
     choice: Literal["torch", "triton"]
     cross_entropy: Literal["blocks", "triton"]

@@ -148,6 +148,7 @@ def create(local_rank: int) -> Backend:
         asynchronous=False,
         block_elements=2**18,
         operators=Operators(
+            adamw="fused",
             attention="sdpa",
             choice="torch",
             cross_entropy="blocks",

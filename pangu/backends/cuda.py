@@ -28,6 +28,7 @@ BF16_PEAKS = {
 
 # Without our own kernels.
 PLAIN = Operators(
+    adamw="fused",
     attention="sdpa",
     choice="torch",
     cross_entropy="blocks",
@@ -42,6 +43,7 @@ PLAIN = Operators(
 )
 OURS = replace(
     PLAIN,
+    adamw="triton",
     choice="triton",
     cross_entropy="triton",
     permute="triton",

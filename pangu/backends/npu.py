@@ -70,6 +70,7 @@ def create(local_rank: int) -> Backend:
         asynchronous=True,
         block_elements=None,
         operators=Operators(
+            adamw="torch",
             attention="npu",
             choice="torch",
             cross_entropy="blocks",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -38,6 +38,15 @@ class StepResult:
     mtp_loss: float | None = None
 
 
+def step_result(told: list[float]) -> StepResult:
+    """From what a device tells: the sum of losses, their tokens, the norm of the gradients, 1 where
+    the step was skipped, and the mean of further losses where there are any."""
+    total, tokens, norm, skipped, *further = told
+    loss = total / tokens if tokens else float("nan")
+    norm = float("nan") if skipped else norm
+    return StepResult(loss, norm, int(tokens), bool(skipped), *further)
+
+
 class Engine(Protocol):
     """This rank's share of a model in training. Process groups exist; every method is collective
     but `set_learning_rate`."""
@@ -58,10 +67,10 @@ class Engine(Protocol):
     def set_learning_rate(self, lr: float) -> None:
         """Use `lr` in the next step."""
 
-    def train_step(self, batches: Iterator[Batch], shape: StepShape) -> StepResult:
+    def train_step(self, batches: Iterator[Batch], shape: StepShape) -> Callable[[], StepResult]:
         """One optimizer step on this replica's next micro-batches. A non-finite loss or gradient
         on any rank leaves everything as it was: weights, moments, the steps that they count, the
-        balancing bias."""
+        balancing bias. Asking what it did waits for the device."""
 
     def evaluate(self, batches: Iterator[Batch], shape: StepShape) -> float:
         """Mean cross-entropy per token, in nats, over the next global batch; nothing is

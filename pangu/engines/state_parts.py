@@ -52,7 +52,8 @@ class Part:
         return flat[self.offset : self.offset + self.end - self.start]
 
     def whole(self, name: str) -> torch.Tensor:
-        """The main copy or a moment in the parameter's shape. Collective over `group`.
+        """The main copy or a moment in the parameter's shape, in float32 or wider. Collective over
+        `group`.
 
         What must be gathered comes to the host, so that saving takes one whole parameter's room on
         the device and not three copies of the model.
@@ -60,7 +61,8 @@ class Part:
         local = self.local(name)
         if self.group is None or self.group.size() == 1:
             assert local is not None
-            return local.detach().view(self.parameter.shape)
+            # Moments in 16 bits are told in 32, as ranks that gather them tell them.
+            return local.detach().view(self.parameter.shape).to(_wide(local.dtype))
         double = self.parameter.dtype is torch.float64
         dtype, bits = (torch.float64, torch.int64) if double else (torch.float32, torch.int32)
         whole = torch.zeros(self.parameter.shape, dtype=dtype, device=self.parameter.device)
@@ -78,6 +80,10 @@ class Part:
                 local.view(-1).copy_(whole.reshape(-1)[self.start : self.end])
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
 def initialize(everything: list[Part]) -> None:
     """Give a fresh AdamW the zero moments that its first step would make."""
     for part in everything:
@@ -86,8 +92,9 @@ def initialize(everything: list[Part]) -> None:
         if _counts_per_parameter(part.adam):
             state["step"] = torch.tensor(0.0)
         for name in MOMENTS:
-            updated = part.main if part.flat is None else part.flat
-            state[name] = torch.zeros_like(updated.detach())
+            updated = (part.main if part.flat is None else part.flat).detach()
+            dtype = getattr(part.adam, "moments", None)
+            state[name] = torch.zeros_like(updated, dtype=dtype)
 
 
 def optimizer_step(everything: list[Part]) -> int:

@@ -11,21 +11,21 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 
-def balance(chunks: list[Any], update_rate: float, *, skipped: bool) -> None:
+def balance(chunks: list[Any], update_rate: float, *, skipped: torch.Tensor | bool) -> None:
     """After a step: b_i += rate * sign(mean count - count of i) in every router that has a bias,
-    and counting starts anew. A skipped step moves nothing. Collective over the ranks that see
-    different tokens."""
+    and counting starts anew. A step that was `skipped`, on a device 1 `[1]`, moves nothing.
+    Collective over the ranks that see different tokens."""
     modules: Iterable[Any] = (module for chunk in chunks for module in chunk.modules())
     routers = [m for m in modules if getattr(m, "local_tokens_per_expert", None) is not None]
     if not routers:
         return
     with torch.no_grad():
-        if not skipped:
-            counts_LE = torch.stack([router.local_tokens_per_expert for router in routers])
-            group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-            dist.all_reduce(counts_LE, group=group)
-            moves = torch.sign(counts_LE.mean(dim=-1, keepdim=True) - counts_LE) * update_rate
-            for router, move_E in zip(routers, moves, strict=True):
-                router.expert_bias += move_E
+        counts_LE = torch.stack([router.local_tokens_per_expert for router in routers])
+        group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+        dist.all_reduce(counts_LE, group=group)
+        rate = update_rate * (1.0 - skipped)
+        moves = torch.sign(counts_LE.mean(dim=-1, keepdim=True) - counts_LE) * rate
+        for router, move_E in zip(routers, moves, strict=True):
+            router.expert_bias += move_E
         for router in routers:
             router.local_tokens_per_expert.zero_()

@@ -5,7 +5,7 @@ Shapes: E experts, K choices per token.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.utils import get_model_config
 
+from configs.schema import MoEConfig
 from pangu import backends
+from pangu.backends.copies import read_later
 
 
 class LayerLoad:
@@ -46,14 +48,20 @@ class RoutingLoad:
 
 
 def read_load(chunks: Sequence[torch.nn.Module]) -> RoutingLoad | None:
-    """Sum over all ranks what their routers saw since the last call, and start anew.
+    """`launch_load`, waited for."""
+    return launch_load(chunks)()
+
+
+def launch_load(chunks: Sequence[torch.nn.Module]) -> Callable[[], RoutingLoad | None]:
+    """Sum over all ranks what their routers saw since the last call, and start anew; the sums are
+    read by whoever calls what is returned.
 
     A collective over the whole world, to be called by every rank, with its model chunks. None for
     a dense model.
     """
     config = get_model_config(chunks[0])
     if not config.num_moe_experts:
-        return None
+        return lambda: None
     layers = config.num_layers + (config.mtp_num_layers or 0)
     device = backends.current().device
     counts = torch.zeros(layers, config.num_moe_experts, dtype=torch.int64, device=device)
@@ -67,10 +75,14 @@ def read_load(chunks: Sequence[torch.nn.Module]) -> RoutingLoad | None:
             load.clear()
     for values in (counts, losses):
         dist.all_reduce(values)
-    counts, losses = counts.cpu(), losses.cpu()
-    present = [layer for layer in range(layers) if losses[layer, 2] > 0]
+    read_counts, read_losses = read_later(counts), read_later(losses)
+    return lambda: _load(read_counts(), read_losses(), config.moe)
+
+
+def _load(counts: torch.Tensor, losses: torch.Tensor, moe: MoEConfig) -> RoutingLoad:
+    """From sums by layer on the host: choices, and those of `LayerLoad.losses`."""
+    present = [layer for layer in range(len(losses)) if losses[layer, 2] > 0]
     means = losses[present, :2].sum(dim=0) / losses[present, 2].sum().clamp(min=1)
-    moe = config.moe
     return RoutingLoad(
         {layer + 1: counts[layer] for layer in present},
         aux_loss=means[0].item() / (moe.aux_loss_coefficient or 1.0),

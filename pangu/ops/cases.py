@@ -9,6 +9,7 @@ import torch
 
 from pangu import backends
 from pangu.ops import (
+    adamw,
     attention,
     choice,
     cross_entropy,
@@ -108,7 +109,24 @@ def cases() -> Iterator[Case]:
         (randn(tokens, experts),),
     )
     yield from _lost(randn)
+    yield Case(
+        "adamw",
+        lambda *given: _updated(adamw.adamw, *given),
+        lambda *given: _updated(adamw.adamw_reference, *given),
+        (randn(7, 40), randn(7, 40), randn(7, 40), randn(7, 40).square() + 0.1),
+    )
     yield from _routed_turned_and_attended(randn)
+
+
+def _updated(form: Callable[..., None], *given: Tensor) -> Tensor:
+    """Main copy and moments after a step, which have no gradient, beside the inputs, which do. Main
+    copy and gradient are in float32 or wider, moments as they come."""
+    main, gradient, exp_avg, exp_avg_sq = (each.detach().clone() for each in given)
+    wide = torch.promote_types(main.dtype, torch.float32)
+    state = adamw.State(main.to(wide), gradient.to(wide), exp_avg, exp_avg_sq, None)
+    told = (torch.full((1,), value, device=main.device) for value in (3.0, 0.5, 0.0))
+    form([state], adamw.Rule(1e-2, 0.9, 0.95, 1e-8, 0.1), adamw.Verdict(*told))
+    return torch.stack((state.main, exp_avg.to(wide), exp_avg_sq.to(wide))) + sum(given)
 
 
 def _lost(randn: Callable[..., Tensor]) -> Iterator[Case]:

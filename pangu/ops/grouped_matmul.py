@@ -83,7 +83,7 @@ class Fused:
     def weights(x_NI: torch.Tensor, y_NO: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
         out = F.grouped_mm(x_NI.t(), y_NO, offs=_ends(counts_E, x_NI))
         # A kernel that sees no rows may leave its block unwritten.
-        return out.masked_fill_((counts_E == 0).to(out.device)[:, None, None], 0)
+        return out.masked_fill_((counts_E == 0).to(out.device, non_blocking=True)[:, None, None], 0)
 
     @staticmethod
     def fits(x_NI: torch.Tensor, w_EIO: torch.Tensor) -> bool:
@@ -122,7 +122,7 @@ def _npu_grouped_matmul(
 
 
 def _ends(counts_E: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return counts_E.to(like.device).cumsum(0).to(torch.int32)
+    return counts_E.to(like.device, non_blocking=True).cumsum(0).to(torch.int32)
 
 
 class _GroupedMatmul(torch.autograd.Function):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,8 +11,6 @@ import torch.distributed as dist
 from configs.dispatch import explained
 from configs.schema import Config
 from configs.violation import ConfigError, Violation
-from pangu import backends
-from pangu.backends.whereabouts import here
 from pangu.checkpoint import restore
 from pangu.checkpoint.run_state import RunState
 from pangu.checkpoint.saver import Saved, Saver
@@ -21,16 +18,17 @@ from pangu.data.datasets import Datasets, batches, build_datasets, sequences_hel
 from pangu.engines.contract import Batch, Engine, StepShape
 from pangu.engines.placement import ExpertPlacement
 from pangu.engines.ranks import from_rank_0, say
-from pangu.moe.load import read_expert_bias, read_load
+from pangu.moe.load import read_expert_bias
 from pangu.report.run_files import read_metrics
 from pangu.training import pace, schedule
 from pangu.training.expert_load import LoadWindow
 from pangu.training.forecast import announce, compare, forecast
-from pangu.training.metrics import MetricsFile, describe_run, step_row
+from pangu.training.metrics import MetricsFile, describe_run
 from pangu.training.pace import Pace
 from pangu.training.profile import Profile
 from pangu.training.progress import Progress
 from pangu.training.resilience import Diverged, SkippedSteps, StopSignal
+from pangu.training.under_way import Planned, StepsUnderWay
 from simulator.api import Forecast
 
 LOAD_INTERVAL = 100  # steps over which an expert that nobody chose counts as dead
@@ -58,7 +56,13 @@ class Trainer:
         self.leaving, self.save_error = False, ""
         self.last_validated = -1
         self.pace = Pace(self.engine.replicas())
-        self.profile = Profile(self.config)
+        self.under_way = StepsUnderWay(
+            self.config,
+            self.engine,
+            placement=self.placement,
+            profile=Profile(self.config),
+            stop=self.stop,
+        )
 
     def train(self) -> int:
         """Run from the current state to the last step, or until told to stop; the exit code.
@@ -85,14 +89,13 @@ class Trainer:
             if repeated := self.repeated_validation():
                 progress.warn(repeated)
             train_batches = self.train_batches()
-            while self.state.step < self.config.train.steps and not self.stop.agreed():
+            while self.state.step < self.config.train.steps and not self.stopping():
                 if self.enter_phase():
                     train_batches = self.train_batches()
-                beside = self.beside()
-                row = self.one_step(train_batches) | beside
-                self.metrics.write(row)
-                progress.show(row)
+                self.one_step(train_batches)
+                self.read_steps(progress, 0 if self.must_know() else self.under_way.ahead)
                 if self.skipped.too_many():
+                    self.read_steps(progress)
                     self.roll_back()
                     train_batches = self.train_batches()
                     continue
@@ -105,6 +108,7 @@ class Trainer:
                 if self.datasets.validation and self.due(self.config.train.validate_every):
                     self.validate(progress)
                 self.save_if_due()
+            self.read_steps(progress)
             if isinstance(expected, Forecast) and rank == 0:
                 rows = [row for row in read_metrics(self.metrics.path) if row["step"] > first_step]
                 if line := compare(expected, rows):
@@ -276,39 +280,44 @@ class Trainer:
         step = self.state.step
         return bool(every) and (step % every == 0 or step == self.config.train.steps)
 
-    def one_step(self, train_batches: Iterator[Batch]) -> dict[str, Any]:
-        """Take one step and describe it."""
-        started, waited = time.perf_counter(), here.waited
-        here.step = self.state.step + 1
-        lr = schedule.learning_rate(self.config, self.state.step)
-        self.engine.set_learning_rate(lr)
-        shape = self.shape()
-        sequences = schedule.global_batch_size(self.config, self.phase.phase)
-        with self.profile.of(self.state.step + 1):
-            result = self.engine.train_step(train_batches, shape)
-            load = read_load(self.engine.chunks)
-            placed = self.placement.after_step(self.state.step + 1, load)
-            backends.current().synchronize()
-        seconds = time.perf_counter() - started
-        self.pace.add(seconds - (here.waited - waited))
-        self.state.step += 1
-        self.state.consumed_sequences += sequences
-        self.state.skipped_steps += result.skipped
-        self.skipped.count(result.skipped)
-        if load:
-            self.load.add(self.state.step, load.counts)
-        row = step_row(
-            self.config,
-            result,
-            load,
-            step=self.state.step,
-            learning_rate=lr,
-            seconds=seconds,
-            sequences=sequences,
-            seq_length=shape.seq_length,
+    def one_step(self, train_batches: Iterator[Batch]) -> None:
+        """Queue a step; `read_steps` reads what it did."""
+        planned = Planned(
+            step=self.state.step + 1,
+            learning_rate=schedule.learning_rate(self.config, self.state.step),
+            sequences=schedule.global_batch_size(self.config, self.phase.phase),
+            shape=self.shape(),
+            beside=self.beside(),
         )
-        skipped = {"skipped_steps": self.state.skipped_steps} if result.skipped else {}
-        return row | placed | skipped
+        self.under_way.launch(train_batches, planned)
+        self.state.step += 1
+        self.state.consumed_sequences += planned.sequences
+
+    def read_steps(self, progress: Progress, leave: int = 0) -> None:
+        """Take note of the steps that are over, but for the last `leave`."""
+        for over in self.under_way.read(leave):
+            step = over.row["step"]
+            self.pace.add(over.own_seconds)
+            self.state.skipped_steps += over.result.skipped
+            self.skipped.count(over.result.skipped)
+            if over.load:
+                self.load.add(step, over.load.counts)
+            if over.result.skipped:
+                over.row["skipped_steps"] = self.state.skipped_steps
+            self.metrics.write(over.row)
+            progress.show(over.row)
+
+    def must_know(self) -> bool:
+        """Whether what comes next needs to know what all steps did: whatever is written, compared
+        or judged. A step that is not finite is known before anything is saved."""
+        train, c, step = self.config.train, self.config.checkpoint, self.state.step
+        every = (pace.INTERVAL, LOAD_INTERVAL, train.validate_every)
+        saves = bool(c.save_every) and step // c.save_every > self.last_started // c.save_every
+        return saves or any(map(self.due, every)) or step >= train.steps
+
+    def stopping(self) -> bool:
+        """Whether all ranks know that they have been told to stop. Collective."""
+        return self.stop.heard() if self.under_way.ahead else self.stop.agreed()
 
     def shape(self) -> StepShape:
         """What this replica computes per step."""

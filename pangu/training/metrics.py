@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 import torch.distributed as dist
 
 from configs.schema import Config
@@ -43,10 +42,11 @@ def step_row(
     step: int,
     learning_rate: float,
     seconds: float,
+    memory_gib: float,
     sequences: int,
     seq_length: int,
 ) -> Row:
-    """Describe one step. A collective over the world (the peak memory is the fullest rank's).
+    """Describe one step; `memory_gib` is the fullest rank's peak.
 
     `tokens` counts those whose loss is trained on; FLOPs and routing see all of the batch. `mfu`
     is the fraction of the peak that the *active* parameters' FLOPs reach, recomputation not
@@ -70,7 +70,7 @@ def step_row(
         "tokens_per_second_per_device": result.tokens / seconds / devices,
         "model_tflops_per_device": tflops,
         **({"mfu": tflops / peak} if peak else {}),
-        "memory_gib": _largest(backends.current().memory_bytes() / 2**30),
+        "memory_gib": memory_gib,
     }
     return row | _routing(config, load, processed)
 
@@ -108,12 +108,6 @@ def describe_run(config: Config) -> str:
     if peak := peak_tflops(config):
         return f"{line}; MFU counts active parameters, against {peak:g} TFLOPS per device"
     return line
-
-
-def _largest(value: float) -> float:
-    tensor = torch.tensor([value], dtype=torch.float32, device=backends.current().device)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return tensor.item()
 
 
 class MetricsFile:

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from launch.environment import report_refusal
-from pangu import backends
 from pangu.backends import whereabouts
+from pangu.backends.copies import scalar
 
 
 class Diverged(Exception):
@@ -46,9 +46,21 @@ class StopSignal:
     def agreed(self) -> bool:
         """Whether any rank has been told to stop; once it was so, it stays so. Collective."""
         if not self._agreed:
-            flag = torch.tensor([float(self.requested)], device=backends.current().device)
-            dist.all_reduce(flag)
-            self._agreed = flag.item() > 0
+            self.hear(self.asked().item())
+        return self._agreed
+
+    def asked(self) -> torch.Tensor:
+        """How many ranks have been told to stop, on the device, `[1]`. Collective."""
+        flag = scalar(float(self.requested))
+        dist.all_reduce(flag)
+        return flag
+
+    def hear(self, told: float) -> None:
+        """Take note of what `asked` gave, which all ranks read at the same step."""
+        self._agreed = self._agreed or told > 0
+
+    def heard(self) -> bool:
+        """Whether all ranks know that they have been told to stop."""
         return self._agreed
 
 

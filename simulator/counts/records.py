@@ -123,6 +123,7 @@ class Shapes:
     communicator_bytes: float  # that the collective library keeps for every group
     backend: str = "cuda"  # of the machine
     links: Links = Links()  # noqa: RUF009 - frozen
+    moment: float = 4.0  # bytes of each of the optimizer's two moments
 
     @cached_property
     def dispatchers(self) -> np.ndarray:
@@ -187,6 +188,7 @@ def shapes(config: Config, layout: Layout) -> Shapes:
         machine.get("communicator_buffer_mb", 200.0) * 1e6,
         machine.get("backend", "cuda"),
         links(config),
+        2.0 if config.optimizer.moments_dtype == "bf16" else 4.0,
     )
 
 

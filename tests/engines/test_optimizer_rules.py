@@ -1,9 +1,14 @@
 """What AdamW does to which parameter, against plain torch, and that a skipped step does nothing."""
 
+from dataclasses import replace
+
 import gloo
+import in_interpreter  # noqa: F401 - before any kernel
 import pytest
 import torch
 from trained_model import build, micro_batch
+
+from pangu import backends
 
 RULES = ["optimizer.lr=0.1", "optimizer.weight_decay=0.5", "optimizer.clip_grad=1.0"]
 # Every parameter of the model with every feature, and whether it decays: matrices do.
@@ -101,6 +106,52 @@ def test_decay_wherever_the_optimizer_keeps_the_weights(overrides):
             assert ((ratio - expected).abs() <= tolerance).all(), name
 
 
+def followed(overrides: list[str], world_size: int) -> list[tuple[bool, bool, bool]]:
+    """After two steps on the plain form and on the kernel: whether weights are their main copies
+    rounded (in the interpreter: cut off), moments in bfloat16, and told in float32 to the bit."""
+    found = []
+    for form in ("fused", "triton"):
+        here = backends.current().operators
+        backends.use(replace(here, adamw=form))
+        model = build([*RULES, "optimizer.lr=0.01", *overrides], world_size)
+        for number in range(2):
+            model.step([micro_batch(number)])
+        backends.use(here)
+        near, narrow, whole = True, True, True
+        for part in (part for part in model.engine.state_parts() if part.main is not None):
+            weights = part.parameter.detach().view(-1)[part.start : part.end]
+            main = part.main.detach().view(-1)
+            near &= bool(((weights - main).abs() <= 2**-7 * main.abs()).all())
+            moment = part.local("exp_avg_sq")
+            narrow &= moment.dtype == torch.bfloat16
+        for part in model.engine.state_parts():
+            told = part.whole("exp_avg_sq")
+            kept = part.local("exp_avg_sq")
+            whole &= told.dtype == torch.float32
+            if kept is not None:
+                piece = told.view(-1)[part.start : part.end]
+                whole &= torch.equal(piece, kept.float().view(-1))
+        found.append((near, narrow, whole))
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_weights_follow_and_moments_are_narrow_wherever_they_are_kept(zero_stage):
+    overrides = [f"parallel.zero_stage={zero_stage}", "backend.precision=bf16"]
+    overrides += ["optimizer.moments_dtype=bf16"]
+    for found in gloo.run(2, followed, overrides, 2):
+        assert found == [(True, True, True)] * 2
+
+
+def test_the_norm_is_that_of_all_gradients():
+    gloo.single()
+    model = build(["optimizer.clip_grad=0"])
+    norm = model.step([micro_batch(1), micro_batch(2)]).grad_norm
+    gradients = [value.main_grad.flatten() for value in model.parameters().values()]
+    assert norm == pytest.approx(torch.cat(gradients).double().norm().item(), rel=1e-6)
+
+
 def test_three_steps_are_those_of_torch():
     """AdamW of torch with groups made by hand, on our gradients, clipped by hand."""
     gloo.single()
@@ -135,6 +186,7 @@ def everything(model) -> dict[str, torch.Tensor]:
         for index, state in enumerate(part.optimizer.state.values()):
             held |= {f"state {group}.{index}.{key}": value for key, value in state.items()}
         for index, parameters in enumerate(part.optimizer.param_groups):
+            held[f"step {group}.{index}"] = parameters.get("step", 0)
             for number, value in enumerate(parameters["params"]):
                 held[f"main {group}.{index}.{number}"] = value
     return held

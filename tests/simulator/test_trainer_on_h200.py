@@ -115,6 +115,29 @@ def test_elementwise_kernels() -> None:
     )
 
 
+def test_what_kernels_chunks_and_narrow_moments_take_away() -> None:
+    """Of Qwen3's four layers, as counted: nothing of this is measured on a GPU."""
+    plain = predict(load([*QWEN, *RUN]))
+    now = [*RUN, "simulation.chunked_cross_entropy=true"]
+    chunked = predict(load([*QWEN, *now]))
+    kernels = predict(load([*QWEN, *now, "simulation=kernels"]))
+    narrow = predict(load([*QWEN, *now, "simulation=kernels", "optimizer.moments_dtype=bf16"]))
+    tokens, hidden, vocabulary = 4 * 4096, 2048, 151936
+    # All logits in 16 and 32 bits, and the gradient's placeholder; or a chunk's in 16, 32 and 16
+    # bits beside the matrix's gradient in 32.
+    chunk = 4096
+    less = 6 * tokens * vocabulary + 2 * hidden * vocabulary - (8 * chunk + 4 * hidden) * vocabulary
+    found = (plain.peak_memory_gib - chunked.peak_memory_gib) * 2**30
+    assert found == pytest.approx(less, rel=0.01)
+    assert chunked.step_seconds == plain.step_seconds
+    names = {each.line.name for each in kernels.bill}
+    assert not {"moe.ties", "moe.plan"} & names
+    assert kernels.step_seconds < 0.85 * chunked.step_seconds
+    saved = (kernels.peak_memory_gib - narrow.peak_memory_gib) * 2**30
+    assert saved == pytest.approx(4 * 3.12e9, rel=0.02)
+    assert narrow.breakdown["optimizer"] < kernels.breakdown["optimizer"]
+
+
 def test_traits_of_other_engines_take_these_kernels_away() -> None:
     ours = predict(load([*QWEN, *RUN]))
     fused = predict(load([*QWEN, *RUN, "simulation=fused"]))

@@ -1,4 +1,4 @@
-"""On a GPU a MoGE step's host does not wait for its device between first kernel and loss."""
+"""On a GPU a MoGE step's host does not wait for its device, from the first kernel to the last."""
 
 from unittest.mock import patch
 
@@ -24,7 +24,8 @@ SMALL = [
 
 
 def asked(overrides):
-    """What the host asks in the second step: inside the passes of its micro-batches, and after."""
+    """What the host asks in the second step: inside the passes of its micro-batches, and in all of
+    it, until it asks what the step did."""
     inside, after, schedule = [], [], engine.run_schedule
 
     def passes(*given, **named):
@@ -48,17 +49,9 @@ def asked(overrides):
     return inside[1], after[1]
 
 
-AFTER = [  # the norm of dense and of expert gradients, whether all is finite, what is reported
-    "megatron/core/optimizer/clip_grads.py get_grad_norm_fp32: _local_scalar_dense",
-    "megatron/core/optimizer/clip_grads.py get_grad_norm_fp32: _local_scalar_dense",
-    "pangu/engines/megatron/optimizer.py apply_gradients: _local_scalar_dense",
-    "pangu/engines/megatron/engine.py train_step: tolist",
-]
-
-
 @pytest.mark.parametrize("router", ["moge", "top_k"])
 def test_nobody_asks_between_the_first_kernel_and_the_loss(router):
-    """On the operators that a GPU has; afterwards, of a whole step, four times."""
+    """On the operators that a GPU has; nor afterwards, until it asks what the step did."""
     select_backend("cpu")
     here = backends.current().operators
     backends.use(cuda.OURS)
@@ -67,7 +60,7 @@ def test_nobody_asks_between_the_first_kernel_and_the_loss(router):
     finally:
         backends.use(here)
     assert inside == []
-    assert whole == AFTER
+    assert whole == []
 
 
 def test_questions_are_noticed():
@@ -77,22 +70,15 @@ def test_questions_are_noticed():
         x.nonzero()
         x.tolist()
         x.cpu()
-        torch.ones(2).sum()
+        x.to("cpu")
+        torch.tensor([1.0], device="cpu")
+        x.to("cpu", non_blocking=True)
+        torch.ones(2).sum().to(torch.float64)
     assert [each.rpartition(": ")[2] for each in found] == [
         "_local_scalar_dense",
         "nonzero",
         "tolist",
         "cpu",
+        "to",
+        "tensor",
     ]
-
-
-def test_the_norm_of_gradients_is_found_in_one_question():
-    from megatron.core.optimizer import clip_grads
-
-    select_backend("cpu")
-    gradients = [torch.randn(3, 4), torch.randn(5), torch.randn(1)]
-    with waits.noticed() as found:
-        norm, _ = clip_grads.l2_norm_impl(0, None, [gradients], False)
-    assert found == []
-    expected = torch.cat([each.flatten() for each in gradients]).norm()
-    torch.testing.assert_close(norm, expected.reshape(1))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import shutil
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from itertools import islice
@@ -116,7 +116,7 @@ class DeepSpeedEngine:
         for group in self.adam.param_groups:
             group["lr"] = lr
 
-    def train_step(self, batches: Iterator[Batch], shape: StepShape) -> StepResult:
+    def train_step(self, batches: Iterator[Batch], shape: StepShape) -> Callable[[], StepResult]:
         if self.drive:
             self.drive.put_back()
         micro_batches = list(islice(batches, shape.num_microbatches))
@@ -144,7 +144,9 @@ class DeepSpeedEngine:
         skipped = grad_norm is None
         balance(self.chunks, self.settings.moe.expert_bias_update_rate, skipped=skipped)
         norm = float("nan") if grad_norm is None else grad_norm
-        return StepResult(loss.item(), norm, int(total[1]), skipped, ahead)
+        further = None if ahead is None else ahead.item()
+        result = StepResult(loss.item(), norm, int(total[1]), skipped, further)
+        return lambda: result
 
     def evaluate(self, batches: Iterator[Batch], shape: StepShape) -> float:
         self.replica.eval()

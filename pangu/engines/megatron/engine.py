@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -15,7 +15,8 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.utils import get_model_config
 
 from configs.schema import Config
-from pangu.engines.contract import Batch, StepResult, StepShape
+from pangu.backends.copies import read_later
+from pangu.engines.contract import Batch, StepResult, StepShape, step_result
 from pangu.engines.megatron import optimizer_state
 from pangu.engines.megatron.optimizer import (
     apply_gradients,
@@ -64,7 +65,7 @@ class MegatronEngine:
     def set_learning_rate(self, lr: float) -> None:
         set_learning_rate(self.optimizer, lr)
 
-    def train_step(self, batches: Iterator[Batch], shape: StepShape) -> StepResult:
+    def train_step(self, batches: Iterator[Batch], shape: StepShape) -> Callable[[], StepResult]:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -74,14 +75,14 @@ class MegatronEngine:
         total = run_schedule(self.chunks, micro_batches, shape)
         loss = total[0] / total[1]
         ahead = mtp_loss(self.chunks, settings.step)
-        grad_norm = apply_gradients(self.optimizer, loss)
+        norm, bad = apply_gradients(self.optimizer, loss, settings.step.trained)
         if self.state_file:
             self.state_file.put_away(torch_optimizers(self.optimizer))
-        skipped = grad_norm is None
-        balance(self.chunks, settings.moe.expert_bias_update_rate, skipped=skipped)
-        norm = float("nan") if grad_norm is None else grad_norm
-        lost, tokens = torch.stack((loss, total[1])).tolist()  # one wait for the device
-        return StepResult(lost, norm, int(tokens), skipped, ahead)
+        balance(self.chunks, settings.moe.expert_bias_update_rate, skipped=bad)
+        told = [total.double(), norm.double(), bad.double()]
+        told += [] if ahead is None else [ahead.double().reshape(1)]
+        values = read_later(torch.cat(told))
+        return lambda: step_result(values().tolist())
 
     def evaluate(self, batches: Iterator[Batch], shape: StepShape) -> float:
         for chunk in self.chunks:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -15,11 +13,13 @@ from megatron.core.distributed import (
 )
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from configs.schema import Config
 from pangu import backends
+from pangu.engines.megatron import optimizer_state
+from pangu.engines.megatron.adamw import AdamW
 from pangu.model.transformer_config import PanguTransformerConfig
+from pangu.ops.total_norm import total_norm
 
 
 def wrap_model(
@@ -49,25 +49,11 @@ def wrap_model(
     return wrapped
 
 
-def finalize(
-    chunks: list[DistributedDataParallel], tokens: torch.Tensor | None, **others: Any
-) -> None:
-    """Gradients of a global batch, summed over all ranks and divided by its tokens: `tokens`, int
-    of one element, of this rank, which only last stages have; None leaves them sums.
-
-    The engine asks on the host whether there are any tokens, and waits for the device; without any
-    there is no gradient either.
-    """
+def finalize(chunks: list[DistributedDataParallel], tokens: Any, **others: Any) -> None:
+    """Gradients of a global batch, summed over all ranks. The engine would divide them by its
+    tokens in a pass of their own, and ask on the host whether there are any: AdamW does as it
+    reads."""
     finalize_model_grads(chunks, None, **others)
-    if tokens is None:
-        return
-    last = parallel_state.get_pipeline_model_parallel_last_rank()
-    dist.broadcast(tokens, last, parallel_state.get_pipeline_model_parallel_group())
-    dist.all_reduce(
-        tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
-    )
-    for chunk in chunks:
-        chunk.scale_gradients(1.0 / tokens.clamp(min=1))
 
 
 def shards_optimizer(config: Config) -> bool:
@@ -104,10 +90,17 @@ def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Ch
     for group in optimizer.param_groups:
         # The engine leaves this product to its own scheduler, which is not used here.
         group["weight_decay"] = o.weight_decay * group["wd_mult"]
-    if backends.current().fused_adamw:
-        for group in optimizer.param_groups:
-            group["fused"] = True
+    moments = torch.bfloat16 if o.moments_dtype == "bf16" else None
+    for part in optimizer.chained_optimizers:
+        if part.optimizer is not None:
+            groups, weights = part.optimizer.param_groups, optimizer_state.weights_of(part)
+            part.optimizer = AdamW(groups, moments, weights)
+            part._copy_main_params_to_model_params = _already_copied
     return optimizer
+
+
+def _already_copied() -> None:
+    """Weights in 16 bits are written where their main copies are."""
 
 
 def set_learning_rate(optimizer: ChainedOptimizer, lr: float) -> None:
@@ -116,28 +109,43 @@ def set_learning_rate(optimizer: ChainedOptimizer, lr: float) -> None:
         group["lr"] = lr * group.get("lr_mult", 1.0)
 
 
-def torch_optimizers(optimizer: ChainedOptimizer) -> list[torch.optim.Optimizer]:
+def torch_optimizers(optimizer: ChainedOptimizer) -> list[AdamW]:
     """Those that hold the moments."""
     return [part.optimizer for part in optimizer.chained_optimizers if part.optimizer is not None]
 
 
-@torch.no_grad()
-def apply_gradients(optimizer: ChainedOptimizer, loss: torch.Tensor) -> float | None:
-    """Clip the gradients and step; their norm before clipping, over all ranks.
+def gradient_norm(optimizer: ChainedOptimizer) -> torch.Tensor:
+    """Of all gradients, as they lie, over all ranks, `[1]` on the device, at least float32.
+    Collective."""
+    squares = torch.zeros(1, device=backends.current().device)
+    for part in optimizer.chained_optimizers:
+        square = total_norm(part.get_main_grads_for_grad_norm()).square().reshape(1)
+        dist.all_reduce(square, group=part.get_grad_stats_parallel_group())
+        squares = squares + square
+    return squares.sqrt()
 
-    None, and nothing has changed, where the loss or a gradient of any rank is not finite: neither
-    an infinity nor a NaN can hide in the norm, which is needed anyway.
+
+@torch.no_grad()
+def apply_gradients(
+    optimizer: ChainedOptimizer, loss: torch.Tensor, tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Divide the gradients by the `tokens` of the global batch, clip them and step. (Their norm
+    before clipping, over all ranks; 1 where nothing has changed, else 0), each `[1]` on the device.
+    Collective.
+
+    Nothing changes where the loss or a gradient of any rank is not finite: neither an infinity nor
+    a NaN can hide in the norm, which is needed anyway.
     """
     optimizer.prepare_grads()
-    norm = optimizer.get_grad_norm()
-    bad = (~torch.isfinite(loss)).any().float().reshape(1)
-    bad += not math.isfinite(norm)
-    dist.all_reduce(bad)
-    if bad.item():
-        return None
-    for part in optimizer.chained_optimizers:
-        parameters = part.get_parameters()
-        if parameters and part.config.clip_grad > 0:
-            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
+    part = 1 / tokens.clamp(min=1).float()
+    norm = gradient_norm(optimizer) * part
+    finite = torch.isfinite(norm) & torch.isfinite(loss)
+    unlike = (~finite).float()
+    dist.all_reduce(unlike)
+    bad = (unlike > 0).float()
+    limit = optimizer.config.clip_grad
+    clip = (limit / (norm + 1e-6)).clamp(max=1).float() if limit > 0 else torch.ones_like(bad)
+    for adam in torch_optimizers(optimizer):
+        adam.clip, adam.bad = clip * part, bad
     optimizer.step_with_ready_grads()
-    return norm
+    return norm, bad

@@ -14,6 +14,30 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from pangu.engines.state_parts import Part
 
 
+def weights_of(optimizer: Any) -> dict[torch.Tensor, torch.Tensor]:
+    """The 16-bit weights of each main copy, or of this rank's piece of one, in one optimizer."""
+    if isinstance(optimizer, DistributedOptimizer):
+        return dict(_pieces(optimizer))
+    if not isinstance(optimizer, Float16OptimizerWithFloat16Params):
+        return {}
+    groups = zip(optimizer.fp32_from_float16_groups, optimizer.float16_groups, strict=True)
+    return {
+        main: weights.detach()
+        for mains, models in groups
+        for main, weights in zip(mains, models, strict=True)
+    }
+
+
+def _pieces(optimizer: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    groups = (optimizer.shard_fp32_from_float16_groups, optimizer.model_float16_groups)
+    for mains, models in zip(*groups, strict=True):
+        for main, model in zip(mains, models, strict=True):
+            place = optimizer._get_model_param_range_map(model)["gbuf_world_in_bucket"]
+            number, _, bucket = optimizer.model_param_gbuf_map[model]
+            weights = optimizer.buffers[number].buckets[bucket].param_data.view(-1)
+            yield main, weights[place.start : place.end]
+
+
 def parts(optimizer: ChainedOptimizer) -> list[Part]:
     """One part per parameter, in the same order on all ranks that share the parameters."""
     chained: list[Any] = optimizer.chained_optimizers

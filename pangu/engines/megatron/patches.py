@@ -19,7 +19,6 @@ import torch
 from pangu.backends import InPlaceOfCuda
 from pangu.ops.rotary import rotary
 from pangu.ops.swiglu import swiglu
-from pangu.ops.total_norm import total_norm
 
 
 @dataclass(frozen=True)
@@ -110,34 +109,6 @@ def _real_wrappers_alone(holder: Any, name: str, stand_in: InPlaceOfCuda | None)
     setattr(holder, name, getattr(holder, name) and isinstance(holder.TELinear, type))
 
 
-def _scale_in_place(holder: Any, name: str, stand_in: InPlaceOfCuda | None) -> None:
-    if getattr(holder, name) is holder.local_multi_tensor_scale:
-        setattr(holder, name, _multi_tensor_scale)
-
-
-def _multi_tensor_scale(
-    chunk_size: int, overflow: torch.Tensor, lists: list[list[torch.Tensor]], scale: float
-) -> None:
-    """lists[1] = lists[0] * scale; clipping passes the same tensors twice."""
-    for source, target in zip(*lists, strict=True):
-        if source is target:
-            target.mul_(scale)
-        else:
-            torch.mul(source, scale, out=target)
-
-
-def _norm_on_device(holder: Any, name: str, stand_in: InPlaceOfCuda | None) -> None:
-    if getattr(holder, name) is holder.local_multi_tensor_l2_norm:
-        setattr(holder, name, _multi_tensor_l2_norm)
-
-
-def _multi_tensor_l2_norm(
-    chunk_size: int, overflow: torch.Tensor, lists: list[list[torch.Tensor]], per_tensor: bool
-) -> tuple[torch.Tensor, None]:
-    """The norm of all tensors together, `[1]`."""
-    return total_norm([tensor for tensors in lists for tensor in tensors]).reshape(1).float(), None
-
-
 def _our_rotary(holder: Any, name: str, stand_in: InPlaceOfCuda | None) -> None:
     theirs = getattr(holder, name)
 
@@ -205,21 +176,6 @@ PATCHES = (
         "isinstance(module, None)",
         _real_wrappers_alone,
         "tests/model/test_against_transformers.py",
-    ),
-    Patch(
-        "optimizer.clip_grads:multi_tensor_scale_impl",
-        "everywhere",
-        "without apex or Transformer Engine it multiplies into new tensors and copies back",
-        _scale_in_place,
-        "tests/engines/test_patches.py",
-    ),
-    Patch(
-        "optimizer.clip_grads:l2_norm_impl",
-        "everywhere",
-        "without apex or Transformer Engine each tensor's norm is a wait for the device; "
-        "a CPU's norm of a large tensor is wrong in the fifth digit",
-        _norm_on_device,
-        "tests/engines/test_patches.py",
     ),
     Patch(
         "models.common.embeddings.rope_utils:_apply_rotary_pos_emb_bshd",

@@ -14,6 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config, unwrap_model
 
 from pangu import backends
+from pangu.backends.copies import to_device
 from pangu.engines.contract import Batch, StepShape
 from pangu.engines.megatron.process_groups import sum_over_losses
 from pangu.model.leap_heads import LeapTargets, leap_targets
@@ -57,7 +58,7 @@ def forward_step(
 
     `settings` are the model's own, where what wraps it has a `config` of another kind.
     """
-    batch = {name: tensor.to(backends.current().device) for name, tensor in next(batches).items()}
+    batch = {name: to_device(tensor) for name, tensor in next(batches).items()}
     document_ids = batch.pop("document_ids", None)  # all positions, on every context rank
     further = _leap_targets(batch, settings or get_model_config(model))
     batch.pop("documents", None)
@@ -129,14 +130,15 @@ def count_tokens(micro_batches: list[Batch], settings: PanguTransformerConfig) -
     Collective over the data-parallel ranks."""
     counts = torch.stack([_labels(batch, settings) for batch in micro_batches]).sum(dim=0)
     group = parallel_state.get_data_parallel_group()
-    tokens = counts.to(backends.current().device, torch.float32)
+    tokens = to_device(counts.float())
     dist.all_reduce(tokens, group=group)
     return StepTokens(tokens[0], tokens[1:], len(micro_batches) * group.size())
 
 
-def mtp_loss(chunks: list[Any], step: StepTokens) -> float | None:
+def mtp_loss(chunks: list[Any], step: StepTokens) -> torch.Tensor | None:
     """Mean of the depths' losses over the global batch since the last call, or of the leap heads'
-    beside the model's own; None for a model without either. Collective over the world."""
+    beside the model's own, of no dimension, on the device; None for a model without either.
+    Collective over the world."""
     if not step.mtp.numel():
         return None
     sums = torch.zeros(step.mtp.numel(), dtype=torch.float64, device=step.mtp.device)
@@ -144,4 +146,4 @@ def mtp_loss(chunks: list[Any], step: StepTokens) -> float | None:
         model = unwrap_model(chunk)
         sums += model.mtp_sums
         model.mtp_sums.zero_()
-    return (sum_over_losses(sums) / step.mtp.clamp(min=1)).mean().item()
+    return (sum_over_losses(sums) / step.mtp.clamp(min=1)).mean()
