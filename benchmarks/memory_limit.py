@@ -1,7 +1,8 @@
 """`memory=auto` beside what a whole process takes: the peak of its resident set under some limits,
-and the plan's. One process on a CPU, float32; six steps of each run.
+and the plan's. Processes of a CPU, float32, several with as many parts of the experts; six steps of
+each run.
 
-    python benchmarks/memory_limit.py
+    python benchmarks/memory_limit.py [PROCESSES]
 
 What a process holds beyond the count is in the hardware file as `pangu.calibrate` has it: what a
 model without width takes, and the rest as a part of what comes and goes where everything is kept.
@@ -29,6 +30,11 @@ WIDE = [*RUN, "model.num_layers=8", "model.hidden_size=256", "model.kv_channels=
 WIDE += ["model.moe_ffn_hidden_size=128", "model.shared_expert_ffn_hidden_size=256"]
 WIDE += ["train.seq_length=512", "train.micro_batch_size=4", "train.global_batch_size=4"]
 MACHINE = ["hardware=a100", "hardware.backend=cpu", "hardware.host_link_gbps=1"]
+PROCESSES = int(sys.argv[1]) if len(sys.argv) > 1 else 1
+if PROCESSES > 1:
+    MORE = [f"parallel.expert_model_parallel_size={PROCESSES}", f"launch.processes={PROCESSES}"]
+    NARROW += [*MORE, f"train.global_batch_size={PROCESSES}"]
+    WIDE += [*MORE, f"train.global_batch_size={4 * PROCESSES}"]
 PARTS = (0.95, 0.9, 0.86, 0.7)  # limits, of what keeping everything takes
 
 

@@ -96,6 +96,8 @@ def _train(process: ProcessEnvironment, overrides: list[str]) -> int:
         only_files = all(violation.key.startswith("data.") for violation in error.violations)
         speaks = process.rank == 0 or (only_files and process.local_rank == 0)
         return _refuse(process, speaks, error.violations)
+    if policy and config.backend.name == "cpu":
+        _keep_the_heap_whole(process, config)
     # What pangu.train has started itself is covered by its own lock.
     locks = process.rank == 0 and process.launcher != "local"
     try:
@@ -109,6 +111,15 @@ def _train(process: ProcessEnvironment, overrides: list[str]) -> int:
         # What only the run can find is the same on every rank of a node, but for a missing device.
         device = any(violation.key == "backend" for violation in error.violations)
         return _refuse(process, device or process.local_rank == 0, error.violations)
+
+
+def _keep_the_heap_whole(process: ProcessEnvironment, config: Config) -> None:
+    """A limit of memory holds on such a heap alone, and glibc is told when a process begins: one
+    that began without it begins again."""
+    starts_others = not process.launched and config.launch.processes > 1
+    if __name__ == "__main__" and WHOLE_HEAP[0] not in os.environ and not starts_others:
+        os.environ.setdefault(*WHOLE_HEAP)
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _start(
