@@ -15,7 +15,7 @@ from configs.limits import (
     Positive,
 )
 
-Dtype = Literal["bf16", "fp16", "fp8", "int8", "fp4", "int4"]
+Dtype = Literal["fp32", "bf16", "fp16", "fp8", "int8", "fp4", "int4"]
 
 
 @dataclass
@@ -31,7 +31,9 @@ class InferenceConfig:
     batch_size: Amount = 0
     prompt_length: Count = 2048
     max_new_tokens: Count = 128
-    weight_dtype: Dtype = "bf16"  # W8A8 is int8 and int8, W4A8 is int4 and int8
+    # W8A8 is int8 and int8, W4A8 is int4 and int8. Where the machine computes in no 16 bits (a CPU
+    # that was calibrated), float32 takes their place.
+    weight_dtype: Dtype = "bf16"
     compute_dtype: Dtype = "bf16"
     kv_dtype: Dtype = "bf16"
     draft_tokens: Annotated[int, Limits(0, 1024)] = 0  # proposed for every sequence in each step

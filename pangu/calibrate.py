@@ -112,13 +112,14 @@ def _measure(
 ) -> tuple[Device, dict[str, Any]]:
     from tqdm import tqdm
 
-    from pangu.calibration import framework
+    from pangu.calibration import decoding, framework
     from pangu.calibration.fit import fit, preset
     from pangu.calibration.worker import steps
 
     backend = [f"backend={config.backend.name}", f"backend.precision={config.backend.precision}"]
     backend.append(f"backend.threads={threads}")
-    total = framework.runs(processes) + steps(processes, quick)
+    on_cpu = config.backend.name == "cpu"
+    total = framework.runs(processes) + on_cpu + steps(processes, quick, on_cpu)
     with tqdm(total=total, desc="starting", file=sys.stderr) as bar:
 
         def say(text: str) -> None:
@@ -127,10 +128,11 @@ def _measure(
 
         try:
             cost = framework.measure(backend, processes, quick, say)
+            engine = decoding.measure(backend, quick, say) if on_cpu else None
         except RuntimeError as error:
             raise ConfigError([Violation("backend", config.backend.name, str(error))]) from None
         device = _workers(config, processes, threads, quick, say)
-    hardware = fit(name, device, processes, cost)
+    hardware = fit(name, device, processes, cost, engine)
     return device, preset(hardware, _evidence(device, processes))
 
 
@@ -203,6 +205,7 @@ def _evidence(device: Device, processes: int) -> dict[str, str]:
     if on_cpu:
         result["process_base_bytes"] = f"{where}: of a model without width"
         result["memory_overhead"] = f"{where}: of a model of two wide layers"
+        result["decoding"] = f"{where}: steps of the engine with models without width"
     return result
 
 

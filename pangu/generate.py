@@ -30,8 +30,11 @@ USAGE = """usage: python -m pangu.generate checkpoint=DIR [prompt=TEXT] [key=val
 
   checkpoint          a run folder (its newest sound checkpoint) or one checkpoint's folder
   prompt              text to go on from; without one, a document from its beginning
-  prompts             a file of prompts, one a line, for all at a time: prints JSON lines with
-                      prompt, text and finish (stop or length), in the file's order
+  prompts             a file of prompts, one a line (of a .jsonl file the "prompt" of each), for all
+                      at a time: prints JSON lines with prompt, text, finish (stop or length) and
+                      document (prompt and text), in the file's order
+  output              a file for those lines; one that is there already is gone on with, so that a
+                      run that was stopped can be started again
   max_new_tokens      128; inference.max_new_tokens is the same
   temperature         0.8; 0 always takes the most likely token
   top_p               0.95; draws from the fewest tokens that are this likely together
@@ -74,6 +77,7 @@ class Options:
     checkpoint: str
     prompt: str = ""
     prompts: str = ""
+    output: str = ""
     max_new_tokens: int = InferenceConfig.max_new_tokens
     temperature: float = 0.8
     top_p: float = 0.95
@@ -103,9 +107,11 @@ def main(arguments: Sequence[str]) -> int:
 
     try:
         options = parse(arguments)
-        text = stream(options)
         sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-        for piece in text:
+        if options.output:
+            write(options)
+            return 0
+        for piece in stream(options):
             print(piece, end="", flush=True)
         if not options.prompts:
             print()
@@ -139,6 +145,7 @@ def parse(arguments: Sequence[str]) -> Options:
         "min_p": (0 <= found.min_p <= 1, "a part is 0 to 1"),
         "repetition_penalty": (0 < found.repetition_penalty < math.inf, "must be more than 0"),
         "prompts": (not (found.prompt and found.prompts), "give either prompt or prompts"),
+        "output": (bool(found.prompts or not found.output), "takes answers to prompts=FILE"),
         "seed": (0 <= found.seed < 2**63, "must be 0 or more"),
     }
     guesses = speculation_ranges(
@@ -149,8 +156,31 @@ def parse(arguments: Sequence[str]) -> Options:
     return found
 
 
-def stream(options: Options) -> Iterator[str]:
-    """The prompt and what the model adds to it, as pieces of text; with several prompts, lines.
+def write(options: Options) -> None:
+    """The answers that are still missing in `options.output`.
+
+    Raises:
+        ConfigError: as `stream`; or the file cannot be used.
+    """
+    from configs.violation import ConfigError, Violation
+    from pangu.inference.answers import AnswersError, take_up
+
+    prompts = _prompts(options)
+    try:
+        file, done = take_up(Path(options.output), prompts)
+    except AnswersError as error:
+        raise ConfigError([Violation("output", options.output, str(error))]) from None
+    with file:
+        if done < len(prompts):
+            for line in stream(options, done):
+                file.write(line)
+                file.flush()
+    print(f"{options.output}: {len(prompts)} answers, {done} from before", file=sys.stderr)
+
+
+def stream(options: Options, done: int = 0) -> Iterator[str]:
+    """The prompt and what the model adds to it, as pieces of text; with several prompts, lines, but
+    of the first `done` of them.
 
     Raises:
         ConfigError: the backend is missing, the checkpoint or the prompts cannot be used, or a
@@ -169,7 +199,7 @@ def stream(options: Options) -> Iterator[str]:
 
         requests = [
             _request(options, number, prompt, tokenizer, config.model.max_position_embeddings)
-            for number, prompt in enumerate(prompts)
+            for number, prompt in enumerate(prompts[done:], done)
         ]
         longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
         engine = Engine(
@@ -185,7 +215,7 @@ def stream(options: Options) -> Iterator[str]:
             engine.count_experts()
         updates = _updates(engine, requests, experts, options)
         if options.prompts:
-            yield from _lines(updates, prompts)
+            yield from _lines(updates, prompts[done:])
         else:
             yield options.prompt
             yield from (update.text for _, update in updates)
@@ -211,16 +241,14 @@ def _write_measured(engine: Engine, config: Config, options: Options) -> None:
 
 def _prompts(options: Options) -> list[str]:
     from configs.violation import ConfigError, Violation
+    from pangu.inference.answers import AnswersError, read_prompts
 
     if not options.prompts:
         return [options.prompt]
     try:
-        found = Path(options.prompts).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        return read_prompts(Path(options.prompts))
+    except AnswersError as error:
         raise ConfigError([Violation("prompts", options.prompts, str(error))]) from None
-    if not found:
-        raise ConfigError([Violation("prompts", options.prompts, "the file is empty")])
-    return found
 
 
 def _request(
@@ -295,6 +323,8 @@ def _hold(experts: TaskExperts, task: str, engine: Engine) -> None:
 
 def _lines(updates: Iterator[tuple[int, Update]], prompts: Sequence[str]) -> Iterator[str]:
     """A JSON line for each prompt, in order, each as soon as those before it are done."""
+    from pangu.inference.answers import answer
+
     texts = [""] * len(prompts)
     finished = [""] * len(prompts)
     next_ = 0
@@ -302,8 +332,7 @@ def _lines(updates: Iterator[tuple[int, Update]], prompts: Sequence[str]) -> Ite
         texts[place] += update.text
         finished[place] = update.finish
         while next_ < len(prompts) and finished[next_]:
-            row = {"prompt": prompts[next_], "text": texts[next_], "finish": finished[next_]}
-            yield json.dumps(row, ensure_ascii=False) + "\n"
+            yield answer(prompts[next_], texts[next_], finished[next_])
             next_ += 1
 
 

@@ -23,6 +23,7 @@ from simulator.array import Array
 from simulator.counts.records import Counts
 from simulator.hardware import (
     Attention,
+    Decoding,
     Hardware,
     Launch,
     Link,
@@ -45,6 +46,7 @@ from simulator.serving import serving
 
 __all__ = [
     "Attention",
+    "Decoding",
     "Forecast",
     "Hardware",
     "Launch",

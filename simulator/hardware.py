@@ -113,6 +113,13 @@ class Matmul:
     weight_gradient: Kept = 1.0  # … that products adding to a float32 buffer keep
     dtype: dict[str, Kept] = field(default_factory=dict)  # … that another dtype keeps
     in_training: Kept = 1.0
+    # Of few rows, a processor first packs the weights, and computing hides no reading: `reading` is
+    # the part of the memory's bandwidth at which a product of `rows` rows goes over its weights,
+    # `reading_grouped` that of an expert's, between them in proportion to time. No `rows`: no such
+    # limit.
+    rows: list[Count] = field(default_factory=list)
+    reading: list[Positive] = field(default_factory=list)
+    reading_grouped: list[Positive] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -148,6 +155,22 @@ class Launch:
 
 
 @dataclass(frozen=True)
+class Decoding:
+    """What our engine takes around the operators of a decoding pass, in µs, where the processor
+    that computes also runs its Python: for the pass; for each sequence; for a layer, and for one
+    with experts besides; in each layer for a sequence's attention, which is a call of its own, with
+    one new token or several; and for an expert that has tokens."""
+
+    whole_pass: NotNegative
+    sequence: NotNegative
+    layer: NotNegative
+    experts: NotNegative
+    attention: NotNegative
+    attention_of_several: NotNegative
+    expert: NotNegative
+
+
+@dataclass(frozen=True)
 class Overlap:
     """Part of a collective that really disappears behind an operator running beside it; the rest
     shows, as both then compete for memory, copy engines or cores.
@@ -168,7 +191,8 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Hardware:
-    """One device and how many of them are joined. See `Link`, `Matmul`, `Attention`, `Launch`.
+    """One device and how many of them are joined. See `Link`, `Matmul`, `Attention`, `Launch`,
+    `Decoding`.
 
     `evidence` gives each figure's grade (`GRADES`) and where it comes from.
     `collective_library` says how collectives cross several levels of links (see
@@ -204,6 +228,7 @@ class Hardware:
     communicator_buffer_mb: NotNegative = 200.0
     process_base_bytes: NotNegative = 0.0
     memory_overhead: NotNegative = 0.0
+    decoding: Decoding | None = None  # None: hidden behind the device
     power_w: Positive | None = None
     price_per_hour: Positive | None = None  # of one device, in whatever currency
     backend: Literal["cpu", "cuda", "npu"] = "cuda"
@@ -324,6 +349,12 @@ def _inconsistent(hardware: Hardware) -> list[Violation]:
         violations.append(
             Violation("hardware.matmul.size", matmul.size, "must rise, one per efficiency")
         )
+    if {len(matmul.reading), len(matmul.reading_grouped)} != {len(matmul.rows)}:
+        violations.append(
+            Violation("hardware.matmul.rows", matmul.rows, "one reading, one reading_grouped each")
+        )
+    if sorted(set(matmul.rows)) != matmul.rows:
+        violations.append(Violation("hardware.matmul.rows", matmul.rows, "must rise"))
     sizes = [link.devices for link in hardware.links]
     if not sizes or sizes[-1] != 0 or sorted(sizes[:-1]) != sizes[:-1] or 0 in sizes[:-1]:
         violations.append(

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from simulator.array import Array
+from simulator.cached_keys import cache_bytes_per_token, keeps_latents, kept_heads
 from simulator.collectives import collective_seconds
 from simulator.counts.records import total
+from simulator.decoding_host import layers_seconds, once_seconds, touched_experts
 from simulator.hardware import ELEMENT_BYTES, Hardware
 from simulator.imbalance import routing_factor, straggler_factor
 from simulator.input_transforms import transform_seconds
-from simulator.moesd import active_experts, sigma
+from simulator.moesd import sigma
 from simulator.operators import (
     attention_seconds,
     grouped_matmul_seconds,
@@ -77,9 +79,10 @@ def decode_step(
     def attend() -> Array:
         return _cached_attention(serving, local, new, context)
 
-    return _pass(
+    step = _pass(
         serving, tokens=batch * new, local=local * new, heads_on=batch * new, attend=attend
     )
+    return _with_host(serving, step, local, new)
 
 
 def prefill(serving: Serving, batch: Array, length: Array) -> Step:
@@ -101,9 +104,10 @@ def prefill(serving: Serving, batch: Array, length: Array) -> Step:
             dtype=_attention_dtype(serving),
         )
 
-    return _pass(
+    step = _pass(
         serving, tokens=batch * length, local=local * length, heads_on=batch, attend=attend
     )
+    return _with_host(serving, step, local, length)
 
 
 def forecast(serving: Serving, batch: int) -> ServingForecast:
@@ -150,7 +154,7 @@ def draft_seconds(serving: Serving, batch: Array, context: Array) -> Array:
         return decode_step(draft, share, context).seconds + _sampling_seconds(draft, share)
     step = decode_step(serving, batch, context)
     matrices = matmul_parameters_per_token(model, serving.moe, mtp_kind(model))
-    rest = step.parts["head"] + _host_seconds(serving)
+    rest = step.parts["head"] + step.parts.get("host", 0.0)
     layer = (step.seconds - rest) / model.num_layers
     projection = 2.0 * model.hidden_size**2 / matrices
     return layer * (1 + projection) + rest
@@ -160,7 +164,7 @@ def rejection_seconds(serving: Serving, batch: Array, draft_tokens: Array) -> Ar
     """Probabilities of every verified and drafted token, what of them is accepted, and one more
     sampled from what is left (T_reject)."""
     rows = np.asarray(batch, dtype=float) * (2.0 * np.asarray(draft_tokens) + 1.0)
-    return 2 * _sampling_seconds(serving, rows) + _host_seconds(serving)
+    return 2 * _sampling_seconds(serving, rows) + serving.options.host_ms / 1e3
 
 
 def _sampling_seconds(serving: Serving, rows: Array) -> Array:
@@ -175,9 +179,9 @@ def memory_bytes(serving: Serving, batch: Array) -> Array:
     matrices = count_parameters(serving.config).total - vocabulary
     if options.draft_tokens and options.draft == "mtp":
         matrices += count_parameters(serving.config).mtp
-    weights = matrices * ELEMENT_BYTES[options.weight_dtype] + vocabulary * 2.0
+    weights = matrices * ELEMENT_BYTES[options.weight_dtype] + vocabulary * _element(serving)
     length = options.prompt_length + options.max_new_tokens
-    cached = _cache_bytes_per_token(serving) * model.num_layers * length
+    cached = cache_bytes_per_token(serving) * model.num_layers * length
     local = np.ceil(np.asarray(batch) / serving.attention_dp)
     # Logits in float32 and a few tensors of hidden size for the tokens of one step.
     tokens = np.asarray(batch) * (1 + options.draft_tokens)
@@ -245,15 +249,17 @@ def _pass(
         once = matmul_seconds(hw, tokens / n, width, width, dtype=_plain(hw))
         parts["patches"] = len(model.patched_layers) * once
     head = matmul_seconds(hw, heads_on, model.vocab_size / n, model.hidden_size, dtype=_plain(hw))
-    gather = collective_seconds(hw, "all_gather", heads_on * model.vocab_size * 2.0, n)
+    element = _element(serving)
+    gather = collective_seconds(hw, "all_gather", heads_on * model.vocab_size * element, n)
     parts["head"] = head + gather
-    if serving.options.host_ms:
-        parts["host"] = _host_seconds(serving)
     return Step(parts)
 
 
-def _host_seconds(serving: Serving) -> float:
-    return serving.options.host_ms / 1e3
+def _with_host(serving: Serving, step: Step, sequences: Array, new: Array) -> Step:
+    if not (serving.options.host_ms or serving.hardware.decoding):
+        return step
+    once, layers = once_seconds(serving, sequences), layers_seconds(serving, sequences, new)
+    return Step(step.parts | {"host": once, "host_layers": layers})
 
 
 def _linear(serving: Serving, linear: Linear, tokens: Array, tp: int) -> Array:
@@ -271,7 +277,8 @@ def _mlp(serving: Serving, width: int, tokens: Array) -> Array:
     """A dense MLP over all devices, with its activation."""
     n = serving.devices
     products = sum(_linear(serving, x, tokens, n) for x in mlp_linears(serving.model, width))
-    return products + vector_seconds(serving.hardware, 6.0 * tokens * width / n)
+    activation = 3.0 * _element(serving) * tokens * width / n
+    return products + vector_seconds(serving.hardware, activation)
 
 
 def _experts(serving: Serving, tokens: Array) -> Array:
@@ -282,7 +289,7 @@ def _experts(serving: Serving, tokens: Array) -> Array:
         factor = routing_factor(moe, model.num_experts, np.maximum(tokens, 1.0), serving.ep)
     else:
         factor = _measured_factor(serving, chosen, np.maximum(tokens, 1.0))
-    touched = active_experts(tokens, model.num_experts, moe.top_k, chosen=chosen, ranks=serving.ep)
+    touched = touched_experts(serving, tokens)
     rows = tokens * moe.top_k / serving.ep * factor
     dtype, weight = serving.options.compute_dtype, ELEMENT_BYTES[serving.options.weight_dtype]
     products: Array = 0.0
@@ -296,8 +303,10 @@ def _experts(serving: Serving, tokens: Array) -> Array:
     router = matmul_seconds(hw, tokens, scores, model.hidden_size, dtype=_plain(hw))
     # Softmax, choice inside groups, weights, casts; sorting, counting and cumulating the rows.
     choice = 10 * vector_seconds(hw, 4.0 * tokens * model.num_experts)
-    permute = 3 * vector_seconds(hw, 4.0 * rows * model.hidden_size)
-    activation = vector_seconds(hw, 6.0 * rows * model.moe_ffn_hidden_size / serving.etp)
+    element = _element(serving)
+    permute = 3 * vector_seconds(hw, 2.0 * element * rows * model.hidden_size)
+    width = model.moe_ffn_hidden_size / serving.etp
+    activation = vector_seconds(hw, 3.0 * element * rows * width)
     return router + choice + permute + products + activation
 
 
@@ -318,11 +327,12 @@ def _small_operators(serving: Serving, tokens: Array, local: Array) -> Array:
     """Two norms with residuals, rotary embedding, cache write, and the casts of quantised
     activations; norms run on scattered tokens."""
     model, hw, n = serving.model, serving.hardware, serving.devices
-    hidden = 2.0 * tokens * model.hidden_size / n
+    element = _element(serving)
+    hidden = element * tokens * model.hidden_size / n
     norms = (4 if model.sandwich_norm else 2) * vector_seconds(hw, 4 * hidden)
     heads = (model.num_attention_heads + query_groups(model)) / serving.tp
-    rotary = vector_seconds(hw, 4.0 * local * heads * qk_size(model))
-    cache = vector_seconds(hw, 2.0 * local * _cache_bytes_per_token(serving))
+    rotary = vector_seconds(hw, 2.0 * element * local * heads * qk_size(model))
+    cache = vector_seconds(hw, 2.0 * local * cache_bytes_per_token(serving))
     quantised = ELEMENT_BYTES[serving.options.compute_dtype] < 2
     casts = 4 * vector_seconds(hw, 3.0 * local * model.hidden_size) if quantised else 0.0
     return norms + rotary + cache + casts
@@ -331,7 +341,7 @@ def _small_operators(serving: Serving, tokens: Array, local: Array) -> Array:
 def _exchange(serving: Serving, tokens: Array, local: Array) -> Array:
     """The halves of two all-reduces: out of attention, into the MLP or experts, and back."""
     hw, n, tp = serving.hardware, serving.devices, serving.tp
-    width = 2.0 * serving.model.hidden_size
+    width = _element(serving) * serving.model.hidden_size
     inside = [("reduce_scatter", local * width, tp), ("all_gather", local * width, tp)]
     across = [("all_gather", tokens * width, n), ("reduce_scatter", tokens * width, n)]
     return total(
@@ -344,13 +354,13 @@ def _cached_attention(serving: Serving, local: Array, new: Array, context: Array
     """Attention of a few new tokens over the cache: MLA multiplies the compressed cache itself
     (absorbed up-projections), shared by all heads, where the cache has latents."""
     model, options = serving.model, serving.options
-    latents = _keeps_latents(serving)
+    latents = keeps_latents(serving)
     rank = model.kv_lora_rank
     return attention_seconds(
         serving.hardware,
         batch=local,
         heads=model.num_attention_heads / serving.tp,
-        kv_heads=0.5 if latents else _kept_heads(serving),
+        kv_heads=0.5 if latents else kept_heads(serving),
         seq_q=new,
         seq_kv=context + new,
         qk_dim=rank + model.qk_pos_emb_head_dim if latents else qk_size(model),
@@ -361,36 +371,13 @@ def _cached_attention(serving: Serving, local: Array, new: Array, context: Array
     )
 
 
-def _cache_bytes_per_token(serving: Serving) -> float:
-    """One layer's keys and values of one token on one device."""
-    model = serving.model
-    element = ELEMENT_BYTES[serving.options.kv_dtype]
-    if _keeps_latents(serving):
-        return (model.kv_lora_rank + model.qk_pos_emb_head_dim) * element
-    return _kept_heads(serving) * (qk_size(model) + v_size(model)) * element
-
-
-def _keeps_latents(serving: Serving) -> bool:
-    """Whether MLA's latents are all that the cache has, as our engine has it: not where keys and
-    values are rounded, the projection up is more than a matrix, or ranks divide the sequence,
-    which experts over tensor-parallel ranks want."""
-    model, parallel = serving.model, serving.config.parallel
-    rounded = model.kv_bits or model.activation_bits or model.input_transforms
-    adapted = model.lora_rank and "linear_kv_up_proj" in model.lora_modules
-    divided = serving.tp > 1 and model.num_experts and parallel.sequence_parallel
-    return model.attention == "mla" and not (rounded or adapted or divided)
-
-
-def _kept_heads(serving: Serving) -> float:
-    """Heads of keys and values that a device keeps where it keeps them whole; MLA has as many as
-    of queries."""
-    model = serving.model
-    heads = model.num_attention_heads if model.attention == "mla" else query_groups(model)
-    return max(heads / serving.tp, 1)
-
-
 def _attention_dtype(serving: Serving) -> str:
     return _plain(serving.hardware)
+
+
+def _element(serving: Serving) -> float:
+    """Bytes of a number of what is not quantised."""
+    return ELEMENT_BYTES[_plain(serving.hardware)]
 
 
 def _plain(hardware: Hardware) -> str:

@@ -44,7 +44,10 @@ def matmul_seconds(
     if weight_gradient:
         peak *= hw.matmul.weight_gradient
     compute = 2.0 * batch * m * n * k / (peak * _efficiency(hw, batch, m, n, k))
-    return np.maximum(compute, memory_seconds(hw, moved)) + _launch(hw.launch_us.matmul, m * n * k)
+    busy = np.maximum(compute, memory_seconds(hw, moved))
+    if hw.matmul.rows and not weight_gradient:
+        busy = _few_rows(hw, busy, m, batch * k * n * weight, hw.matmul.reading)
+    return busy + _launch(hw.launch_us.matmul, m * n * k)
 
 
 def grouped_matmul_seconds(
@@ -83,7 +86,10 @@ def grouped_matmul_seconds(
     compute = 2.0 * groups * rows * n * k / (peak * _efficiency(hw, groups, a, b, depth))
     moved = activations + weights * np.minimum(rows, 1.0)
     work = groups * rows * n * k
-    return np.maximum(compute, memory_seconds(hw, moved)) + _launch(hw.launch_us.matmul, work)
+    busy = np.maximum(compute, memory_seconds(hw, moved))
+    if curve.rows and not weight_gradient:
+        busy = _few_rows(hw, busy, rows, groups * n * k * weight, curve.reading_grouped)
+    return busy + _launch(hw.launch_us.matmul, work)
 
 
 def attention_seconds(
@@ -151,6 +157,17 @@ def vector_seconds(hw: Hardware, bytes: Array, flops: Array = 0) -> Array:
 def memory_seconds(hw: Hardware, bytes: Array) -> Array:
     """Moving `bytes` through the device's memory, without a launch."""
     return np.asarray(bytes, dtype=float) / (hw.memory_bandwidth * hw.memory_efficiency)
+
+
+def _few_rows(
+    hw: Hardware, busy: Array, rows: Array, weight_bytes: Array, reading: list[float]
+) -> Array:
+    """Seconds of a product of `rows` rows over `weight_bytes` of weights: as measured up to the
+    most rows that were, from there on `busy`, what all others take, and no less than there."""
+    known = np.array(hw.matmul.rows, dtype=float)
+    slowness = np.interp(np.maximum(rows, known[0]), known, 1.0 / np.array(reading))
+    measured = weight_bytes * np.minimum(rows, 1.0) * slowness / hw.memory_bandwidth
+    return np.where(rows <= known[-1], measured, np.maximum(busy, measured))
 
 
 def _launch(microseconds: float, work: Array) -> Array:

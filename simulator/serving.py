@@ -96,6 +96,10 @@ def serving(config: Config, hardware: Hardware) -> Serving:
         given = getattr(config.inference, name)
         if given is not None and not given >= least:
             wrong.append(Violation(f"inference.{name}", given, f"must be at least {least}"))
+    config = _without_16_bits(config, hardware)
+    if hardware.decoding:  # where calls are counted, no operator costs another
+        launch = replace(hardware.launch_us, matmul=0.0, vector=0.0)
+        hardware = replace(hardware, launch_us=launch)
     rate = config.inference.acceptance_rate
     if not 0 <= rate <= 1:
         wrong.append(Violation("inference.acceptance_rate", rate, "must be between 0 and 1"))
@@ -105,13 +109,23 @@ def serving(config: Config, hardware: Hardware) -> Serving:
     return Serving(config, hardware, n, tp, ep, etp, draft=_draft(config, hardware))
 
 
+def _without_16_bits(config: Config, hardware: Hardware) -> Config:
+    """float32 in place of 16 bits, on a machine that computes in none."""
+    if {"bf16", "fp16"} & hardware.peak_tflops.keys():
+        return config
+    names = ("weight_dtype", "compute_dtype", "kv_dtype")
+    wide = {name: "fp32" for name in names if getattr(config.inference, name) in ("bf16", "fp16")}
+    return replace(config, inference=replace(config.inference, **wide))  # type: ignore[arg-type]
+
+
 def _draft(config: Config, hardware: Hardware) -> Serving | None:
     """The model that drafts, whole on every device, each for its share of the sequences."""
     name = config.inference.draft
     if name in ("mtp", "ngram"):
         return None
     try:
-        model = load([f"model={name}"])
+        group = "experiment" if name.endswith((".yaml", ".yml")) else "model"
+        model = load([f"{group}={name}"])
     except ConfigError as error:
         first = error.violations[0]
         reason = "is not mtp, ngram, or a model's name or file"

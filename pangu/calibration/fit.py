@@ -13,6 +13,7 @@ from pangu.calibration.framework import Framework
 from pangu.calibration.samples import Device, Sample
 from simulator.api import (
     Attention,
+    Decoding,
     Hardware,
     Launch,
     Link,
@@ -33,8 +34,15 @@ MICRO = 1e6
 LIBRARIES: dict[str, Any] = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 
 
-def fit(name: str, device: Device, processes: int, framework: Framework) -> Hardware:
-    """The machine that explains the samples of `device`, one of `processes` that were busy."""
+def fit(
+    name: str,
+    device: Device,
+    processes: int,
+    framework: Framework,
+    decoding: Decoding | None = None,
+) -> Hardware:
+    """The machine that explains the samples of `device`, one of `processes` that were busy;
+    `decoding` is what the decoding engine takes on a CPU."""
     on_cpu = not device.asynchronous
     bandwidth, vector = _memory(device.samples)
     peak = _peak(device)
@@ -83,7 +91,9 @@ def fit(name: str, device: Device, processes: int, framework: Framework) -> Hard
     matmul = _matmul(bare, device)
     bare = replace(bare, matmul=matmul)
     matmul = replace(matmul, grouped=_grouped(bare, device))
-    return replace(start, matmul=matmul, attention=_attention(bare, device))
+    attention = _attention(bare, device)
+    matmul = _few_rows(matmul, device.samples, bandwidth)
+    return replace(start, matmul=matmul, attention=attention, decoding=decoding)
 
 
 def preset(hardware: Hardware, evidence: dict[str, str]) -> dict[str, Any]:
@@ -181,6 +191,18 @@ def _grouped(hw: Hardware, device: Device) -> float:
     samples = _of(device.samples, "grouped_matmul")
     kept = [_seconds(hw, s, device) / s.seconds for s in samples]
     return float(np.median(kept))
+
+
+def _few_rows(matmul: Matmul, samples: list[Sample], bandwidth: float) -> Matmul:
+    """The part of the bandwidth at which products of few rows go over their weights, where they
+    were measured."""
+    reading: dict[bool, dict[int, float]] = {False: {}, True: {}}
+    for sample in _of(samples, "few_rows"):
+        rate = sample.shape["weight_bytes"] / sample.seconds
+        reading[sample.shape["grouped"]][sample.shape["rows"]] = rate / bandwidth
+    rows = sorted(reading[False])
+    linear, grouped = ([reading[kind][each] for each in rows] for kind in (False, True))
+    return replace(matmul, rows=rows, reading=linear, reading_grouped=grouped)
 
 
 def _attention(hw: Hardware, device: Device) -> Attention:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from pangu import backends
 from pangu.calibration.samples import Sample, median_seconds
@@ -42,6 +43,9 @@ PRODUCTS = [
 ]
 # groups, rows of each, n, k
 GROUPED = [(8, 64, 256, 256), (8, 256, 256, 128), (32, 128, 128, 256), (4, 512, 512, 256)]
+# Rows of products that decoding makes on a CPU, and their weight; a few experts have one each.
+FEW_ROWS = (1, 2, 4, 8, 16, 32, 64)
+FEW_ROWS_WEIGHT, FEW_ROWS_EXPERTS = (512, 1024), 8
 # batch, heads, KV heads, sequence, head size
 ATTENTION = [
     (2, 4, 4, 256, 64),
@@ -73,6 +77,9 @@ def plan(quick: bool) -> Plan:
     for groups, rows, n, k in few(GROUPED):
         size4 = (groups, rows * scale, n * scale, k * scale)
         steps.append((f"{groups} products", partial(_grouped, *size4)))
+    if not backends.current().asynchronous:
+        for rows in few(list(FEW_ROWS)):
+            steps.append((f"product of {rows} rows", partial(_few_rows, rows)))
     for batch, heads, kv_heads, length, head in few(ATTENTION):
         size5 = (batch, heads * scale, kv_heads * scale, length, head)
         steps.append((f"attention of {length}", partial(_attention, *size5)))
@@ -152,6 +159,23 @@ def _grouped(groups: int, rows: int, n: int, k: int) -> list[Sample]:
 
     shape = {"groups": groups, "m_per_group": rows, "n": n, "k": k}
     return [Sample("grouped_matmul", shape, _time(forward))]
+
+
+def _few_rows(rows: int) -> list[Sample]:
+    """A linear layer and experts whose weights are read for few rows."""
+    inputs, outputs = FEW_ROWS_WEIGHT
+    counts = torch.full((FEW_ROWS_EXPERTS,), rows)
+    weights = _rotate(lambda: _tensor(FEW_ROWS_EXPERTS, inputs, outputs), 2**24)
+    linear_weights = _rotate(lambda: _tensor(outputs, inputs), 2**21)
+    x, rows_of_all = _tensor(rows, inputs), _tensor(FEW_ROWS_EXPERTS * rows, inputs)
+    with torch.no_grad():
+        linear = _time(lambda: F.linear(x, next(linear_weights)))
+        grouped = _time(lambda: grouped_matmul(rows_of_all, next(weights), counts))
+    shape = {"rows": rows, "weight_bytes": inputs * outputs * x.element_size()}
+    return [
+        Sample("few_rows", shape | {"grouped": False}, linear),
+        Sample("few_rows", shape | {"grouped": True}, grouped / FEW_ROWS_EXPERTS),
+    ]
 
 
 def _attention(batch: int, heads: int, kv_heads: int, length: int, head: int) -> list[Sample]:

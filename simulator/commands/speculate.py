@@ -165,6 +165,7 @@ def _batches(layout: Serving, asked: list[int] | None, draft_tokens: int) -> np.
 def _fit(config: Config, path: Path, wanted: int) -> Fit:
     from configs.violation import ConfigError, Violation
     from simulator.hardware import load_hardware
+    from simulator.serving import serving
     from simulator.speculation_fit import fit, read_points
 
     experts = config.model.num_experts
@@ -172,7 +173,8 @@ def _fit(config: Config, path: Path, wanted: int) -> Fit:
         reason = f"needs a model with experts, and {config.model.name} has none"
         raise ConfigError([Violation("--fit", path, reason)])
     hardware = load_hardware(config.hardware)
-    ridge = hardware.peak(config.inference.compute_dtype) / hardware.memory_bandwidth
+    dtype = serving(config, hardware).options.compute_dtype
+    ridge = hardware.peak(dtype) / hardware.memory_bandwidth
     return fit(read_points(path, experts, wanted), experts, ridge)
 
 

@@ -1,5 +1,6 @@
 """`python -m pangu.calibrate` for real, and its fit on machines whose figures are known."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -11,12 +12,13 @@ import numpy as np
 import pytest
 
 from configs.compose import load
+from pangu.calibration.decoding import Point, explain
 from pangu.calibration.fit import fit, link_of, preset
 from pangu.calibration.framework import WIDE, Framework, beyond_counted
 from pangu.calibration.messages import SIZES
 from pangu.calibration.samples import Device, Sample
 from simulator.collectives import collective_seconds
-from simulator.hardware import Hardware, Kind, load_hardware, read_hardware
+from simulator.hardware import Decoding, Hardware, Kind, load_hardware, read_hardware
 from simulator.memory import Memory, measured_peak
 from simulator.operators import (
     attention_seconds,
@@ -58,6 +60,9 @@ def test_the_simulator_reads_what_was_measured(measured: Path) -> None:
     assert 0.01 < hardware.host_link_gbps < 100
     assert hardware.process_base_bytes > 1e8  # an interpreter with torch in it
     assert hardware.launch_us.step + hardware.launch_us.matmul > 1.0
+    assert hardware.decoding is not None
+    assert hardware.decoding.layer + hardware.decoding.whole_pass > 10.0
+    assert len(hardware.matmul.rows) == len(hardware.matmul.reading) > 0
     assert set(hardware.peak_tflops) == {"fp32"}
     assert "torch" in measured.read_text().splitlines()[1]
     config = load([f"hardware={measured}", "model=moge_tiny", "parallel=ep2", "devices=2"])
@@ -244,3 +249,38 @@ def test_mistakes_are_one_sentence_and_exit_code_2(
     assert sentence in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_costs_of_decoding_are_found_again() -> None:
+    """From steps of models with and without experts, as `calibration.decoding` takes them."""
+    known = Decoding(400.0, 20.0, 130.0, 500.0, 15.0, 40.0, 8.0)
+    plan = itertools.product((2, 6), (False, True), (1, 8, 32), (1, 4))
+    points = []
+    for layers, experts, sequences, tokens in plan:
+        touched = 16 * (1 - 0.75 ** (sequences * tokens)) if experts else 0.0
+        attention = known.attention if tokens == 1 else known.attention_of_several
+        micro = known.whole_pass + known.sequence * sequences
+        micro += layers * (known.layer + attention * sequences)
+        micro += layers * experts * (known.experts + known.expert * touched)
+        point = Point(layers, layers * experts, sequences, tokens, touched, micro * 1e-6)
+        points.append(point)
+    assert vars(explain(points)) == pytest.approx(vars(known), rel=1e-6)
+    cheaper = [point._replace(seconds=point.seconds - 400e-6) for point in points]
+    assert explain(cheaper).whole_pass == pytest.approx(0, abs=1e-6)
+    assert min(vars(explain([p._replace(seconds=p.seconds - 5e-4) for p in points])).values()) >= 0
+
+
+def test_products_of_few_rows_are_found_again() -> None:
+    known = machine()
+    few = replace(known.matmul, rows=[1, 8], reading=[0.4, 0.2], reading_grouped=[0.5, 0.1])
+    few_rows = replace(known, matmul=few)
+    device = sampled(known)
+    for rows in few.rows:
+        size = {"rows": rows, "weight_bytes": 512 * 1024 * 4}
+        linear = matmul_seconds(few_rows, rows, 1024, 512, dtype="fp32")
+        grouped = grouped_matmul_seconds(few_rows, 8, rows, 1024, 512, dtype="fp32") / 8
+        for kind, seconds in ((False, linear), (True, grouped)):
+            device.samples.append(Sample("few_rows", size | {"grouped": kind}, float(seconds)))
+    found = fit("few", device, 1, COST).matmul
+    assert (found.rows, found.reading) == ([1, 8], pytest.approx([0.4, 0.2]))
+    assert found.reading_grouped == pytest.approx([0.5, 0.1])

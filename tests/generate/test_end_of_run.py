@@ -114,6 +114,10 @@ def test_one_process_generates_from_the_checkpoint_of_two(ended, monkeypatch, tm
     done = generated(f"checkpoint={run}", f"prompts={file}", *options)
     assert done.returncode == 0, done.stderr
     first, second = map(json.loads, done.stdout.splitlines())
+    lines, part = done.stdout.splitlines(keepends=True), tmp_path / "answers.jsonl"
+    part.write_text(lines[0])
+    done = generated(f"checkpoint={run}", f"prompts={file}", f"output={part}", *options[:2])
+    assert (done.stdout, part.read_text()) == ("", "".join(lines)), done.stderr
     assert second["text"].split() == list(map(str, expected))
     assert first["text"].split()[:3] == list(map(str, expected[2:]))
     assert second["finish"] == "length"

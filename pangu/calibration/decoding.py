@@ -1,0 +1,176 @@
+"""What the decoding engine takes around its operators on a CPU: steps of models so narrow that
+nothing else is left, with and without experts, at two depths, for few sequences and many, with one
+new token of each or several. In a process of its own:
+
+    python -m pangu.calibration.decoding backend=cpu backend.threads=1
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from configs.compose import load
+from configs.schema import Config
+from launch.environment import ProcessEnvironment
+from pangu.calibration.framework import NARROW
+from pangu.local_launch import prepare_environment
+from simulator.api import Decoding
+
+DEPTHS = (2, 6)
+SEQUENCES = (1, 8, 32)
+SEVERAL = 4  # tokens
+ROUNDS, QUICK_ROUNDS = 30, 6
+PROMPT = 8
+KINDS = {"experts": [], "dense": ["model.num_experts=0", "model.ffn_hidden_size=16"]}
+
+
+class Point(NamedTuple):
+    """A step: layers, those of them that have experts, sequences, tokens of each, experts that had
+    tokens in a layer, and seconds."""
+
+    layers: int
+    expert_layers: int
+    sequences: int
+    tokens: int
+    experts: float
+    seconds: float
+
+
+def measure(backend: list[str], quick: bool, say: Callable[[str], None]) -> Decoding:
+    """The costs that explain such steps. `backend`: overrides.
+
+    Raises:
+        RuntimeError: the process failed; the message is the last line that it said.
+    """
+    say("decoding")
+    command = [sys.executable, "-m", "pangu.calibration.decoding", *backend]
+    done = subprocess.run(
+        [*command, *["--quick"][: int(quick)]], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["nothing"]
+        raise RuntimeError(f"decoding failed with exit code {done.returncode}: {said[-1]}")
+    return explain([Point(*row) for row in json.loads(done.stdout)])
+
+
+def explain(points: Sequence[Point]) -> Decoding:
+    """Least squares of relative errors; nothing costs less than 0."""
+    table = np.array(points, dtype=float)
+    layers, expert_layers, sequences, tokens, experts, seconds = table.T
+    several = tokens > 1
+    columns = [
+        np.ones_like(seconds),
+        sequences,
+        layers,
+        expert_layers,
+        layers * sequences * ~several,
+        layers * sequences * several,
+        expert_layers * experts,
+    ]
+    matrix = np.stack(columns, axis=1) / seconds[:, None]
+    kept = list(range(len(columns)))
+    while True:  # without what would cost less than nothing
+        found, *_ = np.linalg.lstsq(matrix[:, kept], np.ones_like(seconds), rcond=None)
+        if not (found < 0).any():
+            break
+        kept.pop(int(found.argmin()))
+    costs = np.zeros(len(columns))
+    costs[kept] = found * 1e6
+    return Decoding(*map(float, costs))
+
+
+def points(overrides: list[str], rounds: int) -> Iterator[Point]:
+    """Median processor seconds of each kind of step, in this process."""
+    config = load([*NARROW, *overrides])
+    prepare_environment(config, ProcessEnvironment())
+    import torch
+
+    from pangu.engines.megatron import process_groups
+    from pangu.engines.megatron.fitting import select_backend
+
+    select_backend(config.backend.name)
+    torch.set_num_threads(config.backend.threads or 1)
+    process_groups.initialize(config)
+    try:
+        for kind in KINDS.values():
+            for depth in DEPTHS:
+                yield from _of_model(
+                    load([*NARROW, *overrides, *kind, f"model.num_layers={depth}"]), rounds
+                )
+    finally:
+        process_groups.shutdown()
+
+
+def _of_model(config: Config, rounds: int) -> Iterator[Point]:
+    from pangu.inference.speculative import Draft, Drafter
+    from pangu.model.build import build_model
+
+    class Wrong(Drafter):
+        """Guesses a token that is never drawn."""
+
+        draws = False
+
+        def propose(self, counts: dict) -> dict:
+            token = config.model.vocab_size - 1
+            return {sequence: Draft([token] * count) for sequence, count in counts.items()}
+
+    model = build_model(config)[0][0].eval()
+    for sequences in SEQUENCES:
+        for tokens in (1, SEVERAL):
+            drafter = Wrong() if tokens > 1 else None
+            seconds, experts = _round(model, config, sequences, tokens, drafter, rounds)
+            layers = config.model.num_layers
+            with_experts = layers if config.model.num_experts else 0
+            yield Point(layers, with_experts, sequences, tokens, experts, seconds)
+
+
+def _round(model, config: Config, sequences: int, tokens: int, drafter, rounds: int):
+    """Median seconds of a step, and the experts that it touches in a layer."""
+    from pangu.inference.batching import Request
+    from pangu.inference.engine import Engine
+    from pangu.inference.sampling import Sampling
+
+    length = PROMPT + rounds + 2 * SEVERAL
+    engine = Engine(
+        model,
+        vocab_size=config.model.vocab_size - 1,
+        cache_tokens=sequences * (length + 32),
+        max_sequences=sequences,
+    )
+    engine.drafter, engine.draft_tokens = drafter, tokens - 1
+    for first in range(sequences):
+        prompt = tuple(range(first, first + PROMPT))
+        engine.add(Request(prompt, length - PROMPT, Sampling(temperature=0)))
+    engine.step()  # the prompts
+    engine.step()
+    found = []
+    for _ in range(rounds):
+        started = time.process_time()
+        engine.step()
+        found.append(time.process_time() - started)
+    engine.count_experts()
+    engine.step()
+    (measured,) = [
+        each for each in engine.counts.measured.rounds.values() if each.expert_rounds
+    ] or [None]
+    experts = measured.experts / measured.expert_rounds if measured else 0.0
+    return statistics.median(found), experts
+
+
+def main(arguments: list[str]) -> None:
+    """Print the points as JSON."""
+    overrides = [word for word in arguments if word != "--quick"]
+    rounds = QUICK_ROUNDS if "--quick" in arguments else ROUNDS
+    print(json.dumps(list(points(overrides, rounds))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
