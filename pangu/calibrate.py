@@ -118,8 +118,7 @@ def _measure(
 
     backend = [f"backend={config.backend.name}", f"backend.precision={config.backend.precision}"]
     backend.append(f"backend.threads={threads}")
-    on_cpu = config.backend.name == "cpu"
-    total = framework.runs(processes) + on_cpu + steps(processes, quick, on_cpu)
+    total = framework.runs(processes) + 1 + steps(processes, quick)
     with tqdm(total=total, desc="starting", file=sys.stderr) as bar:
 
         def say(text: str) -> None:
@@ -128,7 +127,7 @@ def _measure(
 
         try:
             cost = framework.measure(backend, processes, quick, say)
-            engine = decoding.measure(backend, quick, say) if on_cpu else None
+            engine = decoding.measure(backend, quick, say)
         except RuntimeError as error:
             raise ConfigError([Violation("backend", config.backend.name, str(error))]) from None
         device = _workers(config, processes, threads, quick, say)

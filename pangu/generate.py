@@ -58,6 +58,8 @@ USAGE = """usage: python -m pangu.generate checkpoint=DIR [prompt=TEXT] [key=val
   task                auto; a pattern of the store, or generalist: the mean of all; auto: the
                       pattern that is nearest to the prompt
   keep                0.5; the part of the experts that is read
+  batch_invariant     false; true: a text depends on neither the others nor how prompts are cut, in
+                      any precision (GPU: slower kernels; on a CPU it is so with float32)
   seed                0; with several prompts, that of the first, 1 more for each
   backend             auto | cpu | cuda | npu
 """
@@ -93,6 +95,7 @@ class Options:
     patterns: str = ""
     task: str = "auto"
     keep: float = 0.5
+    batch_invariant: bool = False
     seed: int = 0
     backend: Literal["auto", "cpu", "cuda", "npu"] = "auto"
 
@@ -187,7 +190,7 @@ def stream(options: Options, done: int = 0) -> Iterator[str]:
             text would be longer than the model was made for.
     """
     from pangu.task_experts import choice_of, opened
-    from pangu.trained_model import add_drafter
+    from pangu.trained_model import add_drafter, keep_one_order
 
     prompts = _prompts(options)
     tasks = choice_of(options.patterns, options.task, options.keep)
@@ -197,6 +200,8 @@ def stream(options: Options, done: int = 0) -> Iterator[str]:
             print(EXPERT_CHOICE, file=sys.stderr)
         from pangu.inference.engine import Engine
 
+        if options.batch_invariant:
+            keep_one_order()
         requests = [
             _request(options, number, prompt, tokenizer, config.model.max_position_embeddings)
             for number, prompt in enumerate(prompts[done:], done)

@@ -51,6 +51,7 @@ USAGE = """usage: python -m pangu.serve checkpoint=DIR [key=value] ...
                       decoded together, those of another after them
   task                auto, as python -m pangu.generate has it
   keep                0.5; the part of the experts that is held
+  batch_invariant     false, or true, as python -m pangu.generate has it
   backend             auto | cpu | cuda | npu
 
 in several processes: torchrun --nproc_per_node=4 -m pangu.serve checkpoint=DIR ...
@@ -86,6 +87,7 @@ class Options:
     patterns: str = ""
     task: str = "auto"
     keep: float = 0.5
+    batch_invariant: bool = False
     backend: Literal["auto", "cpu", "cuda", "npu"] = "auto"
     parallel_tensor_model_parallel_size: int = 1
     parallel_expert_model_parallel_size: int = 1
@@ -134,6 +136,10 @@ def parse(arguments: Sequence[str]) -> Options:
         "port": (0 <= found.port < 2**16, "a port is 0 to 65535"),
         "max_length": (found.max_length >= 0, "must be more than 0"),
         "max_queue": (found.max_queue >= 0, "must be 0 or more"),
+        "batch_invariant": (
+            not found.batch_invariant or found.parallel_tensor_model_parallel_size == 1,
+            "sums over tensor-parallel ranks are made in an order that depends on their size",
+        ),
     }
     guesses = speculation_ranges(
         found.speculative, found.speculative_tokens, found.draft, found.speculative_tree
@@ -230,8 +236,10 @@ def _engine(options: Options, trained: Trained, several: bool) -> Engine:
     """This rank's. Collective."""
     from pangu.inference.engine import Engine
     from pangu.inference.replicas import Replica
-    from pangu.trained_model import add_drafter
+    from pangu.trained_model import add_drafter, keep_one_order
 
+    if options.batch_invariant:
+        keep_one_order()
     model, tokenizer, config = trained
     engine = Engine(
         model,

@@ -4,6 +4,7 @@ No torch before it is loaded: a mistake answers at once."""
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -193,6 +194,21 @@ def load_for_inference(config: Config, folder: Path) -> tuple[GPTModel, Tokenize
         return chunks[0].eval(), load_tokenizer(path / restore.TOKENIZER)
     except DataError as error:
         raise ConfigError([Violation("checkpoint", path, str(error))]) from None
+
+
+def keep_one_order() -> None:
+    """Let this process decode as `batch_invariant` says; a line where that changes nothing.
+
+    Raises:
+        ConfigError: the device cannot.
+    """
+    from pangu.inference.batch_invariant import decode_in_one_order
+
+    try:
+        if said := decode_in_one_order():
+            print(f"note: {said}", file=sys.stderr)
+    except ValueError as error:
+        raise ConfigError([Violation("batch_invariant", True, str(error))]) from None
 
 
 _LONGEST = 8  # guesses, where their number is chosen for each pass

@@ -154,11 +154,34 @@ def steps(dtype: torch.dtype) -> None:
             adamw.adamw([state], rule, Verdict(one, one, one))
 
 
+def fixed(dtype: torch.dtype) -> None:
+    from pangu.ops.kernels import fixed_attention, fixed_matmul
+
+    x, w = torch.ones(64, 2048, dtype=dtype), torch.ones(8, 2048, 512, dtype=dtype)
+    fixed_matmul.grouped(x, w, torch.full((8,), 8))
+    heads = ((8, 128),) if short else ((8, 128), (1, 256))
+    for groups, size in heads:
+        query, key = torch.ones(5, 8, size, dtype=dtype), torch.ones(300, groups, size, dtype=dtype)
+        fixed_attention.attention(query, key, key, 0.1, None)
+        if not short:
+            fixed_attention.attention(query, key, key, 0.1, torch.ones(5, 300, dtype=torch.bool))
+
+
 def main() -> None:
     JITFunction.run = compiled
     backends.select("cpu")
     for dtype in (torch.bfloat16,) if short else (torch.bfloat16, torch.float32):
-        for operator in (activations, norms, permutations, losses, choices, turns, routes, steps):
+        for operator in (
+            activations,
+            norms,
+            permutations,
+            losses,
+            choices,
+            turns,
+            routes,
+            fixed,
+            steps,
+        ):
             operator(dtype)
     print(json.dumps(found))
 

@@ -24,10 +24,10 @@ class Operators:
     `pangu/ops/<operator>.py`."""
 
     adamw: Literal["torch", "fused", "triton"]
-    attention: Literal["sdpa", "npu"]
+    attention: Literal["sdpa", "npu", "fixed"]
     choice: Literal["torch", "triton"]
     cross_entropy: Literal["blocks", "triton"]
-    grouped_matmul: Literal["loop", "fused", "npu"]
+    grouped_matmul: Literal["loop", "fused", "npu", "fixed"]
     linear: Literal["torch", "onednn"]
     linear_cross_entropy: Literal["plain", "chunks"]
     permute: Literal["torch", "npu", "triton"]
@@ -85,6 +85,9 @@ class Backend:
     # host itself.
     host_tier: Callable[[Path], HostTier]
     in_place_of_cuda: InPlaceOfCuda | None  # None where it is CUDA
+    # Variants of operators for decoding in which a row's sums do not depend on how many rows there
+    # are; empty where tokens do not anyway, None where there are none.
+    in_one_order: Mapping[str, str] | None = None
 
 
 def memory_gauges(free: int, total: int) -> dict[str, float]:

@@ -161,6 +161,7 @@ def create(local_rank: int) -> Backend:
             routing="torch",
             swiglu="blocks",
         ),
+        in_one_order={},
         host_tier=FileTier,
         in_place_of_cuda=InPlaceOfCuda(
             namespace=CpuNamespace(),

@@ -53,6 +53,8 @@ OURS = replace(
     swiglu="triton",
 )
 
+IN_ONE_ORDER = {"attention": "fixed", "grouped_matmul": "fixed"}
+
 
 def kernels_missing(capability: tuple[int, int]) -> str:
     """Why our kernels cannot run on a GPU of this compute capability; empty where they can."""
@@ -87,7 +89,7 @@ def create(local_rank: int) -> Backend:
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     properties = torch.cuda.get_device_properties(device)
-    name = properties.name
+    name, capability = properties.name, (properties.major, properties.minor)
 
     def peak(precision: str) -> float | None:
         if precision not in ("bf16", "fp16"):
@@ -119,7 +121,8 @@ def create(local_rank: int) -> Backend:
         fused_adamw=True,
         asynchronous=True,
         block_elements=None,
-        operators=operators((properties.major, properties.minor), say=local_rank == 0),
+        operators=operators(capability, say=local_rank == 0),
         host_tier=lambda folder: PinnedTier(torch.cuda),
         in_place_of_cuda=None,
+        in_one_order=None if kernels_missing(capability) else IN_ONE_ORDER,
     )

@@ -44,8 +44,10 @@ class Point(NamedTuple):
     seconds: float
 
 
-def measure(backend: list[str], quick: bool, say: Callable[[str], None]) -> Decoding:
-    """The costs that explain such steps. `backend`: overrides.
+def measure(backend: list[str], quick: bool, say: Callable[[str], None]) -> Decoding | None:
+    """The costs that explain such steps; None where they hide behind a device.
+
+    `backend`: overrides.
 
     Raises:
         RuntimeError: the process failed; the message is the last line that it said.
@@ -58,7 +60,8 @@ def measure(backend: list[str], quick: bool, say: Callable[[str], None]) -> Deco
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["nothing"]
         raise RuntimeError(f"decoding failed with exit code {done.returncode}: {said[-1]}")
-    return explain([Point(*row) for row in json.loads(done.stdout)])
+    points = [Point(*row) for row in json.loads(done.stdout)]
+    return explain(points) if points else None
 
 
 def explain(points: Sequence[Point]) -> Decoding:
@@ -88,7 +91,8 @@ def explain(points: Sequence[Point]) -> Decoding:
 
 
 def points(overrides: list[str], rounds: int) -> Iterator[Point]:
-    """Median processor seconds of each kind of step, in this process."""
+    """Median processor seconds of each kind of step, in this process; none of a device that works
+    behind its host."""
     config = load([*NARROW, *overrides])
     prepare_environment(config, ProcessEnvironment())
     import torch
@@ -96,7 +100,8 @@ def points(overrides: list[str], rounds: int) -> Iterator[Point]:
     from pangu.engines.megatron import process_groups
     from pangu.engines.megatron.fitting import select_backend
 
-    select_backend(config.backend.name)
+    if select_backend(config.backend.name).asynchronous:
+        return
     torch.set_num_threads(config.backend.threads or 1)
     process_groups.initialize(config)
     try:

@@ -92,7 +92,8 @@ def fit(
     bare = replace(bare, matmul=matmul)
     matmul = replace(matmul, grouped=_grouped(bare, device))
     attention = _attention(bare, device)
-    matmul = _few_rows(matmul, device.samples, bandwidth)
+    if on_cpu:
+        matmul = _few_rows(matmul, device.samples, bandwidth)
     return replace(start, matmul=matmul, attention=attention, decoding=decoding)
 
 

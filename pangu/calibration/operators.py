@@ -43,7 +43,7 @@ PRODUCTS = [
 ]
 # groups, rows of each, n, k
 GROUPED = [(8, 64, 256, 256), (8, 256, 256, 128), (32, 128, 128, 256), (4, 512, 512, 256)]
-# Rows of products that decoding makes on a CPU, and their weight; a few experts have one each.
+# Rows of products that decoding makes, and their weight; a few experts have one each.
 FEW_ROWS = (1, 2, 4, 8, 16, 32, 64)
 FEW_ROWS_WEIGHT, FEW_ROWS_EXPERTS = (512, 1024), 8
 # batch, heads, KV heads, sequence, head size
@@ -77,9 +77,8 @@ def plan(quick: bool) -> Plan:
     for groups, rows, n, k in few(GROUPED):
         size4 = (groups, rows * scale, n * scale, k * scale)
         steps.append((f"{groups} products", partial(_grouped, *size4)))
-    if not backends.current().asynchronous:
-        for rows in few(list(FEW_ROWS)):
-            steps.append((f"product of {rows} rows", partial(_few_rows, rows)))
+    for number in few(list(FEW_ROWS)):
+        steps.append((f"product of {number} rows", partial(_few_rows, number)))
     for batch, heads, kv_heads, length, head in few(ATTENTION):
         size5 = (batch, heads * scale, kv_heads * scale, length, head)
         steps.append((f"attention of {length}", partial(_attention, *size5)))

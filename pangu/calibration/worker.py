@@ -21,10 +21,10 @@ from pangu.calibration.samples import Device
 from pangu.processes import die_with_parent
 
 
-def steps(processes: int, quick: bool, on_cpu: bool) -> int:
+def steps(processes: int, quick: bool) -> int:
     """Length of the progress bar's part that belongs to the workers."""
     shapes: list[Sized] = [operators.PRODUCTS, operators.GROUPED, operators.ATTENTION]
-    shapes += [operators.VECTORS, operators.FEW_ROWS if on_cpu else ()]
+    shapes += [operators.VECTORS, operators.FEW_ROWS]
     local = sum(min(3, len(each)) if quick else len(each) for each in shapes) + 2
     sizes = len(messages.QUICK_SIZES if quick else messages.SIZES)
     return local + (sizes * len(messages.KINDS) if processes > 1 else 0)

@@ -1,10 +1,12 @@
-"""Causal attention, optionally confined to documents. Reference, SDPA and NPU variants.
+"""Causal attention, optionally confined to documents. Reference, SDPA, NPU and fixed variants.
 
 Shapes: s = query positions, t = key positions, b = batch, n = heads, g = KV heads (n a multiple
 of g), d = head size of query and key, e = head size of value.
 """
 
 from __future__ import annotations
+
+import importlib
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,7 @@ def attention(
     `[b, t]` (any integer dtype) hides keys of other documents. `seen` bool `[s, t]` takes the place
     of both where it is given: what each query sees; or `[b, 1, s, t]`.
     """
-    variants = {"sdpa": attention_sdpa, "npu": attention_npu}
+    variants = {"sdpa": attention_sdpa, "npu": attention_npu, "fixed": attention_fixed}
     variant = variants[backends.current().operators.attention]
     return variant(query, key, value, scale=scale, document_ids=document_ids, seen=seen)
 
@@ -164,3 +166,23 @@ def attention_npu(
         sparse_mode=1,
     )[0]
     return out[..., :width].permute(2, 0, 1, 3)
+
+
+def attention_fixed(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    document_ids: torch.Tensor | None = None,
+    seen: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Every query goes through its keys in the same order, however many are beside it; without
+    gradients. Of several sequences at once, documents, and heads too wide for a kernel's registers
+    (MLA's latents), in the open: there a query's sums depend on how many keys its chunk has."""
+    kernels = importlib.import_module("pangu.ops.kernels.fixed_attention")
+    if query.size(1) > 1 or document_ids is not None or query.size(3) > kernels.WIDEST:
+        return attention_reference(
+            query, key, value, scale=scale, document_ids=document_ids, seen=seen
+        )
+    return kernels.attention(query[:, 0], key[:, 0], value[:, 0], scale, seen)[:, None]

@@ -105,6 +105,20 @@ class Npu:
         return _npu_grouped_matmul(x_NI.t(), y_NO, counts_E, group_type=2)
 
 
+class Fixed:
+    """A row's sum has one order, however many rows its group has; for decoding alone."""
+
+    @staticmethod
+    def rows(x_NI: torch.Tensor, w_EIO: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+        return importlib.import_module("pangu.ops.kernels.fixed_matmul").grouped(
+            x_NI, w_EIO, counts_E
+        )
+
+    @staticmethod
+    def weights(x_NI: torch.Tensor, y_NO: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("products in one order have no gradients")
+
+
 def _npu_grouped_matmul(
     x: torch.Tensor, w: torch.Tensor, counts_E: torch.Tensor, group_type: int
 ) -> torch.Tensor:
@@ -254,5 +268,4 @@ def _choose(x_NI: torch.Tensor, w_EIO: torch.Tensor) -> type[Kernels]:
     variant = backends.current().operators.grouped_matmul
     if variant == "fused" and not Fused.fits(x_NI, w_EIO):
         return Loop
-    variants: dict[str, type[Kernels]] = {"loop": Loop, "fused": Fused, "npu": Npu}
-    return variants[variant]
+    return {"loop": Loop, "fused": Fused, "npu": Npu, "fixed": Fixed}[variant]
