@@ -44,7 +44,7 @@ def matmul_seconds(
     if weight_gradient:
         peak *= hw.matmul.weight_gradient
     compute = 2.0 * batch * m * n * k / (peak * _efficiency(hw, batch, m, n, k))
-    busy = np.maximum(compute, memory_seconds(hw, moved))
+    busy: Array = np.maximum(compute, memory_seconds(hw, moved))
     if hw.matmul.rows and not weight_gradient:
         busy = _few_rows(hw, busy, m, batch * k * n * weight, hw.matmul.reading)
     return busy + _launch(hw.launch_us.matmul, m * n * k)
@@ -86,7 +86,7 @@ def grouped_matmul_seconds(
     compute = 2.0 * groups * rows * n * k / (peak * _efficiency(hw, groups, a, b, depth))
     moved = activations + weights * np.minimum(rows, 1.0)
     work = groups * rows * n * k
-    busy = np.maximum(compute, memory_seconds(hw, moved))
+    busy: Array = np.maximum(compute, memory_seconds(hw, moved))
     if curve.rows and not weight_gradient:
         busy = _few_rows(hw, busy, rows, groups * n * k * weight, curve.reading_grouped)
     return busy + _launch(hw.launch_us.matmul, work)

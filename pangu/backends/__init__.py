@@ -87,7 +87,7 @@ class Backend:
     in_place_of_cuda: InPlaceOfCuda | None  # None where it is CUDA
     # Variants of operators for decoding in which a row's sums do not depend on how many rows there
     # are; empty where tokens do not anyway, None where there are none.
-    in_one_order: Mapping[str, str] | None = None
+    in_one_order: Mapping[str, Any] | None = None
 
 
 def memory_gauges(free: int, total: int) -> dict[str, float]:

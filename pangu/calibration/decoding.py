@@ -7,13 +7,14 @@ new token of each or several. In a process of its own:
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,11 @@ from launch.environment import ProcessEnvironment
 from pangu.calibration.framework import NARROW
 from pangu.local_launch import prepare_environment
 from simulator.api import Decoding
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+    from pangu.inference.engine import Engine
 
 DEPTHS = (2, 6)
 SEQUENCES = (1, 8, 32)
@@ -115,59 +121,57 @@ def points(overrides: list[str], rounds: int) -> Iterator[Point]:
 
 
 def _of_model(config: Config, rounds: int) -> Iterator[Point]:
-    from pangu.inference.speculative import Draft, Drafter
+    from pangu.inference.touched_experts import TouchedExperts
     from pangu.model.build import build_model
 
-    class Wrong(Drafter):
-        """Guesses a token that is never drawn."""
-
-        draws = False
-
-        def propose(self, counts: dict) -> dict:
-            token = config.model.vocab_size - 1
-            return {sequence: Draft([token] * count) for sequence, count in counts.items()}
-
     model = build_model(config)[0][0].eval()
-    for sequences in SEQUENCES:
-        for tokens in (1, SEVERAL):
-            drafter = Wrong() if tokens > 1 else None
-            seconds, experts = _round(model, config, sequences, tokens, drafter, rounds)
-            layers = config.model.num_layers
-            with_experts = layers if config.model.num_experts else 0
-            yield Point(layers, with_experts, sequences, tokens, experts, seconds)
+    kinds = list(itertools.product(SEQUENCES, (1, SEVERAL)))
+    engines = [_decoding(model, config, sequences, tokens, rounds) for sequences, tokens in kinds]
+    seconds = [_median_step(engine, rounds) for engine in engines]
+    touched = TouchedExperts(model)  # which costs a little, once all is timed
+    layers = config.model.num_layers
+    with_experts = layers if config.model.num_experts else 0
+    for (sequences, tokens), engine, each in zip(kinds, engines, seconds, strict=True):
+        engine.step()
+        yield Point(layers, with_experts, sequences, tokens, touched.take() or 0.0, each)
 
 
-def _round(model, config: Config, sequences: int, tokens: int, drafter, rounds: int):
-    """Median seconds of a step, and the experts that it touches in a layer."""
-    from pangu.inference.batching import Request
-    from pangu.inference.engine import Engine
-    from pangu.inference.sampling import Sampling
-
-    length = PROMPT + rounds + 2 * SEVERAL
-    engine = Engine(
-        model,
-        vocab_size=config.model.vocab_size - 1,
-        cache_tokens=sequences * (length + 32),
-        max_sequences=sequences,
-    )
-    engine.drafter, engine.draft_tokens = drafter, tokens - 1
-    for first in range(sequences):
-        prompt = tuple(range(first, first + PROMPT))
-        engine.add(Request(prompt, length - PROMPT, Sampling(temperature=0)))
-    engine.step()  # the prompts
-    engine.step()
+def _median_step(engine: Engine, rounds: int) -> float:
+    """Processor seconds."""
     found = []
     for _ in range(rounds):
         started = time.process_time()
         engine.step()
         found.append(time.process_time() - started)
-    engine.count_experts()
+    return statistics.median(found)
+
+
+def _decoding(model: GPTModel, config: Config, sequences: int, tokens: int, rounds: int) -> Engine:
+    """An engine whose sequences all decode, and verify `tokens` - 1 wrong guesses each."""
+    from pangu.inference import batching
+    from pangu.inference.engine import Engine
+    from pangu.inference.sampling import Sampling
+    from pangu.inference.speculative import Draft, Drafter
+
+    never = config.model.vocab_size - 1  # a token that is not drawn
+
+    class Wrong(Drafter):
+        draws = False
+
+        def propose(self, counts: dict[batching.Sequence, int]) -> dict[batching.Sequence, Draft]:
+            return {sequence: Draft([never] * count) for sequence, count in counts.items()}
+
+    new = rounds + 2 * SEVERAL
+    room = sequences * (PROMPT + new + 32)
+    engine = Engine(model, vocab_size=never, cache_tokens=room, max_sequences=sequences)
+    if tokens > 1:
+        engine.drafter, engine.draft_tokens = Wrong(), tokens - 1
+    for first in range(sequences):
+        prompt = tuple(range(first, first + PROMPT))
+        engine.add(batching.Request(prompt, new, Sampling(temperature=0)))
+    engine.step()  # the prompts
     engine.step()
-    (measured,) = [
-        each for each in engine.counts.measured.rounds.values() if each.expert_rounds
-    ] or [None]
-    experts = measured.experts / measured.expert_rounds if measured else 0.0
-    return statistics.median(found), experts
+    return engine
 
 
 def main(arguments: list[str]) -> None:

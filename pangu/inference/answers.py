@@ -28,10 +28,10 @@ def read_prompts(path: Path) -> list[str]:
         return lines
     found = []
     for number, line in enumerate(lines, 1):
-        row = _row(line)
-        if not isinstance(row.get("prompt"), str):
+        prompt = _row(line).get("prompt")
+        if not isinstance(prompt, str):
             raise AnswersError(f"line {number} is no JSON object with a text under 'prompt'")
-        found.append(row["prompt"])
+        found.append(prompt)
     return found
 
 

@@ -48,17 +48,14 @@ def _fault(device: torch.device) -> str:
             for shape in ((24, 96), (3, 96, 80), (5, 1, 4, 64), (70, 1, 2, 64))
         )
         try:
-            on_device = [each.to(device) for each in (x, w, query, key)]
-            product = Fixed.rows(on_device[0], on_device[1], counts)
-            alone = Fixed.rows(on_device[0][-1:], on_device[1], torch.tensor([0, 0, 1]))
-            attended = attention_fixed(*on_device[2:], on_device[3], scale=0.125)
+            there, weights, q, k = (each.to(device) for each in (x, w, query, key))
+            product = Fixed.rows(there, weights, counts)
+            alone = Fixed.rows(there[-1:], weights, torch.tensor([0, 0, 1]))
+            attended = attention_fixed(q, k, k, scale=0.125)
         except Exception as error:  # a compiler's, a driver's: whatever it is, it is the answer
             return (str(error).strip().splitlines() or [type(error).__name__])[0]
-        wide = [each.double() for each in (x, w, query, key)]
-        expected = (
-            Loop.rows(wide[0], wide[1], counts),
-            attention_reference(*wide[2:], wide[3], scale=0.125),
-        )
+        x, w, q, k = (each.double() for each in (x, w, query, key))
+        expected = Loop.rows(x, w, counts), attention_reference(q, k, k, scale=0.125)
         for found, true in zip((product, attended), expected, strict=True):
             if not (found.cpu().double() - true).abs().max() <= tolerance * true.abs().max():
                 return f"results in {dtype} are wrong"

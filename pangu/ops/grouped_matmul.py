@@ -268,4 +268,10 @@ def _choose(x_NI: torch.Tensor, w_EIO: torch.Tensor) -> type[Kernels]:
     variant = backends.current().operators.grouped_matmul
     if variant == "fused" and not Fused.fits(x_NI, w_EIO):
         return Loop
-    return {"loop": Loop, "fused": Fused, "npu": Npu, "fixed": Fixed}[variant]
+    variants: dict[str, type[Kernels]] = {
+        "loop": Loop,
+        "fused": Fused,
+        "npu": Npu,
+        "fixed": Fixed,
+    }
+    return variants[variant]
