@@ -31,8 +31,9 @@ def layers_seconds(serving: Serving, sequences: Array, new: Array) -> Array:
     micro = serving.model.num_layers * (costs.layer + attention * np.asarray(sequences))
     if counts["moe"]:
         tokens = np.asarray(sequences) * new * serving.attention_dp
-        experts = touched_experts(serving, tokens)
-        micro = micro + counts["moe"] * (costs.experts + costs.expert * experts)
+        shared = costs.shared_expert if serving.model.shared_expert_ffn_hidden_size else 0.0
+        each = costs.expert * touched_experts(serving, tokens)
+        micro = micro + counts["moe"] * (costs.experts + shared + each)
     return MICRO * micro
 
 

@@ -158,13 +158,14 @@ class Launch:
 class Decoding:
     """What our engine takes around the operators of a decoding pass, in µs, where the processor
     that computes also runs its Python: for the pass; for each sequence; for a layer, and for one
-    with experts besides; in each layer for a sequence's attention, which is a call of its own, with
-    one new token or several; and for an expert that has tokens."""
+    with experts and one with a shared expert besides; in each layer for a sequence's attention,
+    which is a call of its own, with one new token or several; and for an expert that has tokens."""
 
     whole_pass: NotNegative
     sequence: NotNegative
     layer: NotNegative
     experts: NotNegative
+    shared_expert: NotNegative
     attention: NotNegative
     attention_of_several: NotNegative
     expert: NotNegative

@@ -35,15 +35,17 @@ SEQUENCES = (1, 8, 32)
 SEVERAL = 4  # tokens
 ROUNDS, QUICK_ROUNDS = 30, 6
 PROMPT = 8
-KINDS = {"experts": [], "dense": ["model.num_experts=0", "model.ffn_hidden_size=16"]}
+ROUTED = "model.shared_expert_ffn_hidden_size=0"
+KINDS = (["model.num_experts=0", "model.ffn_hidden_size=16", ROUTED], [ROUTED], [])
 
 
 class Point(NamedTuple):
-    """A step: layers, those of them that have experts, sequences, tokens of each, experts that had
-    tokens in a layer, and seconds."""
+    """A step: layers, those of them that have experts and a shared one, sequences, tokens of each,
+    experts that had tokens in a layer, and seconds."""
 
     layers: int
     expert_layers: int
+    shared_layers: int
     sequences: int
     tokens: int
     experts: float
@@ -73,13 +75,14 @@ def measure(backend: list[str], quick: bool, say: Callable[[str], None]) -> Deco
 def explain(points: Sequence[Point]) -> Decoding:
     """Least squares of relative errors; nothing costs less than 0."""
     table = np.array(points, dtype=float)
-    layers, expert_layers, sequences, tokens, experts, seconds = table.T
+    layers, expert_layers, shared_layers, sequences, tokens, experts, seconds = table.T
     several = tokens > 1
     columns = [
         np.ones_like(seconds),
         sequences,
         layers,
         expert_layers,
+        shared_layers,
         layers * sequences * ~several,
         layers * sequences * several,
         expert_layers * experts,
@@ -111,7 +114,7 @@ def points(overrides: list[str], rounds: int) -> Iterator[Point]:
     torch.set_num_threads(config.backend.threads or 1)
     process_groups.initialize(config)
     try:
-        for kind in KINDS.values():
+        for kind in KINDS:
             for depth in DEPTHS:
                 yield from _of_model(
                     load([*NARROW, *overrides, *kind, f"model.num_layers={depth}"]), rounds
@@ -131,9 +134,11 @@ def _of_model(config: Config, rounds: int) -> Iterator[Point]:
     touched = TouchedExperts(model)  # which costs a little, once all is timed
     layers = config.model.num_layers
     with_experts = layers if config.model.num_experts else 0
+    with_shared = with_experts if config.model.shared_expert_ffn_hidden_size else 0
+    depth = (layers, with_experts, with_shared)
     for (sequences, tokens), engine, each in zip(kinds, engines, seconds, strict=True):
         engine.step()
-        yield Point(layers, with_experts, sequences, tokens, touched.take() or 0.0, each)
+        yield Point(*depth, sequences, tokens, touched.take() or 0.0, each)
 
 
 def _median_step(engine: Engine, rounds: int) -> float:

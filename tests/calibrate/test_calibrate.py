@@ -253,16 +253,19 @@ def test_mistakes_are_one_sentence_and_exit_code_2(
 
 def test_costs_of_decoding_are_found_again() -> None:
     """From steps of models with and without experts, as `calibration.decoding` takes them."""
-    known = Decoding(400.0, 20.0, 130.0, 500.0, 15.0, 40.0, 8.0)
-    plan = itertools.product((2, 6), (False, True), (1, 8, 32), (1, 4))
+    known = Decoding(400.0, 20.0, 130.0, 500.0, 120.0, 15.0, 40.0, 8.0)
+    kinds = ((False, False), (True, False), (True, True))
+    plan = itertools.product((2, 6), kinds, (1, 8, 32), (1, 4))
     points = []
-    for layers, experts, sequences, tokens in plan:
+    for layers, (experts, shared), sequences, tokens in plan:
         touched = 16 * (1 - 0.75 ** (sequences * tokens)) if experts else 0.0
         attention = known.attention if tokens == 1 else known.attention_of_several
         micro = known.whole_pass + known.sequence * sequences
         micro += layers * (known.layer + attention * sequences)
         micro += layers * experts * (known.experts + known.expert * touched)
-        point = Point(layers, layers * experts, sequences, tokens, touched, micro * 1e-6)
+        micro += layers * shared * known.shared_expert
+        depth = (layers, layers * experts, layers * shared)
+        point = Point(*depth, sequences, tokens, touched, micro * 1e-6)
         points.append(point)
     assert vars(explain(points)) == pytest.approx(vars(known), rel=1e-6)
     cheaper = [point._replace(seconds=point.seconds - 400e-6) for point in points]

@@ -41,7 +41,12 @@ def test_the_public_function_takes_the_backends_variant(operator, monkeypatch):
 
 def test_grouped_products_follow_the_backend_and_fall_back(monkeypatch):
     x, w = torch.zeros(2, 8), torch.zeros(1, 8, 8)
-    for variant, kernels in (("loop", "Loop"), ("fused", "Fused"), ("npu", "Npu")):
+    for variant, kernels in (
+        ("loop", "Loop"),
+        ("fused", "Fused"),
+        ("npu", "Npu"),
+        ("fixed", "Fixed"),
+    ):
         take(monkeypatch, grouped_matmul=variant)
         assert grouped_matmul._choose(x, w).__name__ == kernels
     take(monkeypatch, grouped_matmul="fused")

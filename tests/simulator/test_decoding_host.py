@@ -13,7 +13,7 @@ from simulator.operators import grouped_matmul_seconds, matmul_seconds
 from simulator.serving import serving
 from simulator.speculation import speculate
 
-COSTS = Decoding(400.0, 20.0, 130.0, 500.0, 15.0, 40.0, 8.0)
+COSTS = Decoding(400.0, 20.0, 130.0, 500.0, 120.0, 15.0, 40.0, 8.0)
 MODEL = ["model=moge_tiny", "moe=top_k", "moe.top_k=4", "moe.num_expert_groups=1"]
 MODEL += ["model.num_dense_layers=1", "model.ffn_hidden_size=256", "devices=1", "hardware=a100"]
 MODEL += ["inference.draft=ngram", "inference.prompt_length=64", "inference.max_new_tokens=64"]
@@ -38,7 +38,8 @@ def test_what_python_takes_by_hand(sequences, tokens):
     bare = decode_step(layout(processor(decoding=free)), sequences, 96, tokens)
     attention = 15 if tokens == 1 else 40
     woken = 16 * (1 - (12 / 16) ** (sequences * tokens))
-    expected = 400 + 20 * sequences + 4 * (130 + attention * sequences) + 3 * (500 + 8 * woken)
+    expected = 400 + 20 * sequences + 4 * (130 + attention * sequences)
+    expected += 3 * (500 + 120 + 8 * woken)
     assert with_costs.seconds - bare.seconds == pytest.approx(expected * 1e-6)
     # Operators cost no launch beside: a model of no width would take this alone.
     launches = decode_step(layout(processor(decoding=None)), sequences, 96, tokens)
@@ -48,7 +49,10 @@ def test_what_python_takes_by_hand(sequences, tokens):
 def test_a_prompt_is_one_call_of_attention_a_layer():
     parts = prefill(layout(processor()), 1, 96).parts
     assert parts["host"] == pytest.approx(420e-6)
-    assert parts["host_layers"] == pytest.approx((4 * 170 + 3 * (500 + 8 * 16)) * 1e-6)
+    assert parts["host_layers"] == pytest.approx((4 * 170 + 3 * (620 + 8 * 16)) * 1e-6)
+    routed = layout(processor(), "model.shared_expert_ffn_hidden_size=0")
+    fewer = parts["host_layers"] - prefill(routed, 1, 96).parts["host_layers"]
+    assert fewer == pytest.approx(3 * 120e-6)
 
 
 def test_few_rows_take_what_was_measured():
