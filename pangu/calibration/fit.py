@@ -87,14 +87,19 @@ def fit(
     )
     if on_cpu:  # gloo keeps no buffers of its own
         start = replace(start, communicator_buffer_mb=0.0)
+    return _with_operators(replace(start, decoding=decoding), device)
+
+
+def _with_operators(start: Hardware, device: Device) -> Hardware:
+    """The machine with the efficiency of products and attention."""
     bare = replace(start, launch_us=Launch(0.0, 0.0, 0.0, 0.0))
     matmul = _matmul(bare, device)
     bare = replace(bare, matmul=matmul)
     matmul = replace(matmul, grouped=_grouped(bare, device))
     attention = _attention(bare, device)
-    if on_cpu:
-        matmul = _few_rows(matmul, device.samples, bandwidth)
-    return replace(start, matmul=matmul, attention=attention, decoding=decoding)
+    if not device.asynchronous:
+        matmul = _few_rows(matmul, device.samples, start.memory_bandwidth)
+    return replace(start, matmul=matmul, attention=attention)
 
 
 def preset(hardware: Hardware, evidence: dict[str, str]) -> dict[str, Any]:

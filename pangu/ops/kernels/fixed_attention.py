@@ -15,6 +15,22 @@ WIDEST = 256  # a head is in registers as a whole
 
 
 @triton.jit
+def _with_block(
+    scores: tl.tensor,
+    value: tl.tensor,
+    highest: tl.tensor,
+    total: tl.tensor,
+    sums: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """A head's highest score so far, the sum of weights relative to it, and of weighted values."""
+    higher = tl.maximum(highest, tl.max(scores, axis=1))
+    weights = tl.exp(scores - higher[:, None])
+    kept = tl.exp(highest - higher)
+    more = tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+    return higher, total * kept + tl.sum(weights, axis=1), sums * kept[:, None] + more
+
+
+@triton.jit
 def _attention(
     query_ptr: tl.tensor,
     key_ptr: tl.tensor,
@@ -48,9 +64,7 @@ def _attention(
     place = row.to(tl.int64) * query_row + head[:, None] * query_head + at[None, :]
     wanted = present[:, None] & (at < width)[None, :]
     query = tl.load(query_ptr + place, mask=wanted, other=0.0)
-    visible = keys - queries + row + 1
-    if masked:
-        visible = keys
+    visible = keys if masked else keys - queries + row + 1
     highest = tl.full((HEADS,), float("-inf"), tl.float32)
     total = tl.zeros((HEADS,), tl.float32)
     sums = tl.zeros((HEADS, VALUE_WIDTH), tl.float32)
@@ -68,18 +82,12 @@ def _attention(
         )
         scores = tl.dot(query, key, input_precision="ieee") * scale
         scores = tl.where(inside[None, :], scores, float("-inf"))
-        higher = tl.maximum(highest, tl.max(scores, axis=1))
-        weights = tl.exp(scores - higher[:, None])
-        kept = tl.exp(highest - higher)
         value = tl.load(
             value_ptr + position[:, None] * value_row + group * value_head + value_at[None, :],
             mask=inside[:, None] & (value_at < value_width)[None, :],
             other=0.0,
         )
-        total = total * kept + tl.sum(weights, axis=1)
-        more = tl.dot(weights.to(value.dtype), value, input_precision="ieee")
-        sums = sums * kept[:, None] + more
-        highest = higher
+        highest, total, sums = _with_block(scores, value, highest, total, sums)
     out = (row.to(tl.int64) * tl.num_programs(1) * heads + head)[:, None] * value_width
     wanted = present[:, None] & (value_at < value_width)[None, :]
     tl.store(out_ptr + out + value_at[None, :], sums / total[:, None], mask=wanted)
