@@ -7,6 +7,7 @@ new token of each or several. In a process of its own:
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import statistics
@@ -16,19 +17,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
-from configs.compose import load
-from configs.schema import Config
 from launch.environment import ProcessEnvironment
-from pangu.calibration.framework import NARROW
-from pangu.local_launch import prepare_environment
-from simulator.api import Decoding
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
+    from configs.schema import Config
     from pangu.inference.engine import Engine
+    from simulator.api import Decoding
 
 DEPTHS = (2, 6)
 SEQUENCES = (1, 8, 32)
@@ -74,6 +70,10 @@ def measure(backend: list[str], quick: bool, say: Callable[[str], None]) -> Deco
 
 def explain(points: Sequence[Point]) -> Decoding:
     """Least squares of relative errors; nothing costs less than 0."""
+    import numpy as np
+
+    from simulator.api import Decoding
+
     table = np.array(points, dtype=float)
     layers, expert_layers, shared_layers, sequences, tokens, experts, seconds = table.T
     several = tokens > 1
@@ -102,6 +102,10 @@ def explain(points: Sequence[Point]) -> Decoding:
 def points(overrides: list[str], rounds: int) -> Iterator[Point]:
     """Median processor seconds of each kind of step, in this process; none of a device that works
     behind its host."""
+    from configs.compose import load
+    from pangu.calibration.framework import NARROW
+    from pangu.local_launch import prepare_environment
+
     config = load([*NARROW, *overrides])
     prepare_environment(config, ProcessEnvironment())
     import torch
@@ -179,12 +183,15 @@ def _decoding(model: GPTModel, config: Config, sequences: int, tokens: int, roun
     return engine
 
 
-def main(arguments: list[str]) -> None:
+def main() -> None:
     """Print the points as JSON."""
-    overrides = [word for word in arguments if word != "--quick"]
-    rounds = QUICK_ROUNDS if "--quick" in arguments else ROUNDS
-    print(json.dumps(list(points(overrides, rounds))))
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("overrides", nargs="*", metavar="backend=…")
+    options.add_argument("--quick", action="store_true", help="few rounds")
+    given = options.parse_args()
+    rounds = QUICK_ROUNDS if given.quick else ROUNDS
+    print(json.dumps(list(points(given.overrides, rounds))))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
