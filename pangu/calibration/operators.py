@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from pangu import backends
 from pangu.calibration.samples import Sample, median_seconds
 from pangu.ops.attention import attention
 from pangu.ops.cross_entropy import cross_entropy
 from pangu.ops.grouped_matmul import grouped_matmul
+from pangu.ops.linear import linear
+from pangu.ops.packed_weights import PAYS, PackedWeights, using
 from pangu.ops.rms_norm import rms_norm
 from pangu.ops.swiglu import swiglu
 
@@ -161,18 +162,28 @@ def _grouped(groups: int, rows: int, n: int, k: int) -> list[Sample]:
 
 
 def _few_rows(rows: int) -> list[Sample]:
-    """A linear layer and experts whose weights are read for few rows."""
+    """A linear layer and experts whose weights are read for few rows, as a model that decodes has
+    them."""
     inputs, outputs = FEW_ROWS_WEIGHT
     counts = torch.full((FEW_ROWS_EXPERTS,), rows)
     weights = _rotate(lambda: _tensor(FEW_ROWS_EXPERTS, inputs, outputs), 2**24)
-    linear_weights = _rotate(lambda: _tensor(outputs, inputs), 2**21)
+    linear_weights = _rotate(lambda: _tensor(outputs, inputs), 2**22)
     x, rows_of_all = _tensor(rows, inputs), _tensor(FEW_ROWS_EXPERTS * rows, inputs)
-    with torch.no_grad():
-        linear = _time(lambda: F.linear(x, next(linear_weights)))
-        grouped = _time(lambda: grouped_matmul(rows_of_all, next(weights), counts))
+
+    def one() -> None:
+        linear(x, next(linear_weights))
+
+    def several() -> None:
+        grouped_matmul(rows_of_all, next(weights), counts)
+
+    with torch.no_grad(), using(PackedWeights(4 * ROTATION_BYTES)):
+        for call in (one, several):
+            for _ in range(MOST_TURNS * PAYS):  # until weights have their copies
+                call()
+        alone, grouped = _time(one), _time(several)
     shape = {"rows": rows, "weight_bytes": inputs * outputs * x.element_size()}
     return [
-        Sample("few_rows", shape | {"grouped": False}, linear),
+        Sample("few_rows", shape | {"grouped": False}, alone),
         Sample("few_rows", shape | {"grouped": True}, grouped / FEW_ROWS_EXPERTS),
     ]
 

@@ -178,11 +178,16 @@ def attention_fixed(
     seen: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Every query goes through its keys in the same order, however many are beside it; without
-    gradients. Of several sequences at once, documents, and heads too wide for a kernel's registers
-    (MLA's latents), in the open: there a query's sums depend on how many keys its chunk has."""
+    gradients. Documents, and heads too wide for a kernel's registers (MLA's latents), in the open:
+    there a query's sums depend on how many keys its chunk has."""
     kernels = importlib.import_module("pangu.ops.kernels.fixed_attention")
-    if query.size(1) > 1 or document_ids is not None or query.size(3) > kernels.WIDEST:
-        return attention_reference(
-            query, key, value, scale=scale, document_ids=document_ids, seen=seen
-        )
-    return kernels.attention(query[:, 0], key[:, 0], value[:, 0], scale, seen)[:, None]
+    found = []
+    for i in range(query.size(1)):  # each sequence by itself
+        q, k, v = (each[:, i : i + 1] for each in (query, key, value))
+        own = seen if seen is None or seen.dim() == 2 else seen[i, 0]
+        if document_ids is not None or query.size(3) > kernels.WIDEST:
+            ids = None if document_ids is None else document_ids[i : i + 1]
+            found.append(attention_reference(q, k, v, scale=scale, document_ids=ids, seen=own))
+        else:
+            found.append(kernels.attention(q[:, 0], k[:, 0], v[:, 0], scale, own)[:, None])
+    return torch.cat(found, dim=1)

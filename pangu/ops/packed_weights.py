@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-_PAYS = 24  # uses; of a product of a few rows, about as many save what a copy takes to make
+PAYS = 24  # uses; of a product of a few rows, about as many save what a copy takes to make
 _ROWS = 32  # oneDNN chooses the order for products of about so many
 
 
@@ -36,7 +36,7 @@ class PackedWeights:
             del self._copies[name], self._uses[name]
             self._room += size
         uses = self._uses[name] = self._uses.get(name, 0) + 1
-        if uses < _PAYS or size > self._room or weight_OI.dtype != torch.float32:
+        if uses < PAYS or size > self._room or weight_OI.dtype != torch.float32:
             return None
         copy = torch.ops.mkldnn._reorder_linear_weight(weight_OI, _ROWS)
         self._copies[name] = weight_OI._version, copy

@@ -18,7 +18,7 @@ from pangu.inference.sampling import Sampling
 from pangu.ops.matmul import products_in_one_order
 
 TOP_K = ["moe.num_expert_groups=1", "moe.top_k=2", "model.num_layers=1"]
-FIXED = {"attention": "fixed", "grouped_matmul": "fixed"}
+FIXED = {"attention": "fixed", "grouped_matmul": "fixed", "linear": "torch"}
 
 
 @pytest.fixture
@@ -48,15 +48,14 @@ def logits_of(model, asked, count, **settings):
     engine = Engine(model, vocab_size=64, cache_tokens=512, page_size=4, **settings)
     if guesses:
         engine.drafter, engine.draft_tokens = NgramDrafter(shortest=1), guesses
-    rows, tokens, inside = [], [], engine._next
+    rows, tokens, inside = [], [], engine._updated
 
-    def kept(sequence, draft, logits):
-        drawn = inside(sequence, draft, logits)
+    def kept(sequence, drawn, logits):
         if sequence.number == 0:
             rows.extend(logits[: len(drawn)].clone())
-        return drawn
+        return inside(sequence, drawn, logits)
 
-    engine._next = kept
+    engine._updated = kept
     for request in asked:
         engine.add(Request(request, count, Sampling(temperature=0)))
     while engine.busy:

@@ -38,8 +38,9 @@ def _attention(
     seen_ptr: tl.tensor,
     out_ptr: tl.tensor,
     scale: tl.tensor,
-    queries: tl.tensor,
+    behind: tl.tensor,
     keys: tl.tensor,
+    seen_row: tl.tensor,
     query_row: tl.tensor,
     query_head: tl.tensor,
     key_row: tl.tensor,
@@ -49,13 +50,13 @@ def _attention(
     heads: tl.constexpr,
     width: tl.constexpr,
     value_width: tl.constexpr,
-    masked: tl.constexpr,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     KEYS: tl.constexpr,
 ) -> None:
-    """A program has one query, and of it the heads that share a key's."""
+    """A program has one query, and of it the heads that share a key's: the query in row i sees up
+    to i + `behind` keys."""
     row, group = tl.program_id(0), tl.program_id(1)
     head, at = tl.arange(0, HEADS), tl.arange(0, WIDTH)
     value_at = tl.arange(0, VALUE_WIDTH)
@@ -64,16 +65,15 @@ def _attention(
     place = row.to(tl.int64) * query_row + head[:, None] * query_head + at[None, :]
     wanted = present[:, None] & (at < width)[None, :]
     query = tl.load(query_ptr + place, mask=wanted, other=0.0)
-    visible = keys if masked else keys - queries + row + 1
+    visible = tl.minimum(keys, row + behind)
     highest = tl.full((HEADS,), float("-inf"), tl.float32)
     total = tl.zeros((HEADS,), tl.float32)
     sums = tl.zeros((HEADS, VALUE_WIDTH), tl.float32)
     for first in range(0, visible, KEYS):
         position = first + tl.arange(0, KEYS)
         inside = position < visible
-        if masked:
-            seen = tl.load(seen_ptr + row.to(tl.int64) * keys + position, mask=inside, other=0)
-            inside = inside & (seen != 0)
+        seen = tl.load(seen_ptr + row.to(tl.int64) * seen_row + position, mask=inside, other=0)
+        inside = inside & (seen != 0)
         position = position.to(tl.int64)
         key = tl.load(
             key_ptr + position[None, :] * key_row + group * key_head + at[:, None],
@@ -105,23 +105,25 @@ def attention(
     query, key, value = (
         each if each.stride(2) == 1 else each.contiguous() for each in (query, key, value)
     )
-    heads = query.size(1) // key.size(1)
-    out = query.new_empty(query.size(0), query.size(1), value.size(2))
-    given = seen.contiguous().to(torch.int8) if seen is not None else None
+    queries, keys, heads = query.size(0), key.size(0), query.size(1) // key.size(1)
+    out = query.new_empty(queries, query.size(1), value.size(2))
+    # One kernel for both: another might add up otherwise.
+    behind = keys - queries + 1 if seen is None else keys
+    whole = torch.ones(1, keys, dtype=torch.int8, device=key.device) if seen is None else seen
     _attention[(query.size(0), key.size(1))](
         query,
         key,
         value,
-        given,
+        whole.contiguous().to(torch.int8),
         out,
         float(scale),
-        query.size(0),
-        key.size(0),
+        behind,
+        keys,
+        0 if seen is None else keys,
         *(stride for each in (query, key, value) for stride in each.stride()[:2]),
         heads,
         query.size(2),
         value.size(2),
-        seen is not None,
         max(16, triton.next_power_of_2(heads)),
         max(16, triton.next_power_of_2(query.size(2))),
         max(16, triton.next_power_of_2(value.size(2))),
