@@ -32,7 +32,11 @@ SEVERAL = 4  # tokens
 ROUNDS, QUICK_ROUNDS = 30, 6
 PROMPT = 8
 ROUTED = "model.shared_expert_ffn_hidden_size=0"
-KINDS = (["model.num_experts=0", "model.ffn_hidden_size=16", ROUTED], [ROUTED], [])
+KINDS: tuple[list[str], ...] = (
+    ["model.num_experts=0", "model.ffn_hidden_size=16", ROUTED],
+    [ROUTED],
+    [],
+)
 
 
 class Point(NamedTuple):
