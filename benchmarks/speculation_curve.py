@@ -17,6 +17,7 @@ import csv
 import itertools
 import json
 import os
+import pickle
 import statistics
 import subprocess
 import sys
@@ -83,8 +84,11 @@ def main() -> None:
     machine = calibrated(given.work)
     points, popularity = measured(given.work, given.seconds)
     write_points(given.work, points, popularity)
-    said = forecast(given.work, models, machine)
-    report(given.work, points, said)
+    for measured_experts in (False, True):
+        told = "the experts that passes touched" if measured_experts else "how popular experts are"
+        print(f"\nthe simulator is told {told}")
+        said = forecast(given.work, models, machine, measured_experts=measured_experts)
+        report(given.work, points, said)
 
 
 def described(work: Path, name: str) -> Path:
@@ -296,6 +300,12 @@ def write_points(work: Path, points: Points, popularity: np.ndarray) -> None:
     """As `simulator speculate` reads them: every third point is to be fitted to."""
     counts = {str(layer): row.tolist() for layer, row in enumerate(popularity)}
     (work / "expert_load.json").write_text(json.dumps({"counts": counts}))
+    rounds = [
+        {"sequences": point.batch, "guesses": point.guesses, "experts": point.experts}
+        for point in points.values()
+    ]
+    (work / "measured.json").write_text(json.dumps({"rounds": rounds}))
+    (work / "points.pickle").write_bytes(pickle.dumps(points))
     rows = [
         (batch, guesses, ROUTER["top_k"], point.sigma, speedup(points, batch, guesses))
         for guesses in LENGTHS
@@ -311,11 +321,14 @@ def speedup(points: Points, batch: int, guesses: int, wall: bool = False) -> flo
     return points[batch, guesses].rate(wall) / points[batch, 0].rate(wall)
 
 
-def forecast(work: Path, models: dict[str, Path], machine: Path) -> dict:
-    """What the simulator prints."""
+def forecast(
+    work: Path, models: dict[str, Path], machine: Path, *, measured_experts: bool
+) -> dict[str, Any]:
+    """What the simulator prints, told the experts that passes touched or how popular each is."""
     words = ["speculate", f"experiment={models['target']}", f"hardware={machine}", "devices=1"]
     words += [f"inference.draft={models['draft']}", f"inference.prompt_length={PROMPT}"]
     words += [f"inference.max_new_tokens={NEW}", f"--popularity={work / 'expert_load.json'}"]
+    words += [f"--touched={work / 'measured.json'}"] if measured_experts else []
     words += [f"--batch={','.join(map(str, BATCHES))}", f"--fit={work / 'points.csv'}"]
     words += [f"--draft-tokens={','.join(map(str, LENGTHS))}", "--json"]
     return json.loads(run("simulator", *words))

@@ -38,6 +38,10 @@ def layers_seconds(serving: Serving, sequences: Array, new: Array) -> Array:
 
 
 def touched_experts(serving: Serving, tokens: Array) -> Array:
-    """Experts that `tokens` wake in a layer, on the rank that has most of them."""
+    """Experts that `tokens` wake in a layer, on the rank that has most of them; as was measured, in
+    between by the logarithm of the tokens, where it was."""
+    if serving.touched:
+        known, touched = serving.touched
+        return np.interp(np.log(np.maximum(tokens, 1)), np.log(known), touched) / serving.ep
     experts, top_k = serving.model.num_experts, serving.moe.top_k
     return active_experts(tokens, experts, top_k, chosen=serving.chosen, ranks=serving.ep)

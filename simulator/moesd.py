@@ -105,6 +105,34 @@ def read_popularity(path: Path, experts: int, top_k: int) -> np.ndarray:
     return np.minimum(counts / chosen * top_k, _CERTAIN)
 
 
+def read_touched(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of a pass, rising, and experts of a layer that it touched, from what `pangu.generate`
+    wrote to `speculative.measured`; passes of as many tokens count alike.
+
+    Raises:
+        ConfigError: the file cannot be read, or tells of no experts.
+    """
+
+    def wrong(reason: str) -> ConfigError:
+        return ConfigError([Violation("--touched", path, reason)])
+
+    try:
+        rounds = json.loads(path.read_text())["rounds"]
+        found: dict[int, list[float]] = {}
+        for row in rounds:
+            if row.get("experts") is not None:
+                tokens = int(row["sequences"]) * (int(row["guesses"]) + 1)
+                found.setdefault(tokens, []).append(float(row["experts"]))
+    except OSError as error:
+        raise wrong(f"cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise wrong("is not what speculative.measured=FILE writes") from None
+    if not found or min(found) < 1:
+        raise wrong("tells of no experts that a pass touched")
+    tokens = np.array(sorted(found), dtype=float)
+    return tokens, np.array([np.mean(found[int(each)]) for each in tokens])
+
+
 def popularity_at(chosen: np.ndarray, top_k: int, groups: int = 1) -> np.ndarray:
     """What `chosen` would be if every token chose `top_k` experts, `top_k` / `groups` of each
     group: the same experts are preferred, in successive sampling without replacement."""

@@ -25,7 +25,8 @@ class Serving:
 
     `draft` is the model that drafts, None where the model's own layers or the prompt do. `chosen`
     are the probabilities `[layers, experts]` that a token chooses each expert, where they were
-    measured (`simulator.moesd.read_popularity`).
+    measured (`simulator.moesd.read_popularity`), `touched` the tokens of passes and the experts of
+    a layer that they touched (`read_touched`).
     """
 
     config: Config
@@ -36,6 +37,7 @@ class Serving:
     etp: int
     draft: Serving | None = None
     chosen: np.ndarray | None = field(default=None, compare=False)
+    touched: tuple[np.ndarray, np.ndarray] | None = field(default=None, compare=False)
 
     @property
     def model(self) -> ModelConfig:

@@ -15,6 +15,7 @@ import numpy as np
 from configs.schema import Config
 from configs.violation import ConfigError, Violation
 from simulator.array import Array, Mask
+from simulator.decoding_host import touched_experts
 from simulator.inference import (
     decode_step,
     draft_seconds,
@@ -22,7 +23,7 @@ from simulator.inference import (
     rejection_seconds,
     usable_bytes,
 )
-from simulator.moesd import active_experts, popularity_at, sigma
+from simulator.moesd import popularity_at, sigma
 from simulator.serving import Serving
 
 
@@ -99,7 +100,7 @@ def curve(serving: Serving, batch: np.ndarray, draft_tokens: int) -> Curve:
     active = None
     if model.num_experts:
         tokens = batch * (1.0 + draft_tokens)
-        active = active_experts(tokens, model.num_experts, serving.moe.top_k, chosen=serving.chosen)
+        active = touched_experts(replace(serving, ep=1), tokens)
     times = speculate(serving, batch, draft_tokens)
     return Curve(serving, draft_tokens, batch, times, active, fits(serving, batch, draft_tokens))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,6 +45,13 @@ def speculate(
     popularity: Annotated[
         Path | None, typer.Option(help="expert_load.json of a run: how popular experts are.")
     ] = None,
+    touched: Annotated[
+        Path | None,
+        typer.Option(
+            help="What pangu.generate wrote to speculative.measured: the experts that passes"
+            " touched take N(t)'s place, at the model's own K."
+        ),
+    ] = None,
     fit: Annotated[
         Path | None,
         typer.Option(
@@ -72,7 +80,8 @@ def speculate(
     batches = None if batch is None else values("--batch", batch)
     _check_size(batches, len(lengths) * len(sparsities or [1]) * len(plans))
     fitted = _fit(plans[0], fit, fit_points) if fit else None
-    found = [_curves(config, sparsities, lengths, batches, popularity) for config in plans]
+    loads = (popularity, touched)
+    found = [_curves(config, sparsities, lengths, batches, loads) for config in plans]
     curves = [each for sparse, _ in found for each in sparse]
     dense = [each for _, twins in found for each in twins]
     if plot:
@@ -113,11 +122,11 @@ def _curves(
     sparsities: list[int] | None,
     lengths: list[int],
     batches: list[int] | None,
-    popularity: Path | None,
+    loads: tuple[Path | None, Path | None],
 ) -> tuple[list[Curve], list[Curve]]:
     """The curves of one machine, and those of the dense twin beside them."""
     from simulator.hardware import load_hardware
-    from simulator.moesd import read_popularity
+    from simulator.moesd import read_popularity, read_touched
     from simulator.serving import serving
     from simulator.speculation import curve, dense_twin, with_popularity, with_top_k
 
@@ -126,6 +135,13 @@ def _curves(
     layouts = [serving(config, hardware)]
     if sparsities:
         layouts = [serving(with_top_k(config, k), hardware) for k in sparsities]
+    popularity, touched = loads
+    if touched:
+        measured = read_touched(touched)
+        own = config.moe.top_k
+        layouts = [
+            replace(each, touched=measured) if each.moe.top_k == own else each for each in layouts
+        ]
     if popularity:
         chosen = read_popularity(popularity, experts, config.moe.top_k)
         layouts = [with_popularity(layout, chosen) for layout in layouts]

@@ -1,5 +1,6 @@
 """Decoding where the processor that computes also runs the engine's Python."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -7,8 +8,10 @@ import pytest
 
 from configs.compose import load
 from configs.violation import ConfigError
+from simulator.decoding_host import touched_experts
 from simulator.hardware import Decoding, load_hardware, read_hardware
 from simulator.inference import decode_step, memory_bytes, prefill
+from simulator.moesd import read_touched
 from simulator.operators import grouped_matmul_seconds, matmul_seconds
 from simulator.serving import serving
 from simulator.speculation import speculate
@@ -103,3 +106,22 @@ def test_rows_without_their_readings_are_refused():
     reasons = [str(each) for each in refused.value.violations]
     assert any("one reading, one reading_grouped each" in each for each in reasons)
     assert any("must rise" in each for each in reasons)
+
+
+def test_experts_that_passes_touched_take_the_place_of_those_expected(tmp_path):
+    file = tmp_path / "measured.json"
+    rows = [(1, 0, 4.0), (4, 0, 9.0), (2, 1, 7.0), (4, 3, 12.0), (8, 0, None)]
+    names = ("sequences", "guesses", "experts")
+    rounds = [dict(zip(names, row, strict=True)) for row in rows]
+    file.write_text(json.dumps({"acceptance": [], "rounds": rounds}))
+    measured = read_touched(file)
+    assert [list(each) for each in measured] == [[1, 4, 16], [4, 8, 12]]
+    plain = layout(processor())
+    told = replace(plain, touched=measured)
+    assert touched_experts(told, np.array([1, 2, 4, 8, 64])) == pytest.approx([4, 6, 8, 10, 12])
+    fewer = decode_step(plain, 16, 96).seconds - decode_step(told, 16, 96).seconds
+    assert fewer > 3 * 8e-6 * (touched_experts(plain, 16) - 12)  # their calls and their weights
+    for wrong in ("[]", '{"rounds": []}', '{"rounds": [{"sequences": 1}]}', "x"):
+        file.write_text(wrong)
+        with pytest.raises(ConfigError, match="--touched"):
+            read_touched(file)
