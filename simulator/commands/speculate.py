@@ -47,10 +47,7 @@ def speculate(
     ] = None,
     touched: Annotated[
         Path | None,
-        typer.Option(
-            help="What pangu.generate wrote to speculative.measured: the experts that passes"
-            " touched take N(t)'s place, at the model's own K."
-        ),
+        typer.Option(help="speculative.measured of a run: experts that its passes touched."),
     ] = None,
     fit: Annotated[
         Path | None,
@@ -59,9 +56,7 @@ def speculate(
             " fits the paper's ten parameters and shows what they say beside."
         ),
     ] = None,
-    fit_points: Annotated[
-        int, typer.Option(min=1, help="Points to fit to, where no column fit marks them.")
-    ] = 21,
+    fit_points: Annotated[int, typer.Option(min=1, help="Points to fit to without a mark.")] = 21,
     plot: Annotated[
         Path | None, typer.Option(help="Plot speed-up against batch (.png, .svg, .pdf).")
     ] = None,
@@ -73,17 +68,14 @@ def speculate(
     must_be_drawable(plot)
     machines, others = take("hardware", overrides)
     plans = [_plan([f"hardware={machine}", *others]) for machine in machines or ["null"]]
-    lengths = [plans[0].inference.draft_tokens or DRAFT_TOKENS]
-    if draft_tokens is not None:
-        lengths = values("--draft-tokens", draft_tokens)
-    sparsities = None if top_k is None else values("--top-k", top_k)
-    batches = None if batch is None else values("--batch", batch)
+    lengths = _values("--draft-tokens", draft_tokens)
+    lengths = lengths or [plans[0].inference.draft_tokens or DRAFT_TOKENS]
+    sparsities, batches = _values("--top-k", top_k), _values("--batch", batch)
     _check_size(batches, len(lengths) * len(sparsities or [1]) * len(plans))
     fitted = _fit(plans[0], fit, fit_points) if fit else None
     loads = (popularity, touched)
     found = [_curves(config, sparsities, lengths, batches, loads) for config in plans]
-    curves = [each for sparse, _ in found for each in sparse]
-    dense = [each for _, twins in found for each in twins]
+    curves, dense = ([each for some in part for each in some] for part in zip(*found, strict=True))
     if plot:
         from simulator.speculation_plot import speedup_plot
 
@@ -92,6 +84,10 @@ def speculate(
         print(json.dumps(_json(curves, dense, fitted)))
     else:
         _show(plans[0], curves, dense, fitted)
+
+
+def _values(option: str, given: str | None) -> list[int] | None:
+    return None if given is None else values(option, given)
 
 
 def _plan(overrides: list[str]) -> Config:
