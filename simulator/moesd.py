@@ -129,8 +129,8 @@ def read_touched(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise wrong("is not what speculative.measured=FILE writes") from None
     if not found or min(found) < 1:
         raise wrong("tells of no experts that a pass touched")
-    tokens = np.array(sorted(found), dtype=float)
-    return tokens, np.array([np.mean(found[int(each)]) for each in tokens])
+    rising = sorted(found)
+    return np.array(rising, dtype=float), np.array([np.mean(found[each]) for each in rising])
 
 
 def popularity_at(chosen: np.ndarray, top_k: int, groups: int = 1) -> np.ndarray:
