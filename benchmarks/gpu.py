@@ -217,6 +217,32 @@ def operators(sizes: Sizes) -> Iterator[tuple[str, str, Callable[[], Any]]]:
             f"back, {routing}",
             both_ways(lambda x, p=plan: permute.unpermute(x, p), back),
         )
+        gathered = _weight_gradient(tokens, plan, s)
+        yield "weight_gradient", f"{s.experts} × {s.hidden} × {2 * s.width}, {routing}", gathered
+
+
+def _weight_gradient(tokens_TH: Any, plan: Any, sizes: Sizes) -> Callable[[], None]:
+    """Of the experts' first product, into float32."""
+    import torch
+
+    from pangu.ops import grouped_matmul, permute
+
+    shape = (sizes.experts, sizes.hidden, 2 * sizes.width)
+    weight = torch.zeros(shape, dtype=tokens_TH.dtype, device=_device()).requires_grad_()
+    weight.main_grad = torch.zeros(shape, device=_device())
+    x_NH = permute.permute(tokens_TH.detach(), plan)
+    y_NO = x_NH.new_ones(x_NH.size(0), shape[2])
+
+    def run() -> None:
+        weight.grad_added_to_main_grad = False
+        # The gradient alone: none of the rows is asked for, and the product is a part of both.
+        product = grouped_matmul.grouped_matmul(x_NH, weight, plan.counts_E, parameter=weight)
+        product.backward(y_NO)
+        if not weight.grad_added_to_main_grad:
+            weight.main_grad.add_(weight.grad)
+        weight.grad = None
+
+    return run
 
 
 def measured_operators(sizes: Sizes) -> list[dict[str, Any]]:

@@ -167,21 +167,24 @@ def fixed(dtype: torch.dtype) -> None:
             fixed_attention.attention(query, key, key, 0.1, torch.ones(5, 300, dtype=torch.bool))
 
 
+def gradients(dtype: torch.dtype) -> None:
+    from pangu.ops.kernels import weight_gradient
+
+    for width in (1536,) if short else (1536, 28672):
+        total = torch.zeros(2, 2048, width)
+        x, y = torch.ones(64, 2048, dtype=dtype), torch.ones(64, width, dtype=dtype)
+        weight_gradient.add_weight_gradient(total, x, y, torch.tensor([40, 24]))
+
+
+OPERATORS = (activations, norms, permutations, losses, choices, turns, routes, fixed, steps)
+OPERATORS += (gradients,)
+
+
 def main() -> None:
     JITFunction.run = compiled
     backends.select("cpu")
     for dtype in (torch.bfloat16,) if short else (torch.bfloat16, torch.float32):
-        for operator in (
-            activations,
-            norms,
-            permutations,
-            losses,
-            choices,
-            turns,
-            routes,
-            fixed,
-            steps,
-        ):
+        for operator in OPERATORS:
             operator(dtype)
     print(json.dumps(found))
 

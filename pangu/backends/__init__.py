@@ -35,6 +35,7 @@ class Operators:
     rotary: Literal["torch", "triton"]
     routing: Literal["torch", "triton"]
     swiglu: Literal["blocks", "megatron", "npu", "triton"]
+    weight_gradient: Literal["separate", "loop", "npu", "triton"]
 
 
 @dataclass(frozen=True)

@@ -160,6 +160,7 @@ def create(local_rank: int) -> Backend:
             rotary="torch",
             routing="torch",
             swiglu="blocks",
+            weight_gradient="loop",
         ),
         in_one_order={},
         host_tier=FileTier,

@@ -40,6 +40,7 @@ PLAIN = Operators(
     rotary="torch",
     routing="torch",
     swiglu="megatron",
+    weight_gradient="separate",
 )
 OURS = replace(
     PLAIN,
@@ -51,6 +52,7 @@ OURS = replace(
     rotary="triton",
     routing="triton",
     swiglu="triton",
+    weight_gradient="triton",
 )
 
 IN_ONE_ORDER = {"attention": "fixed", "grouped_matmul": "fixed"}

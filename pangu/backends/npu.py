@@ -82,6 +82,7 @@ def create(local_rank: int) -> Backend:
             rotary="torch",
             routing="torch",
             swiglu="npu",
+            weight_gradient="npu",
         ),
         # torch-npu's own `transfer_to_npu` renames for every module of the process; here the rest
         # of the tree keeps its names, so that a mistake shows.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,6 +20,7 @@ from pangu.ops import (
     rotary,
     routing,
     swiglu,
+    weight_gradient,
 )
 
 Tensor = torch.Tensor
@@ -27,7 +28,11 @@ Tensor = torch.Tensor
 # round float32 to fewer bits.
 TOLERANCES = {torch.float32: 5e-3, torch.bfloat16: 2e-2}
 # Cases called otherwise than their operator.
-OPERATORS = {"unpermute": "permute", "attention, documents": "attention"}
+OPERATORS = {
+    "unpermute": "permute",
+    "attention, documents": "attention",
+    "attention, a mask": "attention",
+}
 
 
 class Case(NamedTuple):
@@ -64,7 +69,8 @@ class Outcome(NamedTuple):
 
 
 def cases() -> Iterator[Case]:
-    """Every operator: groups of uneven sizes, one of them empty; GQA; two documents."""
+    """Every operator: groups of uneven sizes, one of them empty; GQA; documents of odd
+    lengths."""
     normal = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
@@ -79,6 +85,7 @@ def cases() -> Iterator[Case]:
         lambda x, w: grouped_matmul.grouped_matmul(x, w, counts, grouped_matmul.Loop),
         (rows, weights),
     )
+    yield _added_up(rows, randn(tokens, width), counts, randn(experts, hidden, width))
     chosen = randn(tokens, experts).topk(2).indices
     plan = permute.plan(chosen, experts)
     yield Case(
@@ -151,6 +158,31 @@ def _lost(randn: Callable[..., Tensor]) -> Iterator[Case]:
     )
 
 
+def _added_up(rows: Tensor, upstream: Tensor, counts: Tensor, before: Tensor) -> Case:
+    """A weight's gradient where the engine gathers it in float32, beside what is there already."""
+
+    def gathered(x: Tensor, y: Tensor) -> Tensor:
+        weight: Any = torch.zeros(before.shape, dtype=x.dtype, device=x.device, requires_grad=True)
+        weight.main_grad = before.float().to(x.device)
+        weight.grad_added_to_main_grad = False
+        found = grouped_matmul.grouped_matmul(
+            x.detach(), weight, counts.to(x.device), parameter=weight
+        )
+        found.backward(y.detach())
+        if not weight.grad_added_to_main_grad:
+            weight.main_grad += weight.grad
+        return weight.main_grad
+
+    return Case(
+        "weight_gradient",
+        gathered,
+        lambda x, y: weight_gradient.weight_gradient_reference(
+            before.float().double(), x.detach(), y.detach(), counts
+        ),
+        (rows, upstream),
+    )
+
+
 def _routed_turned_and_attended(randn: Callable[..., Tensor]) -> Iterator[Case]:
     tokens = 96
     rule = routing.Rule(2, 2, softmax=True, renormalize=False, factor=1.0)
@@ -168,16 +200,23 @@ def _routed_turned_and_attended(randn: Callable[..., Tensor]) -> Iterator[Case]:
         lambda x: rotary.rotary_reference(x, angles.float()),
         (randn(tokens, 2, 4, 24),),
     )
-    heads, documents = randn(tokens, 2, 4, 16), torch.arange(tokens).expand(2, -1) // 60
+    heads = randn(tokens, 2, 4, 16)
+    lengths = torch.tensor([[37, 1, 58], [51, 45, 0]])
+    documents = torch.stack([torch.arange(3).repeat_interleave(each) for each in lengths])
     keys = (randn(tokens, 2, 2, 16), randn(tokens, 2, 2, 16))
-    for name, ids in (("attention", None), ("attention, documents", documents)):
+    tree = torch.ones(tokens, tokens, dtype=torch.bool).tril() & (torch.arange(tokens) % 7 != 3)
+    for name, hides in (
+        ("attention", {}),
+        ("attention, documents", {"document_ids": documents}),
+        ("attention, a mask", {"seen": tree}),
+    ):
         yield Case(
             name,
-            lambda q, k, v, ids=ids: attention.attention(
-                q, k, v, scale=0.25, document_ids=None if ids is None else ids.to(q.device)
+            lambda q, k, v, hides=hides: attention.attention(
+                q, k, v, scale=0.25, **{name: each.to(q.device) for name, each in hides.items()}
             ),
-            lambda q, k, v, ids=ids: attention.attention_reference(
-                q, k, v, scale=0.25, document_ids=ids
+            lambda q, k, v, hides=hides: attention.attention_reference(
+                q, k, v, scale=0.25, **hides
             ),
             (heads, *keys),
         )
@@ -193,11 +232,14 @@ def compared(case: Case, dtype: torch.dtype) -> Outcome:
     upstream = torch.ones_like(expected) + torch.arange(expected.size(0)).view(
         -1, *[1] * (expected.dim() - 1)
     ) / expected.size(0)
-    gradients = torch.autograd.grad(expected, wide, upstream)
+    differentiable = expected.requires_grad
+    gradients = torch.autograd.grad(expected, wide, upstream) if differentiable else ()
     inputs = [each.requires_grad_() for each in given]
     try:
         found = case.run(*inputs)
-        theirs = torch.autograd.grad(found, inputs, upstream.to(found.dtype).to(device))
+        theirs: tuple[Tensor, ...] = ()
+        if differentiable:
+            theirs = torch.autograd.grad(found, inputs, upstream.to(found.dtype).to(device))
         backends.current().synchronize()
     except Exception as error:  # a device's, a compiler's: whatever it is, it is the answer
         return Outcome(case.name, case.operator, dtype, float("nan"), _first_line(error))

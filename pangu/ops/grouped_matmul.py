@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from pangu import backends
 from pangu.ops import packed_weights
+from pangu.ops.weight_gradient import add_weight_gradient
 
 Gradient = Callable[[], torch.Tensor]
 
@@ -60,17 +61,6 @@ class Loop:
                 w.zero_()
         return out
 
-    @staticmethod
-    def add_weights(
-        x_NI: torch.Tensor, y_NO: torch.Tensor, counts_E: torch.Tensor, out_EIO: torch.Tensor
-    ) -> None:
-        """`weights`, added to `out_EIO`."""
-        sizes = counts_E.tolist()
-        groups = zip(x_NI.split(sizes), y_NO.split(sizes), out_EIO.unbind(0), sizes, strict=True)
-        for x, y, w, size in groups:
-            if size:
-                w.addmm_(x.t(), y)
-
 
 class Fused:
     """`torch.nn.functional.grouped_mm`: one kernel, counts stay on the device."""
@@ -81,9 +71,7 @@ class Fused:
 
     @staticmethod
     def weights(x_NI: torch.Tensor, y_NO: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
-        out = F.grouped_mm(x_NI.t(), y_NO, offs=_ends(counts_E, x_NI))
-        # A kernel that sees no rows may leave its block unwritten.
-        return out.masked_fill_((counts_E == 0).to(out.device, non_blocking=True)[:, None, None], 0)
+        return _without_empty(F.grouped_mm(x_NI.t(), y_NO, offs=_ends(counts_E, x_NI)), counts_E)
 
     @staticmethod
     def fits(x_NI: torch.Tensor, w_EIO: torch.Tensor) -> bool:
@@ -94,15 +82,20 @@ class Fused:
 
 
 class Npu:
-    """torch-npu's grouped product. Written against its schema; not run on an NPU."""
+    """torch-npu's grouped product, which refuses a list of one count: that is a plain product.
+    Written against its schema; not run on an NPU."""
 
     @staticmethod
     def rows(x_NI: torch.Tensor, w_EIO: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+        if w_EIO.size(0) == 1:
+            return x_NI @ w_EIO[0]
         return _npu_grouped_matmul(x_NI, w_EIO, counts_E, group_type=0)
 
     @staticmethod
     def weights(x_NI: torch.Tensor, y_NO: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
-        return _npu_grouped_matmul(x_NI.t(), y_NO, counts_E, group_type=2)
+        if counts_E.numel() == 1:
+            return (x_NI.t() @ y_NO)[None]
+        return _without_empty(_npu_grouped_matmul(x_NI.t(), y_NO, counts_E, group_type=2), counts_E)
 
 
 class Fixed:
@@ -133,6 +126,12 @@ def _npu_grouped_matmul(
         group_type=group_type,
         group_list_type=1,
     )[0]
+
+
+def _without_empty(out_EIO: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+    """A kernel that sees no rows may leave its block unwritten."""
+    empty_E = (counts_E == 0).to(out_EIO.device, non_blocking=True)
+    return out_EIO.masked_fill_(empty_E[:, None, None], 0)
 
 
 def _ends(counts_E: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -184,11 +183,12 @@ def _weights(
 ) -> torch.Tensor:
     """The gradient of the weights, or one that is never read where the parameter has it already."""
     main_grad = getattr(parameter, "main_grad", None)
-    if kernels is not Loop or main_grad is None or main_grad.dtype != x_NI.dtype:
-        return kernels.weights(x_NI, grad_NO, counts_E)
-    Loop.add_weights(x_NI, grad_NO, counts_E, main_grad.view(w_EIO.shape))
-    parameter.grad_added_to_main_grad = True
-    return torch.empty_like(w_EIO)  # it makes the engine's hook run
+    if main_grad is not None:
+        total_EIO = main_grad.view(w_EIO.shape)
+        if add_weight_gradient(total_EIO, x_NI, grad_NO, counts_E):
+            parameter.grad_added_to_main_grad = True
+            return torch.empty_like(w_EIO)  # it makes the engine's hook run
+    return kernels.weights(x_NI, grad_NO, counts_E)
 
 
 class Postponed(NamedTuple):
@@ -231,8 +231,9 @@ def grouped_matmul(
     dtype and width; `grouped_mm` on a GPU; torch-npu's operator on an NPU.
 
     `parameter` is the one of which w is a view. Where megatron-core's data parallelism has given
-    it a `main_grad` of x's dtype, the loop adds the weight gradient right there, which saves
-    writing it down and adding it afterwards. `later` is that of a `Postponed` weight.
+    it a `main_grad`, the weight gradient is added right there if the backend can
+    (`weight_gradient`), which saves writing it down and adding it afterwards. `later` is that of a
+    `Postponed` weight.
     """
     kernels = kernels or _choose(x_NI, w_EIO)
     if not torch.is_grad_enabled():

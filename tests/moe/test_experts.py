@@ -1,5 +1,7 @@
 """One rank's experts against one SwiGLU MLP per expert."""
 
+from dataclasses import replace
+
 import gloo
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
+from pangu import backends
 from pangu.moe.config import MoETransformerConfig
 from pangu.moe.experts import GroupedExperts
 
@@ -93,8 +96,12 @@ def test_recompute_keeps_less():
     assert kept[""] - kept["moe_fc1"] == 100 * 3 * WIDTH * 8
 
 
-def test_the_engines_gradient_buffer_gets_every_gradient_once():
+@pytest.mark.parametrize("variant", ["loop", "separate"])
+def test_the_engines_gradient_buffer_gets_every_gradient_once(variant, monkeypatch):
     """megatron-core's data parallelism: hooks add `grad` to `main_grad` unless told otherwise."""
+    here = backends.current()
+    operators = replace(here.operators, weight_gradient=variant)
+    monkeypatch.setattr(backends, "_current", replace(here, operators=operators))
     counts = torch.tensor([3, 0, 5, 1])
     batches = [torch.randn(9, HIDDEN, dtype=torch.float64) for _ in range(2)]
     weights = torch.rand(9, dtype=torch.float64)
@@ -106,7 +113,7 @@ def test_the_engines_gradient_buffer_gets_every_gradient_once():
         for module, later in ((wrapped, postponed), (plain, None)):
             module(batch, counts, weights, later)[0].square().sum().backward()
     for parameter, expected in zip(experts.parameters(), plain.parameters(), strict=True):
-        assert parameter.grad_added_to_main_grad
+        assert parameter.grad_added_to_main_grad == (variant == "loop")
         assert parameter.grad is None
         torch.testing.assert_close(parameter.main_grad, expected.grad, rtol=1e-13, atol=1e-13)
 

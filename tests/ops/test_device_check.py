@@ -30,6 +30,9 @@ def test_a_wrong_gradient_and_a_missing_kernel_are_found():
 
 
 def test_steps_that_differ_end_in_failure(capsys):
-    assert device_check._show_steps([(1, "loss", 6.95, 6.9501)])
-    assert not device_check._show_steps([(1, "loss", 6.95, 6.95), (2, "loss", 6.94, 6.90)])
-    assert capsys.readouterr().out.count("DIFFERS") == 1
+    off = [(1, "loss", 6.95, 6.95), (2, "loss", 6.94, 6.90)]
+    assert device_check._show_steps("fp32", [(1, "loss", 6.95, 6.9501)])
+    assert not device_check._show_steps("fp32", off)
+    assert device_check._show_steps("bf16", off)
+    assert not device_check._show_steps("bf16", [(2, "grad_norm", 1.5, 1.4)])
+    assert capsys.readouterr().out.count("DIFFERS") == 2

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pangu import backends
-from pangu.ops import attention, grouped_matmul, permute, rms_norm, swiglu
+from pangu.ops import attention, grouped_matmul, permute, rms_norm, swiglu, weight_gradient
 
 PANGU = Path(backends.__file__).parents[1]
 # Where a device's name is data: the configuration's, or a file's, read before there is torch.
@@ -18,7 +18,9 @@ FUNCTIONS = {
     "permute": permute,
     "rms_norm": rms_norm,
     "swiglu": swiglu,
+    "weight_gradient": weight_gradient,
 }
+FUNCTION_NAMES = {"weight_gradient": "add_weight_gradient"}
 
 
 def take(monkeypatch, **variants):
@@ -33,9 +35,9 @@ def test_the_public_function_takes_the_backends_variant(operator, monkeypatch):
     module, seen = FUNCTIONS[operator], []
     monkeypatch.setattr(module, f"{operator}_npu", lambda *a, **k: seen.append((a, k)))
     take(monkeypatch, **{operator: "npu"})
-    function = getattr(module, operator)
-    arguments = {"attention": 3, "permute": 2, "rms_norm": 3, "swiglu": 1}[operator]
-    function(*range(arguments), **({"scale": 1.0} if operator == "attention" else {}))
+    function = getattr(module, FUNCTION_NAMES.get(operator, operator))
+    arguments = {"attention": 3, "permute": 2, "rms_norm": 3, "swiglu": 1, "weight_gradient": 4}
+    function(*range(arguments[operator]), **({"scale": 1.0} if operator == "attention" else {}))
     assert len(seen) == 1
 
 
@@ -66,6 +68,7 @@ def test_variants_are_named_for_every_operator():
         "rotary": "torch",
         "routing": "torch",
         "swiglu": "blocks",
+        "weight_gradient": "loop",
     }
 
 
