@@ -7,11 +7,17 @@ of g), d = head size of query and key, e = head size of value.
 from __future__ import annotations
 
 import importlib
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 
 from pangu import backends
+
+BY_LENGTH = ("npu",)  # variants that are told of documents by their lengths
+# Of npu_fusion_attention: sequences of a call, and the side of the triangle that stands for any.
+NPU_SEQUENCES = 1024
+NPU_TRIANGLE = 2048
 
 
 def attention(
@@ -26,8 +32,9 @@ def attention(
     """query `[s, b, n, d]`, key `[t, b, g, d]`, value `[t, b, g, e]` → `[s, b, n, e]`.
 
     Query i sees keys up to t - s + i (t > s: the first keys come from a cache). `document_ids`
-    `[b, t]` (any integer dtype) hides keys of other documents. `seen` bool `[s, t]` takes the place
-    of both where it is given: what each query sees; or `[b, 1, s, t]`.
+    `[b, t]` (any integer dtype, the same throughout a document, which is in one piece) hides keys
+    of other documents; they may lie on the host. `seen` bool `[s, t]` takes the place of both where
+    it is given: what each query sees; or `[b, 1, s, t]`.
     """
     variants = {"sdpa": attention_sdpa, "npu": attention_npu, "fixed": attention_fixed}
     variant = variants[backends.current().operators.attention]
@@ -79,6 +86,7 @@ def visible(
     column = torch.arange(keys, device=device)
     mask = (column[None, :] <= row[:, None])[None, None]
     if document_ids is not None:
+        document_ids = document_ids.to(device)
         same = document_ids[:, keys - queries :, None] == document_ids[:, None, :]
         mask = mask & same[:, None]
     return mask
@@ -146,26 +154,77 @@ def attention_npu(
     document_ids: torch.Tensor | None = None,
     seen: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """torch-npu's fused attention in layout BNSD. Not run on an NPU."""
-    import torch_npu
-
-    queries, keys = query.size(0), key.size(0)
+    """torch-npu's fused attention: documents by their lengths (layout TND), without a score between
+    two of them; all else in layout BNSD. Not run on an NPU."""
     width = value.size(3)
     value = _as_wide(value, query)
-    shown = visible(queries, keys, document_ids, query.device) if seen is None else seen
-    shown = shown[None, None] if shown.dim() == 2 else shown
-    hidden = ~shown  # True = masked out
+    queries, keys = query.size(0), key.size(0)
+    if document_ids is not None and seen is None and queries == keys:
+        ends = document_ends(document_ids)
+        if len(ends) <= NPU_SEQUENCES:
+            return _npu_sequences(query, key, value, scale, ends)[..., :width]
+    if document_ids is None and seen is None:
+        hidden, mode = _npu_triangle(query.device), 3  # the lower right triangle, of any size
+    else:
+        shown = visible(queries, keys, document_ids, query.device) if seen is None else seen
+        shown = shown.reshape(-1, 1, queries, keys)
+        hidden, mode = ~shown, 1  # every position's own
+    import torch_npu
+
     out = torch_npu.npu_fusion_attention(
         query.permute(1, 2, 0, 3).contiguous(),
         key.permute(1, 2, 0, 3).contiguous(),
         value.permute(1, 2, 0, 3).contiguous(),
         query.size(2),
         "BNSD",
-        atten_mask=hidden.expand(hidden.size(0), 1, queries, keys),
+        atten_mask=hidden,
         scale=scale,
-        sparse_mode=1,
+        sparse_mode=mode,
     )[0]
     return out[..., :width].permute(2, 0, 1, 3)
+
+
+def _npu_sequences(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, ends: list[int]
+) -> torch.Tensor:
+    """Sequences one after the other, which end where `ends` says."""
+    import torch_npu
+
+    seq, batch = query.shape[:2]
+    rows = [each.transpose(0, 1).flatten(0, 1).contiguous() for each in (query, key, value)]
+    out = torch_npu.npu_fusion_attention(
+        *rows,
+        query.size(2),
+        "TND",
+        atten_mask=_npu_triangle(query.device),
+        scale=scale,
+        actual_seq_qlen=ends,
+        actual_seq_kvlen=ends,
+        sparse_mode=3,
+    )[0]
+    return out.unflatten(0, (batch, seq)).transpose(0, 1)
+
+
+@lru_cache(maxsize=1)
+def _npu_triangle(device: torch.device) -> torch.Tensor:
+    """What the operator takes for a causal mask of any size; True is hidden."""
+    with torch.inference_mode(False):  # or no backward pass could keep it
+        return torch.ones(NPU_TRIANGLE, NPU_TRIANGLE, dtype=torch.bool, device=device).triu_(1)
+
+
+def document_ends(document_ids: torch.Tensor) -> list[int]:
+    """Where each document ends, in sequences `[b, t]` one after the other: b · t is the last. For
+    the host, which waits for a device that has the ids (see `documents_stay_on_host`)."""
+    first = torch.ones_like(document_ids, dtype=torch.bool)
+    first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    starts: list[int] = first.flatten().nonzero().flatten().tolist()
+    return [*starts[1:], document_ids.numel()]
+
+
+def documents_stay_on_host() -> bool:
+    """Whether a batch's document ids are best left there: lengths are the host's to say, masks are
+    made on the device."""
+    return backends.current().operators.attention in BY_LENGTH
 
 
 def attention_fixed(

@@ -8,6 +8,7 @@ from pangu.ops.attention import (
     attention_of_few,
     attention_of_one,
     attention_reference,
+    document_ends,
     visible,
 )
 
@@ -74,3 +75,8 @@ def test_visible_is_causal_and_stays_inside_documents():
     mask = visible(3, 3, torch.tensor([[0, 1, 1]]), torch.device("cpu"))
     expected = [[True, False, False], [False, True, False], [False, True, True]]
     assert mask[0, 0].tolist() == expected
+
+
+def test_documents_end_where_their_number_changes_and_where_a_sequence_does():
+    assert document_ends(torch.tensor([[0, 1, 1, 5, 5], [5, 5, 6, 6, 7]])) == [1, 3, 5, 7, 9, 10]
+    assert document_ends(torch.zeros(3, 4, dtype=torch.int32)) == [4, 8, 12]

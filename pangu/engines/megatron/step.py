@@ -20,6 +20,7 @@ from pangu.engines.megatron.process_groups import sum_over_losses
 from pangu.model.leap_heads import LeapTargets, leap_targets
 from pangu.model.transformer_config import PanguTransformerConfig
 from pangu.moe.config import StepTokens
+from pangu.ops.attention import documents_stay_on_host
 
 
 def run_schedule(
@@ -58,8 +59,11 @@ def forward_step(
 
     `settings` are the model's own, where what wraps it has a `config` of another kind.
     """
-    batch = {name: to_device(tensor) for name, tensor in next(batches).items()}
+    batch = dict(next(batches))
     document_ids = batch.pop("document_ids", None)  # all positions, on every context rank
+    if document_ids is not None and not documents_stay_on_host():
+        document_ids = to_device(document_ids)
+    batch = {name: to_device(tensor) for name, tensor in batch.items()}
     further = _leap_targets(batch, settings or get_model_config(model))
     batch.pop("documents", None)
     batch = split_sequence(batch)
