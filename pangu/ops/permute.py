@@ -14,6 +14,8 @@ import torch
 
 from pangu import backends
 
+NPU_KEYS = 2**24 - 1  # of npu_moe_token_permute
+
 
 class Permutation(NamedTuple):
     """Where each choice of each token went.
@@ -130,24 +132,29 @@ class _Move(torch.autograd.Function):
         return ctx.back(grads[0].contiguous(), ctx.permutation), None, None, None
 
 
+def _npu_choices(permutation: Permutation) -> int:
+    """Of every token; 0 where they are not as many, or more in all than the operator's sort can
+    tell apart."""
+    return (permutation.num_choices or 0) if permutation.slots_N.numel() < NPU_KEYS else 0
+
+
 def permute_npu(tokens_TH: torch.Tensor, permutation: Permutation) -> torch.Tensor:
     """torch-npu's operator sorts by itself: given each choice's row as its key, it puts choice i
-    where `plan` did. It wants as many choices of every token. Written against its schema; not run
-    on an NPU."""
-    if permutation.num_choices is None:
+    where `plan` did. Written against its schema; not run on an NPU."""
+    if not (choices := _npu_choices(permutation)):
         return permute_torch(tokens_TH, permutation)
     torch_npu = importlib.import_module("torch_npu")
-    keys_TK = permutation.slots_N.unflatten(0, (-1, permutation.num_choices))
+    keys_TK = permutation.slots_N.unflatten(0, (-1, choices))
     return torch_npu.npu_moe_token_permute(tokens_TH, keys_TK.to(torch.int32))[0]
 
 
 def unpermute_npu(rows_NH: torch.Tensor, permutation: Permutation) -> torch.Tensor:
     """Sums of the K rows of each token. Without probabilities the operator copies one row per
     token, hence the ones. Not run on an NPU."""
-    if permutation.num_choices is None:
+    if not (choices := _npu_choices(permutation)):
         return unpermute_torch(rows_NH, permutation)
     torch_npu = importlib.import_module("torch_npu")
-    ones_TK = rows_NH.new_ones(permutation.starts_T.numel(), permutation.num_choices)
+    ones_TK = rows_NH.new_ones(permutation.starts_T.numel(), choices)
     slots_N = permutation.slots_N.to(torch.int32)
     return torch_npu.npu_moe_token_unpermute(rows_NH, slots_N, ones_TK)
 

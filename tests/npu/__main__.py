@@ -1,7 +1,9 @@
 """The quick start through torch-npu's real device, process group and operators, without an NPU.
 
-    python -m tests.npu                      # two processes, beside one on the CPU
+    python -m tests.npu                      # two processes, beside one on the CPU without layout
     python -m tests.npu moe=top_k train.steps=4
+    python -m tests.npu launch.processes=4 parallel.expert_model_parallel_size=2 \\
+        parallel.tensor_model_parallel_size=2 parallel.sequence_parallel=true
 
 CANN's libraries are stood in for: its runtime by the host's memory (`acl.c`), HCCL by a shared file
 (`hccl.cpp`), every kernel by its CPU kernel or reference (`host_memory.py`, `operators.py`). What
@@ -47,9 +49,16 @@ def main(words: list[str]) -> int:
         # Launches are not queued for a thread of their own: the host reads what they have written.
         npu = environment(libraries) | {"TASK_QUEUE_ENABLE": "0"}
         alone = ["-m", "pangu.train", "launch.processes=1", "backend=cpu"]
-        expected = run(Path(work) / "cpu", words, plain, alone)
-        ranks = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "tests.npu.worker"]
-        found = run(Path(work) / "npu", words, npu, [*ranks, "backend=npu"])
+        processes, layout, shared = "2", [], []
+        for word in words:
+            if word.startswith("launch.processes="):
+                processes = word.partition("=")[2]
+            else:  # one process has no layout
+                (layout if word.startswith("parallel.") else shared).append(word)
+        expected = run(Path(work) / "cpu", shared, plain, alone)
+        ranks = ["-m", "torch.distributed.run", "--nproc-per-node", processes]
+        ranks += ["-m", "tests.npu.worker", "backend=npu"]
+        found = run(Path(work) / "npu", [*shared, *layout], npu, ranks)
     worst = 0.0
     print(f"{'step':6}{'':12}{'cpu':>16}{'npu path':>16}")
     for ours, theirs in zip(expected, found, strict=True):

@@ -1,5 +1,5 @@
-/* The part of CANN's runtime that torch-npu asks for, with the host's memory for the device's: two
-   devices, streams that do at once what they are told, events that are always over. */
+/* The part of CANN's runtime that torch-npu asks for, with the host's memory for the device's: the
+   eight devices of a node, streams that do at once what they are told, events that are always over. */
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -14,7 +14,7 @@ static _Thread_local int32_t device = 0;
 
 aclError aclInit(const char *path) { return OK; }
 const char *aclrtGetSocName(void) { return "Ascend910B3"; }
-aclError aclrtGetDeviceCount(uint32_t *count) { *count = 2; return OK; }
+aclError aclrtGetDeviceCount(uint32_t *count) { *count = 8; return OK; }
 aclError aclrtSetDevice(int32_t chosen) { device = chosen; return OK; }
 aclError aclrtGetDevice(int32_t *chosen) { *chosen = device; return OK; }
 aclError aclrtGetCurrentContext(aclrtContext *c) { *c = (void *)(intptr_t)(device + 1); return OK; }

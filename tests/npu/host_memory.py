@@ -41,6 +41,21 @@ def on_host(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(0, dtype=tensor.dtype).set_(flat, *place)
 
 
+def without_kernel(called: Counter[str]) -> list[str]:
+    """Operators that were called and that torch-npu has no kernel for: it would run them on the
+    host, if at all. Those that torch makes of others are no kernel's matter."""
+    ways = ("PrivateUse1", "AutogradPrivateUse1", "CompositeExplicitAutograd")
+    ways += ("CompositeExplicitAutogradNonFunctional", "CompositeImplicitAutograd")
+    found = []
+    for each in sorted(called):
+        space, _, name = each.partition(".")
+        name = f"{space}::{name.removesuffix('.default')}"
+        has = torch._C._dispatch_has_kernel_for_dispatch_key
+        if not any(has(name, way) for way in ways):
+            found.append(name)
+    return found
+
+
 def _on_npu(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.device.type == "npu"
 

@@ -21,8 +21,8 @@ from pangu.backends import turns
 from pangu.backends.host_tier import PinnedTier
 from pangu.engines.megatron.fitting import select_backend
 from pangu.ops.cases import TOLERANCES, cases, compared
-from tests.npu import operators  # noqa: F401 - registers the kernels
-from tests.npu.host_memory import HostMemory
+from tests.npu import operators
+from tests.npu.host_memory import HostMemory, without_kernel
 
 
 def main(layouts: Path, results: Path) -> None:
@@ -48,6 +48,8 @@ def main(layouts: Path, results: Path) -> None:
         if dist.get_rank() == 0:
             called = sorted(name for name in mode.called if name.startswith(("npu.", "c10d.")))
             said = {"wrong": wrong, "steps": found, "called": called, "swapped": sum(sent)}
+            said["without kernel"] = without_kernel(mode.called)
+            said["attention"] = sorted(operators.LAYOUTS)
             said["sensors"] = backends.current().sensors()
             said["handed over"] = backwards.count(True), backwards.count(False)
             results.write_text(json.dumps(said))

@@ -10,7 +10,7 @@ import torch_npu  # noqa: F401 - registers the device
 
 from pangu.train import main
 from tests.npu import operators  # noqa: F401 - registers the kernels
-from tests.npu.host_memory import HostMemory
+from tests.npu.host_memory import HostMemory, without_kernel
 
 
 def gather_object(
@@ -28,4 +28,5 @@ with HostMemory() as mode:
     code = main(sys.argv[1:])
 used = {name.split(".")[1] for name in mode.called if name.startswith(("npu.", "c10d."))}
 print("called:", *sorted(used))
+print("without a kernel of torch-npu's:", *(without_kernel(mode.called) or ["none"]))
 sys.exit(code)
