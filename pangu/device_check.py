@@ -8,6 +8,7 @@ the device's memory and its host's link carry. Tables in Markdown, to be pasted 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,12 +21,21 @@ from rich.table import Table
 
 from pangu import backends
 from pangu.engines.megatron.fitting import select_backend
+from pangu.machine_check import packages
 from pangu.ops.cases import TOLERANCES, cases, compared
 from pangu.violation_table import console
 
+STACK = ("torch", "torch-npu", "triton", "megatron-core")
 STEPS = ("loss", "grad_norm", "aux_loss")
 STEP_TOLERANCES = {"fp32": 1e-3, "bf16": 1e-2}
 COPIED_BYTES = 1 << 28
+
+
+def software() -> list[str]:
+    """Versions of what a device's results may depend on; of CANN, where its `set_env.sh` points."""
+    found = [f"{name} {said}" for name in STACK if (said := packages()[name])]
+    home = os.environ.get("ASCEND_TOOLKIT_HOME")
+    return [*found, f"CANN in {Path(home).resolve()}"] if home else found
 
 
 def steps(name: str, precision: str) -> list[tuple[int, str, float, float]]:
@@ -85,7 +95,7 @@ def main(name: str) -> int:
     except RuntimeError as error:
         print(f"error: backend={name}: {error}", file=sys.stderr)
         return 2
-    print(f"{backend.description}, torch {torch.__version__}\n")
+    print(f"{', '.join((backend.description, *software()))}\n")
     outcomes = [compared(case, dtype) for case in cases() for dtype in TOLERANCES]
     table = _table("operator", "dtype", "largest error", "allowed", "")
     for each in outcomes:

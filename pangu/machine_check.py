@@ -15,6 +15,7 @@ from pathlib import Path
 PACKAGES = (
     "torch",
     "torch-npu",
+    "triton",
     "megatron-core",
     "deepspeed",
     "transformer-engine",

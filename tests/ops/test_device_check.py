@@ -1,5 +1,7 @@
 """The doctor's check of a device: right operators hold, wrong ones and failing ones are named."""
 
+from importlib.metadata import version
+
 import torch
 
 from pangu import device_check
@@ -36,3 +38,14 @@ def test_steps_that_differ_end_in_failure(capsys):
     assert device_check._show_steps("bf16", off)
     assert not device_check._show_steps("bf16", [(2, "grad_norm", 1.5, 1.4)])
     assert capsys.readouterr().out.count("DIFFERS") == 2
+
+
+def test_it_begins_with_the_versions_that_results_depend_on(tmp_path, monkeypatch):
+    (tmp_path / "8.5.0").mkdir()
+    (tmp_path / "latest").symlink_to("8.5.0")
+    monkeypatch.setenv("ASCEND_TOOLKIT_HOME", str(tmp_path / "latest"))
+    said = device_check.software()
+    assert said[0] == f"torch {version('torch')}"
+    assert said[-1] == f"CANN in {tmp_path / '8.5.0'}"
+    monkeypatch.delenv("ASCEND_TOOLKIT_HOME")
+    assert device_check.software() == said[:-1]
