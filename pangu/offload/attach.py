@@ -14,6 +14,7 @@ from configs.schema import MemoryConfig
 from pangu import backends
 from pangu.moe.layer import ExpertLayer
 from pangu.offload.swap import PerThread, Swap
+from pangu.ops.attention import shared_masks
 
 EXPERTS_ROWS = ("moe", "moe_permute")
 ACTIVATED = ("moe", "moe_act", "moe_fc1")
@@ -26,6 +27,8 @@ def swap_activations(chunks: Iterable[torch.nn.Module], memory: MemoryConfig, fo
     again = memory.recompute_modules if memory.recompute_granularity == "selective" else []
     parameters = [each for chunk in chunks for each in chunk.parameters()]
     swap = Swap(backends.current().host_tier(folder), memory.swap, again, parameters)
+    for mask in shared_masks():
+        swap.own(mask)  # nobody's, and so it stays
     for chunk in chunks:
         for module in chunk.modules():
             if isinstance(module, TransformerLayer):

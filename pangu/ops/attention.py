@@ -212,6 +212,12 @@ def _npu_triangle(device: torch.device) -> torch.Tensor:
         return torch.ones(NPU_TRIANGLE, NPU_TRIANGLE, dtype=torch.bool, device=device).triu_(1)
 
 
+def shared_masks() -> list[torch.Tensor]:
+    """What all calls have in common: there for good, whoever saves it for a backward pass."""
+    backend = backends.current()
+    return [_npu_triangle(backend.device)] if backend.operators.attention in BY_LENGTH else []
+
+
 def document_ends(document_ids: torch.Tensor) -> list[int]:
     """Where each document ends, in sequences `[b, t]` one after the other: b · t is the last. For
     the host, which waits for a device that has the ids (see `documents_stay_on_host`)."""

@@ -9,8 +9,10 @@ CANN's libraries are stood in for: its runtime by the host's memory (`acl.c`), H
 (`hccl.cpp`), every kernel by its CPU kernel or reference (`host_memory.py`, `operators.py`). What
 is real is what lies above: device names, the allocator, streams and events as torch-npu asks for
 them, pinned memory, schemas, dispatch, autograd and the types that HCCL's group takes. What it
-cannot show: kernels, their precision and limits, order between streams, speed. Needs cc, g++, nm
-and torch-npu in .torch-npu (`make .torch-npu/.installed`).
+cannot show: kernels, their precision and limits, messages that nobody waits for, speed. Copies on a
+stream beside the main one are late (`late_copies.py`), and what is freed is overwritten.
+
+Needs cc, g++, nm and torch-npu in .torch-npu (`make .torch-npu/.installed`).
 """
 
 from __future__ import annotations
@@ -46,8 +48,7 @@ def main(words: list[str]) -> int:
         libraries.mkdir()
         build(libraries)
         plain = os.environ | {"PYTHONPATH": str(ROOT), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-        # Launches are not queued for a thread of their own: the host reads what they have written.
-        npu = environment(libraries) | {"TASK_QUEUE_ENABLE": "0"}
+        npu = environment(libraries)
         alone = ["-m", "pangu.train", "launch.processes=1", "backend=cpu"]
         processes, layout, shared = "2", [], []
         for word in words:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pangu.backends import turns
+from tests.npu.late_copies import LATE, watch_events
 
 # What torch-npu itself does without an operator of CANN's.
 OWN = ("empty", "empty_strided", "new_empty_strided", "record_stream", "set_", "resize_")
@@ -78,6 +79,7 @@ class HostMemory(TorchDispatchMode):
 
         if called is None:
             turns.side_by_side = both  # before `pangu.engines.megatron.overlap` is imported
+            watch_events()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -91,6 +93,10 @@ class HostMemory(TorchDispatchMode):
         native = name in OWN or func.is_view or func.namespace == "c10d"
         if native or not (given or wanted):
             return func(*args, **kwargs)
+        if name == "copy_" and LATE.is_beside():
+            target, source = on_host(args[0]), on_host(args[1])  # of memory that they do not hold
+            LATE.put_off(lambda: target.copy_(source))
+            return args[0]
         return _run(func, args, kwargs, torch.device(device) if device else given[0].device)
 
 

@@ -60,4 +60,7 @@ def environment(libraries: Path) -> dict[str, str]:
         "LD_LIBRARY_PATH": os.pathsep.join(path),
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(PACKAGE)]),
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+        # Launches are not queued for a thread of their own: the host reads what they have written.
+        "TASK_QUEUE_ENABLE": "0",
+        "PYTORCH_NO_NPU_MEMORY_CACHING": "1",  # what is freed is given back, see acl.c
     }

@@ -65,7 +65,7 @@ def test_operators_and_steps_on_npus_equal_those_on_a_cpu(tmp_path):
         name: [*ALONE[model], *words, "backend=npu"] for name, (model, words) in LAYOUTS.items()
     }
     (tmp_path / "layouts.json").write_text(json.dumps({"layouts": layouts, "steps": 2}))
-    there = environment(tmp_path) | {"TASK_QUEUE_ENABLE": "0", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    there = environment(tmp_path) | {"TORCH_CPP_LOG_LEVEL": "ERROR"}
     there["PYTHONPATH"] += os.pathsep + str(ROOT / "tests")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["-m", "tests.npu.steps", "layouts.json", "results.json"]
