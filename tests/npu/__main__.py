@@ -8,9 +8,9 @@
 CANN's libraries are stood in for: its runtime by the host's memory (`acl.c`), HCCL by a shared file
 (`hccl.cpp`), every kernel by its CPU kernel or reference (`host_memory.py`, `operators.py`). What
 is real is what lies above: device names, the allocator, streams and events as torch-npu asks for
-them, pinned memory, schemas, dispatch, autograd and the types that HCCL's group takes. What it
-cannot show: kernels, their precision and limits, messages that nobody waits for, speed. Copies on a
-stream beside the main one are late (`late_copies.py`), and what is freed is overwritten.
+them, pinned memory, schemas, dispatch, autograd and the types that HCCL's group takes. Copies on
+a stream beside the main one (`late_copies.py`) and messages (`late.cpp`) are late, and freed memory
+is overwritten. What it cannot show: kernels, their precision and limits, speed.
 
 Needs cc, g++, nm and torch-npu in .torch-npu (`make .torch-npu/.installed`).
 """

@@ -8,6 +8,7 @@
 
 #include "acl/acl.h"
 #include "acl/acl_op_compiler.h"
+#include "late.h"
 
 #define OK ACL_SUCCESS
 
@@ -23,8 +24,6 @@ aclError aclrtSetCurrentContext(aclrtContext c) { if (c) device = (int32_t)(intp
 aclError aclrtSetDeviceSatMode(aclrtFloatOverflowMode mode) { return OK; }
 aclError aclrtSetOpWaitTimeout(uint32_t seconds) { return OK; }
 aclError aclrtSetOpExecuteTimeOut(uint32_t seconds) { return OK; }
-aclError aclrtSynchronizeDevice(void) { return OK; }
-aclError aclrtSynchronizeDeviceWithTimeout(int32_t milliseconds) { return OK; }
 
 static int64_t options[64];
 aclError aclrtSetSysParamOpt(aclSysParamOpt o, int64_t value) { options[o & 63] = value; return OK; }
@@ -46,7 +45,13 @@ aclError aclrtMalloc(void **p, size_t size, aclrtMemMallocPolicy policy) { retur
 aclError aclrtMallocAlign32(void **p, size_t size, aclrtMemMallocPolicy policy) { return take(p, size); }
 aclError aclrtMallocHost(void **p, size_t size) { return take(p, size); }
 /* Whoever reads what has been freed reads no numbers. */
-aclError aclrtFree(void *p) { memset(p, 0xff, malloc_usable_size(p)); free(p); return OK; }
+aclError aclrtFree(void *p) {
+    size_t size = malloc_usable_size(p);
+    late_forget(p, size);
+    memset(p, 0xff, size);
+    free(p);
+    return OK;
+}
 aclError aclrtFreeHost(void *p) { free(p); return OK; }
 aclError aclrtMemcpy(void *to, size_t room, const void *from, size_t size, aclrtMemcpyKind kind) {
     memmove(to, from, size);
@@ -68,7 +73,6 @@ aclError aclrtCreateStream(aclrtStream *stream) { return handle(stream); }
 aclError aclrtCreateStreamWithConfig(aclrtStream *s, uint32_t priority, uint32_t flag) { return handle(s); }
 aclError aclrtDestroyStreamForce(aclrtStream stream) { return OK; }
 aclError aclrtSetStreamFailureMode(aclrtStream stream, uint64_t mode) { return OK; }
-aclError aclrtSynchronizeStreamWithTimeout(aclrtStream stream, int32_t milliseconds) { return OK; }
 aclError aclrtStreamQuery(aclrtStream stream, aclrtStreamStatus *status) {
     *status = ACL_STREAM_STATUS_COMPLETE;
     return OK;

@@ -1,5 +1,6 @@
 // HCCL's collectives between the processes of one machine, through a shared file: every rank
-// writes what it has into its slot, all meet, every rank reads what it wants, all meet again.
+// writes what it has into its slot, all meet, every rank reads what it wants, all meet again. What it
+// has read arrives late (late.cpp).
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -10,8 +11,10 @@
 #include <sched.h>
 #include <sys/mman.h>
 #include <unistd.h>
+#include <vector>
 #include "acl/acl.h"
 #include "hccl/hccl.h"
+#include "late.h"
 
 namespace {
 constexpr size_t SLOT = size_t(1) << 28, TABLE = 4096;  // bytes; pages untouched take no room
@@ -79,7 +82,7 @@ template <typename T> void reduce_as(Comm *c, void *out, size_t first, size_t co
     }
 }
 
-void reduce(Comm *c, void *out, size_t first, size_t count, HcclDataType t, HcclReduceOp op) {
+void reduce_to(Comm *c, void *out, size_t first, size_t count, HcclDataType t, HcclReduceOp op) {
     switch (t) {
     case HCCL_DATA_TYPE_FP32: return reduce_as<float>(c, out, first, count, op);
     case HCCL_DATA_TYPE_FP64: return reduce_as<double>(c, out, first, count, op);
@@ -90,6 +93,11 @@ void reduce(Comm *c, void *out, size_t first, size_t count, HcclDataType t, Hccl
     case HCCL_DATA_TYPE_INT8: return reduce_as<int8_t>(c, out, first, count, op);
     default: fprintf(stderr, "stand-in for HCCL: no reduction of type %d\n", t); abort();
     }
+}
+void reduce(Comm *c, aclrtStream stream, void *out, size_t first, size_t count, HcclDataType t, HcclReduceOp op) {
+    std::vector<char> sums(count * width(t));
+    reduce_to(c, sums.data(), first, count, t, op);
+    late_arrive(stream, out, sums.data(), sums.size());
 }
 Comm *of(HcclComm c) { return static_cast<Comm *>(c); }
 }  // namespace
@@ -122,51 +130,58 @@ HcclResult HcclGetCommAsyncError(HcclComm, HcclResult *e) { *e = HCCL_SUCCESS; r
 HcclResult HcclGetRankSize(HcclComm c, uint32_t *n) { *n = of(c)->ranks; return HCCL_SUCCESS; }
 HcclResult HcclGetRankId(HcclComm c, uint32_t *r) { *r = of(c)->rank; return HCCL_SUCCESS; }
 HcclResult HcclBarrier(HcclComm c, aclrtStream) { of(c)->meet(); return HCCL_SUCCESS; }
-HcclResult HcclAllReduce(void *in, void *out, uint64_t n, HcclDataType t, HcclReduceOp op, HcclComm comm, aclrtStream) {
+HcclResult HcclAllReduce(void *in, void *out, uint64_t n, HcclDataType t, HcclReduceOp op, HcclComm comm, aclrtStream stream) {
+    late_begin(stream);
     Comm *c = of(comm);
     c->put(in, n * width(t));
-    reduce(c, out, 0, n, t, op);
+    reduce(c, stream, out, 0, n, t, op);
     c->meet();
     return HCCL_SUCCESS;
 }
-HcclResult HcclReduce(void *in, void *out, uint64_t n, HcclDataType t, HcclReduceOp op, uint32_t root, HcclComm comm, aclrtStream) {
+HcclResult HcclReduce(void *in, void *out, uint64_t n, HcclDataType t, HcclReduceOp op, uint32_t root, HcclComm comm, aclrtStream stream) {
+    late_begin(stream);
     Comm *c = of(comm);
     c->put(in, n * width(t));
-    if (c->rank == root) reduce(c, out, 0, n, t, op);
+    if (c->rank == root) reduce(c, stream, out, 0, n, t, op);
     c->meet();
     return HCCL_SUCCESS;
 }
-HcclResult HcclReduceScatter(void *in, void *out, uint64_t n, HcclDataType t, HcclReduceOp op, HcclComm comm, aclrtStream) {
+HcclResult HcclReduceScatter(void *in, void *out, uint64_t n, HcclDataType t, HcclReduceOp op, HcclComm comm, aclrtStream stream) {
+    late_begin(stream);
     Comm *c = of(comm);
     c->put(in, c->ranks * n * width(t));
-    reduce(c, out, c->rank * n, n, t, op);
+    reduce(c, stream, out, c->rank * n, n, t, op);
     c->meet();
     return HCCL_SUCCESS;
 }
-HcclResult HcclBroadcast(void *buffer, uint64_t n, HcclDataType t, uint32_t root, HcclComm comm, aclrtStream) {
+HcclResult HcclBroadcast(void *buffer, uint64_t n, HcclDataType t, uint32_t root, HcclComm comm, aclrtStream stream) {
+    late_begin(stream);
     Comm *c = of(comm);
     c->put(buffer, n * width(t));
-    memcpy(buffer, c->slot(root), n * width(t));
+    late_arrive(stream, buffer, c->slot(root), n * width(t));
     c->meet();
     return HCCL_SUCCESS;
 }
-HcclResult HcclScatter(void *in, void *out, uint64_t n, HcclDataType t, uint32_t root, HcclComm comm, aclrtStream) {
+HcclResult HcclScatter(void *in, void *out, uint64_t n, HcclDataType t, uint32_t root, HcclComm comm, aclrtStream stream) {
+    late_begin(stream);
     Comm *c = of(comm);
     size_t part = n * width(t);
     c->put(c->rank == root ? in : out, c->rank == root ? c->ranks * part : 0);
-    memcpy(out, c->slot(root) + c->rank * part, part);
+    late_arrive(stream, out, c->slot(root) + c->rank * part, part);
     c->meet();
     return HCCL_SUCCESS;
 }
-HcclResult HcclAllGather(void *in, void *out, uint64_t n, HcclDataType t, HcclComm comm, aclrtStream) {
+HcclResult HcclAllGather(void *in, void *out, uint64_t n, HcclDataType t, HcclComm comm, aclrtStream stream) {
+    late_begin(stream);
     Comm *c = of(comm);
     size_t part = n * width(t);
     c->put(in, part);
-    for (uint32_t r = 0; r < c->ranks; ++r) memcpy(static_cast<char *>(out) + r * part, c->slot(r), part);
+    for (uint32_t r = 0; r < c->ranks; ++r) late_arrive(stream, static_cast<char *>(out) + r * part, c->slot(r), part);
     c->meet();
     return HCCL_SUCCESS;
 }
-HcclResult HcclAlltoAllV(const void *in, const void *sc, const void *sd, HcclDataType t, const void *out, const void *rc, const void *rd, HcclDataType, HcclComm comm, aclrtStream) {
+HcclResult HcclAlltoAllV(const void *in, const void *sc, const void *sd, HcclDataType t, const void *out, const void *rc, const void *rd, HcclDataType, HcclComm comm, aclrtStream stream) {
+    late_begin(stream);
     Comm *c = of(comm);
     auto counts = static_cast<const uint64_t *>(sc), starts = static_cast<const uint64_t *>(sd);
     auto wanted = static_cast<const uint64_t *>(rc), places = static_cast<const uint64_t *>(rd);
@@ -177,16 +192,17 @@ HcclResult HcclAlltoAllV(const void *in, const void *sc, const void *sd, HcclDat
     }
     c->put(in, bytes);
     for (uint32_t r = 0; r < c->ranks; ++r)
-        memcpy(static_cast<char *>(const_cast<void *>(out)) + places[r] * w, c->slot(r) + c->table(r)[c->rank], wanted[r] * w);
+        late_arrive(stream, static_cast<char *>(const_cast<void *>(out)) + places[r] * w, c->slot(r) + c->table(r)[c->rank], wanted[r] * w);
     c->meet();
     return HCCL_SUCCESS;
 }
-HcclResult HcclAlltoAll(const void *in, uint64_t n, HcclDataType t, const void *out, uint64_t m, HcclDataType, HcclComm comm, aclrtStream) {
+HcclResult HcclAlltoAll(const void *in, uint64_t n, HcclDataType t, const void *out, uint64_t m, HcclDataType, HcclComm comm, aclrtStream stream) {
+    late_begin(stream);
     Comm *c = of(comm);
     size_t part = n * width(t);
     c->put(in, c->ranks * part);
     for (uint32_t r = 0; r < c->ranks; ++r)
-        memcpy(static_cast<char *>(const_cast<void *>(out)) + r * part, c->slot(r) + c->rank * part, part);
+        late_arrive(stream, static_cast<char *>(const_cast<void *>(out)) + r * part, c->slot(r) + c->rank * part, part);
     c->meet();
     return HCCL_SUCCESS;
 }

@@ -36,7 +36,7 @@ def build(folder: Path) -> None:
     paths = [headers, headers / "third_party/acl/inc", headers / "third_party/hccl/inc"]
     include = [f"-I{path}" for path in paths]
     objects = []
-    for compiler, source in (("cc", "acl.c"), ("g++", "hccl.cpp")):
+    for compiler, source in (("cc", "acl.c"), ("g++", "hccl.cpp"), ("g++", "late.cpp")):
         made = folder / f"{source}.o"
         command = [compiler, "-w", "-O2", "-fPIC", "-c", *include, "-o", made, HERE / source]
         subprocess.run(command, check=True)
