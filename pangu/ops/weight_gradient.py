@@ -61,9 +61,9 @@ def weight_gradient_npu(
     if not fits or groups > NPU_GROUPS or max(widths) > NPU_WIDTH:
         return False
     if x_NI.size(0):
-        ends_E = counts_E.to(device=x_NI.device, dtype=torch.int64).cumsum(0)
+        counts_E = counts_E.to(device=x_NI.device, dtype=torch.int64, non_blocking=True)
         torch_npu = importlib.import_module("torch_npu")
-        torch_npu.npu_grouped_matmul_add_(total_EIO, x_NI, y_NO, ends_E)
+        torch_npu.npu_grouped_matmul_add_(total_EIO, x_NI, y_NO, counts_E.cumsum(0))
     return True
 
 

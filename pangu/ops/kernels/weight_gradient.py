@@ -62,7 +62,7 @@ def add_weight_gradient(
     groups, inputs, outputs = total_EIO.shape
     if not total_EIO.numel() or not x_NI.size(0):
         return
-    ends_E = counts_E.to(total_EIO.device).cumsum(0, dtype=torch.int32)
+    ends_E = counts_E.to(total_EIO.device, non_blocking=True).cumsum(0, dtype=torch.int32)
     rows = 128 // x_NI.element_size()  # as many bytes of each
     grid = (triton.cdiv(inputs, BLOCK) * triton.cdiv(outputs, BLOCK), groups)
     given = (x_NI.contiguous(), y_NO.contiguous(), ends_E, total_EIO)
