@@ -10,7 +10,7 @@ from pangu.ops.cases import TOLERANCES, cases, compared
 
 def test_every_operator_of_this_machine_holds():
     outcomes = [compared(case, dtype) for case in cases() for dtype in TOLERANCES]
-    assert len(outcomes) == 26
+    assert len(outcomes) == 30
     assert [outcome for outcome in outcomes if not outcome.holds] == []
 
 
