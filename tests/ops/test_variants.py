@@ -59,10 +59,12 @@ def test_variants_are_named_for_every_operator():
     names = asdict(backends.current().operators)
     assert names.pop("linear") in ("torch", "onednn")  # by who made the processor
     assert names == {
+        "adamw": "fused",
         "attention": "sdpa",
         "choice": "torch",
         "cross_entropy": "blocks",
         "grouped_matmul": "loop",
+        "linear_cross_entropy": "chunks",
         "permute": "torch",
         "rms_norm": "lean",  # keeps its input alone
         "rotary": "torch",
