@@ -55,11 +55,11 @@ _KEYS: dict[Kind, str] = {
     """,
     "free": """
         model.name model.init model.init_std model.sandwich_attention_gain model.sandwich_mlp_gain
-        moe.dispatcher moe.placement moe.placement_period moe.placement_threshold parallel.*
-        memory.* data.cache_dir data.verify data.num_workers backend.name backend.threads
-        backend.peak_tflops engine.* launch.* train.validate_every train.log_every
-        train.max_skipped_steps train.max_rollbacks checkpoint.* watch.* profile.* simulation.*
-        inference.* hardware devices run_dir
+        moe.dispatcher moe.dispatch_chunks moe.placement moe.placement_period
+        moe.placement_threshold parallel.* memory.* data.cache_dir data.verify data.num_workers
+        backend.name backend.threads backend.peak_tflops engine.* launch.* train.validate_every
+        train.log_every train.max_skipped_steps train.max_rollbacks checkpoint.* watch.* profile.*
+        simulation.* inference.* hardware devices run_dir
     """,
 }
 KINDS: dict[str, Kind] = {key: kind for kind, keys in _KEYS.items() for key in keys.split()}

@@ -68,6 +68,9 @@ def _layout(config: Config) -> Iterator[Problem]:
                 reason += "engine.config={zero_optimization:{overlap_comm:true}}"
             yield Problem(f"deepspeed {key}", key, True, reason, {key: [False], **MEGATRON})
     yield from _precision(config)
+    if (chunks := config.moe.dispatch_chunks) > 1:
+        key, reason = "moe.dispatch_chunks", "DeepSpeed expects a layer's experts to compute once"
+        yield Problem("deepspeed chunks", key, chunks, reason, {key: [1], **MEGATRON})
     if config.model.num_experts and config.moe.placement == "dynamic":
         key, reason = "moe.placement", "experts cannot move between DeepSpeed's pieces of weights"
         options = {key: ["static"], **MEGATRON}

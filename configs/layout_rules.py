@@ -177,6 +177,11 @@ def sequence(config: Config) -> Iterator[Problem]:
             else:
                 hint = "multiples of the parts: " + ", ".join(map(str, multiples(step, length)))
             yield Problem(f"sequence {key}", key, length, reason, options, hint)
+        tokens, chunks = config.train.micro_batch_size * length // cp // tp, "moe.dispatch_chunks"
+        if model.num_experts and config.moe.dispatch_chunks > max(tokens, 1):
+            reason = f"a rank has {tokens} tokens of a micro-batch"
+            problem = f"chunks {key}", chunks, config.moe.dispatch_chunks, reason, {chunks: [1, 2]}
+            yield Problem(*problem)
         if model.position_embedding == "learned" and length > model.max_position_embeddings:
             position = "model.max_position_embeddings"
             reason = f"learned positions end at {model.max_position_embeddings}"

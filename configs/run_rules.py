@@ -118,6 +118,11 @@ def _recomputation(config: Config) -> Iterator[Problem]:
             reason = f"this model has no {', '.join(missing)} to recompute"
             options = {key: [kept or ["core_attn"]]}
             yield Problem("absent module", key, policy.recompute_modules, reason, options)
+        if "moe_permute" in policy.recompute_modules and config.moe.dispatch_chunks > 1:
+            kept = [name for name in policy.recompute_modules if name != "moe_permute"]
+            reason = "recomputing moe_permute sends a layer's tokens once more, all at once"
+            options = {key: [kept or ["core_attn"]], "moe.dispatch_chunks": [1]}
+            yield Problem("chunks sent again", key, policy.recompute_modules, reason, options)
         for outer, within in INSIDE.items():
             inner = within & set(policy.recompute_modules)
             if outer in policy.recompute_modules and inner:
@@ -232,6 +237,19 @@ def _overlap_limits(config: Config) -> Iterator[Problem]:
         yield Problem("overlapped dropout", key, True, reason, more)
 
 
+def _chunk_limits(config: Config) -> Iterator[Problem]:
+    """Where the trainer cannot cut what travels to experts into chunks."""
+    model, parallel, memory = config.model, config.parallel, config.memory
+    again = memory.recompute_modules if memory.recompute_granularity == "selective" else []
+    adapted = model.lora_rank and "experts_fc1" in model.lora_modules
+    early = parallel.overlap_grad_reduce and config.moe.dispatch_chunks > 1
+    if adapted and early and "moe_fc1" in again:
+        key, reason = "moe.dispatch_chunks", "adapters inside a recomputed moe_fc1 get a gradient "
+        reason += "of each chunk, and overlap_grad_reduce would reduce the first alone"
+        options: dict[str, list[Any]] = {key: [1], "parallel.overlap_grad_reduce": [False]}
+        yield Problem("adapters in chunks", key, config.moe.dispatch_chunks, reason, options)
+
+
 def trainer_limits(config: Config) -> Iterator[Problem]:
     """What the simulator can plan and the trainer does not run."""
     parallel, backend, resume = config.parallel, config.backend, config.checkpoint.resume
@@ -269,6 +287,7 @@ def trainer_limits(config: Config) -> Iterator[Problem]:
         yield Problem("npu fp64", key, "fp64", reason, {key: ["auto", "bf16", "fp32"]})
     yield from swap_limits(config)
     yield from _overlap_limits(config)
+    yield from _chunk_limits(config)
     if resume not in ("auto", "never") and not os.path.isdir(resume):
         key = "checkpoint.resume"
         yield Problem("resume", key, resume, "there is no such folder", {key: ["auto", "never"]})

@@ -179,6 +179,9 @@ class MoEConfig:
     # token. Their gradients are not. On the way back rows travel and are summed in `combine_dtype`.
     dispatch_dtype: DispatchDtype = "model"
     combine_dtype: Literal["model", "bf16", "fp32"] = "model"
+    # A layer's tokens travel in so many chunks in training, one beside the experts that compute
+    # another; of one chunk nothing is beside them but the shared expert.
+    dispatch_chunks: Annotated[int, Limits(1, 1024)] = 1
     # Where experts are (Pangu Ultra): always on the same rank, or moved between ranks every so many
     # steps, in layers where the coefficient of variation of device load falls by so much.
     placement: Literal["static", "dynamic"] = "static"

@@ -77,17 +77,17 @@ class GroupedExperts(MegatronModule):
         # Also of a plain configuration of megatron-core, which has no such field.
         self.recomputed: frozenset[str] = getattr(config, "recomputed", frozenset())
 
-    def postponed(self) -> tuple[Postponed, Postponed]:
+    def postponed(self, before: Postponed | None = None) -> Postponed:
         """`w1` and `w2` for one call of `forward`, whose gradients are made where the backward pass
-        comes to this call."""
-        return postpone(self.w1), postpone(self.w2)
+        comes to this call; `before`, those of the call before in the same pass."""
+        return postpone((self.w1, self.w2), before)
 
     def forward(
         self,
         rows_NH: torch.Tensor,
         tokens_per_expert: torch.Tensor,
         weights_N: torch.Tensor,
-        postponed: tuple[Postponed, Postponed] | None = None,
+        postponed: Postponed | None = None,
     ) -> tuple[torch.Tensor, None]:
         """Each row through its expert, times its routing weight (applied after SwiGLU, before the
         second product): `[N, H]`. With expert tensor parallelism it is this rank's addend.
@@ -95,8 +95,9 @@ class GroupedExperts(MegatronModule):
         `tokens_per_expert` holds E integers, on the host or the device.
         """
         counts_E = tokens_per_expert
-        w1, later1 = postponed[0] if postponed else (self.w1, None)
-        w2, later2 = postponed[1] if postponed else (self.w2, None)
+        (w1, w2), (later1, later2) = postponed or ((self.w1, self.w2), (None, None))
+        if postponed and "moe_fc1" in self.recomputed:
+            w1 = w1.detach()  # its product is in the recomputation's own graph, which ends earlier
 
         def first(rows_NH: torch.Tensor) -> torch.Tensor:
             rows_NH = self.input_rounding(rows_NH)

@@ -16,10 +16,12 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from configs.dispatch import dispatcher
+from pangu.moe.chunks import ChunkedPass
 from pangu.moe.config import MoETransformerConfig
 from pangu.moe.dispatch import DISPATCHERS, Dispatcher
 from pangu.moe.dispatch.choices import choices_per_token
-from pangu.moe.dispatch.dispatcher import DispatchRecord, nothing
+from pangu.moe.dispatch.dispatcher import DispatchRecord
+from pangu.moe.dispatch.messages import nothing
 from pangu.moe.experts import GroupedExperts
 from pangu.moe.placement import Order
 from pangu.moe.router import ExpertRouter
@@ -90,9 +92,12 @@ class ExpertLayer(MoELayer):
 
     def compute(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """All stages; the shared expert while tokens are on their way, and, where micro-batches
-        overlap, the experts' weight gradients while those of tokens are."""
+        overlap, the experts' weight gradients while those of tokens are. In training tokens may be
+        cut into chunks, and go beside each other's experts."""
+        if self.config.moe.dispatch_chunks > 1 and self.training:
+            return ChunkedPass(self, hidden_states).output()
         shared: list[torch.Tensor | None] = []
-        postponed: list[tuple[Postponed, Postponed]] = []
+        postponed: list[Postponed] = []
         made: list[tuple[DispatchRecord, torch.Tensor]] = []
         again = "moe_permute" in self.config.recomputed and torch.is_grad_enabled()
         delays = self.config.overlap_moe_expert_parallel_comm and not again

@@ -17,7 +17,7 @@ from pangu import backends
 from pangu.ops import packed_weights
 from pangu.ops.weight_gradient import add_weight_gradient
 
-Gradient = Callable[[], torch.Tensor]
+Gradient = Callable[[], torch.Tensor | None]  # None: the parameter has it already
 
 
 class Kernels(Protocol):
@@ -149,11 +149,11 @@ class _GroupedMatmul(torch.autograd.Function):
         w_EIO: torch.Tensor,
         counts_E: torch.Tensor,
         kernels: type[Kernels],
-        parameter: torch.nn.Parameter | None,
+        parameter: tuple[torch.nn.Parameter | None],
         later: list[Gradient] | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(x_NI, w_EIO, counts_E)
-        ctx.kernels, ctx.parameter, ctx.later = kernels, parameter, later
+        ctx.kernels, (ctx.parameter,), ctx.later = kernels, parameter, later
         return kernels.rows(x_NI, w_EIO, counts_E)
 
     @staticmethod
@@ -163,13 +163,11 @@ class _GroupedMatmul(torch.autograd.Function):
         grad_x = grad_w = None
         if ctx.needs_input_grad[0]:
             grad_x = ctx.kernels.rows(grad_NO, w_EIO.transpose(1, 2), counts_E)
-        if ctx.needs_input_grad[1]:
-            make = partial(_weights, ctx.kernels, ctx.parameter, w_EIO, x_NI, grad_NO, counts_E)
-            if ctx.later is None:
-                grad_w = make()
-            else:
-                ctx.later.append(make)
-                grad_w = w_EIO.new_empty(()).expand(w_EIO.shape)  # never read
+        make = partial(_weights, ctx.kernels, ctx.parameter, w_EIO, x_NI, grad_NO, counts_E)
+        if ctx.later is not None:
+            ctx.later.append(make)
+        elif ctx.needs_input_grad[1]:
+            grad_w = _for_hooks(make(), w_EIO)
         return grad_x, grad_w, None, None, None, None
 
 
@@ -180,40 +178,73 @@ def _weights(
     x_NI: torch.Tensor,
     grad_NO: torch.Tensor,
     counts_E: torch.Tensor,
-) -> torch.Tensor:
-    """The gradient of the weights, or one that is never read where the parameter has it already."""
+) -> torch.Tensor | None:
+    """The gradient of the weights; None where the parameter has it already."""
     main_grad = getattr(parameter, "main_grad", None)
     if main_grad is not None:
         total_EIO = main_grad.view(w_EIO.shape)
         if add_weight_gradient(total_EIO, x_NI, grad_NO, counts_E):
             parameter.grad_added_to_main_grad = True
-            return torch.empty_like(w_EIO)  # it makes the engine's hook run
+            return None
     return kernels.weights(x_NI, grad_NO, counts_E)
 
 
+def _for_hooks(gradient: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """A gradient, or one that is never read: the engine's hooks run where there is one."""
+    return torch.empty_like(like) if gradient is None else gradient
+
+
 class Postponed(NamedTuple):
-    """A weight in one forward pass whose gradient is made where the backward pass comes to the call
-    of `postpone`, not to the product; `gradients` waits in between."""
+    """Weights in one forward pass whose gradients are made where the backward pass comes to the
+    call of `postpone`, not to their products; those of each wait in `gradients` in between."""
 
-    weight: torch.Tensor
-    gradients: list[Gradient]
+    weights: tuple[torch.Tensor, ...]
+    gradients: tuple[list[Gradient] | None, ...]  # None of a frozen weight
 
 
-def postpone(parameter: torch.nn.Parameter) -> Postponed:
-    """For one product: `grouped_matmul(x, weight, counts, …, later=gradients)`."""
-    gradients: list[Gradient] = []
-    return Postponed(_Postpone.apply(parameter, gradients), gradients)
+def postpone(
+    parameters: tuple[torch.nn.Parameter, ...], before: Postponed | None = None
+) -> Postponed:
+    """For one product of each: `grouped_matmul(x, weight, counts, …, later=gradients)`, of which
+    the last is a part of the same backward pass.
+
+    Where a forward pass uses them several times, each call is given the one `before` it: what the
+    later ones make is added to by the earlier, and the engine sees one gradient.
+    """
+    gradients: Any = tuple([] if each.requires_grad else None for each in parameters)
+    weights = parameters if before is None else before.weights
+    return Postponed(_Postpone.apply(before is None, gradients, *weights), gradients)
 
 
 class _Postpone(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, parameter: torch.nn.Parameter, gradients: list[Gradient]) -> torch.Tensor:
-        ctx.gradients, ctx.shape = gradients, parameter.shape
-        return parameter.view_as(parameter)
+    """Its products give no gradient of their own; the engine comes here all the same."""
 
     @staticmethod
-    def backward(ctx: Any, *unread: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.gradients.pop()().view(ctx.shape), None
+    def forward(
+        ctx: Any, first: bool, gradients: tuple[list[Gradient] | None, ...], *weights: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.first, ctx.gradients = first, gradients
+        ctx.shapes = [weight.shape for weight in weights]
+        ctx.like = weights[0].new_empty(())
+        return tuple(weight.view_as(weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *later: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        parts = zip(ctx.gradients, later, ctx.shapes, strict=True)
+        return None, None, *(_Postpone._sum(ctx, *part) for part in parts)
+
+    @staticmethod
+    def _sum(
+        ctx: Any, waiting: list[Gradient] | None, later: torch.Tensor | None, shape: torch.Size
+    ) -> torch.Tensor | None:
+        if waiting is None:
+            return None
+        made = waiting.pop()()
+        if made is not None:
+            made = made.view(shape)
+            return made if later is None else later.add_(made)
+        return ctx.like.new_empty(shape) if ctx.first else None
 
 
 def grouped_matmul(
@@ -233,7 +264,7 @@ def grouped_matmul(
     `parameter` is the one of which w is a view. Where megatron-core's data parallelism has given
     it a `main_grad`, the weight gradient is added right there if the backend can
     (`weight_gradient`), which saves writing it down and adding it afterwards. `later` is that of a
-    `Postponed` weight.
+    `Postponed` weight, or of the same detached, where the product is in a graph of its own.
     """
     kernels = kernels or _choose(x_NI, w_EIO)
     if not torch.is_grad_enabled():
@@ -242,7 +273,8 @@ def grouped_matmul(
         if packed and packs and x_NI.dtype == torch.float32:
             return _packed_rows(x_NI, w_EIO, counts_E, packed)
         return kernels.rows(x_NI, w_EIO, counts_E)
-    return _GroupedMatmul.apply(x_NI, w_EIO, counts_E, kernels, parameter, later)
+    # In a tuple, or it would be one more input, whose hooks run with every product's gradients.
+    return _GroupedMatmul.apply(x_NI, w_EIO, counts_E, kernels, (parameter,), later)
 
 
 def _packed_rows(

@@ -114,6 +114,24 @@ BROKEN = [
         "reads their file",
     ),
     (["memory=full", "memory.swap=[moe_act]"], "memory.swap", "nothing inside"),
+    (
+        [
+            *["memory=selective", "memory.recompute_modules=[moe_permute]"],
+            "moe.dispatch_chunks=2",
+        ],
+        "memory.recompute_modules",
+        "all at once",
+    ),
+    (
+        [
+            *["memory=selective", "memory.recompute_modules=[moe_fc1]", "moe.dispatch_chunks=2"],
+            *["model.lora_rank=4", "model.lora_modules=[experts_fc1]"],
+            "parallel.overlap_grad_reduce=true",
+        ],
+        "moe.dispatch_chunks",
+        "the first alone",
+    ),
+    (["moe.dispatch_chunks=1000", "train.seq_length=512"], "moe.dispatch_chunks", "512 tokens"),
     (["memory=auto", "hardware=h100"], "memory.limit_gib", "until a run stays below a limit"),
     (["memory.limit_gib=2"], "memory.limit_gib", "only memory=auto"),
     (["memory=auto", "memory.limit_gib=2"], "hardware", "of a machine"),

@@ -25,6 +25,7 @@ NVME = ["engine.offload=nvme", "engine.nvme_path=drive"]
         ([DS, "backend.precision=bf16", f"{ZERO}=0"], "backend.precision", f"{ZERO}=1, 2 or 3"),
         ([DS, "memory.swap_optimizer=true", "backend=cpu"], "memory.swap_optimizer", "=false; or"),
         ([DS, "moe.placement=dynamic"], "moe.placement", "=static; or"),
+        ([DS, "moe.dispatch_chunks=2"], "moe.dispatch_chunks", "=1; or"),
         ([DS, "engine.offload=cpu", f"{ZERO}=0"], "engine.offload", f"none; or {ZERO}=1, 2 or 3"),
         ([DS, *NVME, f"{ZERO}=2"], "engine.offload", f"{ZERO}=3"),
         ([DS, NVME[0], f"{ZERO}=3"], "engine.nvme_path", "engine.nvme_path=FOLDER"),

@@ -1,9 +1,9 @@
 """Every dispatcher against one process: `python -m tests.drills.dispatchers`.
 
 Four processes, as two nodes of two, train a small model for twenty steps with each dispatcher, both
-kinds of router, with and without overlap, recomputation, swap, and experts that move; every value
-of each axis meets every value of another. A table of the largest difference in loss and gradient
-norm, relative to one process's; exit code 1 if one is not below 1e-5.
+kinds of router, with and without overlap, recomputation, swap, experts that move, and chunks; every
+value of each axis meets every value of another. A table of the largest difference in loss and
+gradient norm, relative to one process's; exit code 1 if one is not below 1e-5.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class Way:
     memory: str
     placement: str
     layout: str = "EP4"
+    chunks: int = 1
 
     @property
     def model(self) -> list[str]:
@@ -74,13 +75,13 @@ class Way:
         nodes = ["launch.processes=2", "launch.nodes=2", f"moe.dispatcher={self.dispatcher}"]
         overlap = [f"parallel.overlap_expert_parallel={str(self.overlap).lower()}"]
         rest = [*MEMORY[self.memory], *PLACEMENT[self.placement], *LAYOUTS[self.layout]]
-        return [*self.model, *nodes, *overlap, *rest]
+        return [*self.model, *nodes, *overlap, *rest, f"moe.dispatch_chunks={self.chunks}"]
 
     def axes(self) -> tuple[object, ...]:
-        """The five axes' values; the ways to recompute are one, and those to group."""
+        """The six axes' values; the ways to recompute are one, and those to group, and to cut."""
         kinds = {"full": "recompute", "layer": "recompute", "parts": "recompute"}
         memory, router = kinds.get(self.memory, self.memory), self.router.split(",")[0]
-        return self.dispatcher, router, self.overlap, memory, self.placement
+        return self.dispatcher, router, self.overlap, memory, self.placement, self.chunks > 1
 
     def __str__(self) -> str:
         return ", ".join(str(getattr(self, field.name)) for field in fields(self))
@@ -88,20 +89,20 @@ class Way:
 
 WAYS = [
     Way("hierarchical", "moge", False, "none", "static"),
-    Way("hierarchical", "top_k", True, "layer", "dynamic", "EP4 TP2"),
+    Way("hierarchical", "top_k", True, "layer", "dynamic", "EP4 TP2", 3),
     Way("hierarchical", "moge", True, "swap", "static"),
     Way("hierarchical", "top_k", False, "full", "static", "EP2 TP2"),
-    Way("deduplicated", "top_k", True, "none", "dynamic"),
+    Way("deduplicated", "top_k", True, "none", "dynamic", chunks=2),
     Way("deduplicated", "moge", False, "full", "static", "EP2 TP2 ETP2"),
     Way("deduplicated", "top_k", False, "swap", "dynamic", "EP2 PP2"),
     Way("alltoall", "top_k", True, "none", "static"),
     Way("alltoall", "moge, wide", False, "layer", "dynamic"),
-    Way("alltoall", "top_k", True, "swap", "dynamic", "EP2 PP2 VPP2"),
-    Way("allgather", "moge, wide", False, "none", "dynamic"),
+    Way("alltoall", "top_k", True, "swap", "dynamic", "EP2 PP2 VPP2", 3),
+    Way("allgather", "moge, wide", False, "none", "dynamic", chunks=4),
     Way("allgather", "top_k", True, "parts", "static"),
     Way("allgather", "top_k", False, "swap", "static"),
     Way("moge", "moge", False, "none", "dynamic"),  # whole groups on each rank: none moves
-    Way("moge", "moge", True, "layer", "static", "EP2 TP2"),
+    Way("moge", "moge", True, "layer", "static", "EP2 TP2", 4),
     Way("moge", "moge", True, "swap", "dynamic"),
 ]
 
@@ -135,7 +136,7 @@ def farthest(found: list[tuple[float, float]], expected: list[tuple[float, float
 
 def main() -> int:
     worst = 0.0
-    columns = "dispatcher, router, overlap, memory, placement, layout"
+    columns = "dispatcher, router, overlap, memory, placement, layout, chunks"
     print(f"{columns:64} largest difference")
     for way, error in errors(WAYS).items():
         print(f"{way!s:64} {error:.1e}", flush=True)

@@ -47,6 +47,10 @@ POLICIES = {
         for name in get_args(RecomputeModule)
     },
     "full": ["memory=full"],
+    "moe_fc1 in chunks": [
+        *["memory=selective", "memory.recompute_modules=[moe_fc1]", "moe.dispatch_chunks=3"],
+    ],
+    "swap moe in chunks": ["memory.swap=[moe]", "moe.dispatch_chunks=2"],
     **{f"swap {name}": [f"memory.swap=[{name}]"] for name in get_args(RecomputeModule)},
     "both": [
         "memory=selective",
@@ -109,8 +113,9 @@ def _nbytes(reference: Any) -> int:
     return torch.UntypedStorage._new_with_weak_ptr(reference.cdata).nbytes()
 
 
-def measured() -> dict[str, int]:
-    return {name: kept_bytes(overrides) for name, overrides in POLICIES.items()}
+def measured() -> tuple[dict[str, int], int]:
+    found = {name: kept_bytes(overrides) for name, overrides in POLICIES.items()}
+    return found, kept_bytes(["moe.dispatch_chunks=3"])
 
 
 def counted(overrides: list[str]) -> float:
@@ -127,9 +132,10 @@ def counted(overrides: list[str]) -> float:
 
 @pytest.mark.distributed
 def test_each_module_releases_what_the_simulator_counts():
-    found = run(1, measured)[0]
+    found, in_chunks = run(1, measured)[0]
     whole = counted([])
     assert found["none"] == pytest.approx(whole, rel=0.03)
+    assert in_chunks == pytest.approx(found["none"], rel=0.003)
     for name, size in found.items():
         released = whole - counted(POLICIES[name])
         assert found["none"] - size == pytest.approx(released, rel=0.03), name

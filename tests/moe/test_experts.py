@@ -118,6 +118,33 @@ def test_the_engines_gradient_buffer_gets_every_gradient_once(variant, monkeypat
         torch.testing.assert_close(parameter.main_grad, expected.grad, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("recompute", ["", "moe_fc1"])
+def test_several_calls_in_one_pass_give_the_engine_one_gradient(recompute):
+    """With and without main gradients, which hooks fill."""
+    counts, calls = [torch.tensor(each) for each in ([3, 0, 5, 1], [0, 2, 0, 4], [1, 1, 1, 0])], []
+    parts = [torch.randn(int(each.sum()), HIDDEN, dtype=torch.float64) for each in counts]
+    experts, buffered, plain = (build(recomputed=frozenset({recompute})) for _ in range(3))
+    config = DistributedDataParallelConfig(grad_reduce_in_fp32=False)
+    wrapped = DistributedDataParallel(buffered.config, config, buffered)
+    wrapped.zero_grad_buffer()
+    for parameter in experts.parameters():
+        parameter.register_post_accumulate_grad_hook(calls.append)
+    for module in (experts, wrapped, plain):
+        total, before = 0.0, None
+        for rows, each in zip(parts, counts, strict=True):
+            if module is not plain:
+                before = (buffered if module is wrapped else module).postponed(before)
+            rows = rows.clone().requires_grad_()
+            output, _ = module(rows, each, torch.ones(len(rows), dtype=torch.float64), before)
+            total = total + output.square().sum()
+        total.backward()
+    assert len(calls) == 2
+    gradients = zip(*(m.parameters() for m in (experts, buffered, plain)), strict=True)
+    for one, main, expected in gradients:
+        torch.testing.assert_close(one.grad, expected.grad, rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(main.main_grad, expected.grad, rtol=1e-13, atol=1e-13)
+
+
 def test_parameters_say_how_they_are_split():
     experts = build()
     for parameter, dim in ((experts.w1, 3), (experts.w2, 1)):

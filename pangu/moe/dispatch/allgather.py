@@ -77,7 +77,8 @@ class AllGatherDispatcher(Dispatcher[DispatchRecord]):
 
     def token_combine(self, record: DispatchRecord, hidden_states: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' parts, of this rank's tokens: `[T, H]`."""
-        return travelled(hidden_states, reduce_scatter(self.tp_ep_group))
+        way = reduce_scatter(self.tp_ep_group)
+        return travelled(hidden_states, way, record.meanwhile_back)
 
     def combine_postprocess(
         self, record: DispatchRecord, hidden_states: torch.Tensor

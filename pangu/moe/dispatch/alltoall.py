@@ -13,7 +13,9 @@ time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -25,16 +27,22 @@ from pangu.moe.dispatch.uneven import gather_counts, gather_uneven, reduce_scatt
 from pangu.ops.permute import Permutation, permute, plan, unpermute
 
 
+class Splits(NamedTuple):
+    """In rows: to and from each expert-parallel rank, of each expert tensor parallel rank, and
+    `counts_RX` received from each rank for each expert here."""
+
+    sent: list[int]
+    received: list[int]
+    gathered: list[int]
+    counts_RX: torch.Tensor
+
+
 @dataclass
 class Exchange(DispatchRecord):
-    """`sending` sorts this rank's choices by expert, `permutation` what it received. Splits are in
-    rows: to and from each expert-parallel rank, and of each expert tensor parallel rank."""
+    """`sending` sorts this rank's choices by expert, `permutation` what it received."""
 
     sending: Permutation = field(kw_only=True)
-    counts_RX: torch.Tensor | None = None  # received from each rank for each expert here
-    sent: list[int] = field(default_factory=list)
-    received: list[int] = field(default_factory=list)
-    gathered: list[int] = field(default_factory=list)
+    agreed: Splits | None = field(default=None, kw_only=True)
 
 
 class AllToAllDispatcher(Dispatcher[Exchange]):
@@ -53,37 +61,46 @@ class AllToAllDispatcher(Dispatcher[Exchange]):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows for this rank's experts and their weights, by rank (expert tensor parallel
         first, then expert parallel), then by expert."""
-        self._agree_on_splits(record)
-        dtype, splits = self.config.moe.dispatch_dtype, (record.received, record.sent)
+        splits = self.splits(record)
+        dtype, rows_of = self.config.moe.dispatch_dtype, (splits.received, splits.sent)
         arrived = begin(
-            (hidden_states, exchange_rows(self.ep_group, dtype, *splits)),
-            (probs, exchange(self.ep_group, *splits)),
+            (hidden_states, exchange_rows(self.ep_group, dtype, *rows_of)),
+            (probs, exchange(self.ep_group, *rows_of)),
         )
         record.meanwhile()
         rows, weights = arrived()
         if self.tp_size > 1:
-            rows = gather_uneven(rows, record.gathered, self.tp_group)
-            weights = gather_uneven(weights, record.gathered, self.tp_group)
+            rows = gather_uneven(rows, splits.gathered, self.tp_group)
+            weights = gather_uneven(weights, splits.gathered, self.tp_group)
         return rows, weights
 
-    def _agree_on_splits(self, record: Exchange) -> None:
-        own_E = record.sending.counts_E
-        all_RE = gather_counts(own_E, self.tp_ep_group)
+    def agree(self, maps: Sequence[torch.Tensor]) -> list[Splits]:
+        return self._agree(torch.stack([chosen_TE.sum(dim=0) for chosen_TE in maps]))
+
+    def splits(self, record: Exchange) -> Splits:
+        """What `agree` said before, or says now of this one alone."""
+        if record.agreed is None:
+            (record.agreed,) = self._agree(record.sending.counts_E[None])
+        return record.agreed
+
+    def _agree(self, own_CE: torch.Tensor) -> list[Splits]:
+        """From this rank's choices of each expert, chunk by chunk."""
+        all_RCE = gather_counts(own_CE, self.tp_ep_group)
         # The group counts expert tensor parallel ranks fastest; rows come by them first.
-        counts = all_RE.view(self.ep_size, self.tp_size, self.ep_size, self.num_local_experts)
-        here = counts[:, :, self.ep_group.rank()].transpose(0, 1)  # [ETP, EP, X]
-        record.counts_RX = here.flatten(0, 1)
-        record.sent = own_E.view(self.ep_size, -1).sum(dim=1).tolist()
-        received = here.sum(dim=2).tolist()  # [ETP][EP]
-        record.received = received[self.tp_group.rank()]
-        record.gathered = [sum(rows) for rows in received]
+        sizes = (self.ep_size, self.tp_size, -1, self.ep_size, self.num_local_experts)
+        here = all_RCE.view(sizes)[:, :, :, self.ep_group.rank()].permute(2, 1, 0, 3)
+        sent = own_CE.unflatten(1, (self.ep_size, -1)).sum(dim=2).tolist()  # [C][EP]
+        received = here.sum(dim=3).tolist()  # [C][ETP][EP]
+        return [
+            Splits(sent, rows[self.tp_group.rank()], [sum(each) for each in rows], counts_RX)
+            for sent, rows, counts_RX in zip(sent, received, here.flatten(1, 2), strict=True)
+        ]
 
     def dispatch_postprocess(
         self, record: Exchange, hidden_states: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Sort by expert."""
-        counts_RX = record.counts_RX
-        assert counts_RX is not None
+        counts_RX = self.splits(record).counts_RX
         if self.num_local_experts == 1:
             return hidden_states, counts_RX.sum(dim=0), probs
         experts = torch.arange(self.num_local_experts, device=counts_RX.device)
@@ -103,9 +120,11 @@ class AllToAllDispatcher(Dispatcher[Exchange]):
 
     def token_combine(self, record: Exchange, hidden_states: torch.Tensor) -> torch.Tensor:
         """The experts' output of this rank's choices, in the order in which they were sent."""
+        splits = self.splits(record)
         if self.tp_size > 1:
-            hidden_states = reduce_scatter_uneven(hidden_states, record.gathered, self.tp_group)
-        return travelled(hidden_states, exchange(self.ep_group, record.sent, record.received))
+            hidden_states = reduce_scatter_uneven(hidden_states, splits.gathered, self.tp_group)
+        way = exchange(self.ep_group, splits.sent, splits.received)
+        return travelled(hidden_states, way, record.meanwhile_back)
 
     def combine_postprocess(self, record: Exchange, hidden_states: torch.Tensor) -> torch.Tensor:
         """Sum each token's rows and restore its place."""

@@ -15,7 +15,9 @@ token's experts lie on EP·(1 - (1 - 1/EP)^K) ranks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -26,8 +28,7 @@ from pangu.moe.dispatch.uneven import gather_counts, gather_uneven, reduce_scatt
 from pangu.ops.permute import Permutation, permute, plan_map, plan_rows, unpermute
 
 
-@dataclass
-class Splits:
+class Splits(NamedTuple):
     """How many go to and come from each expert-parallel rank, and to each expert tensor parallel
     rank that way."""
 
@@ -43,8 +44,7 @@ class Deduplicated(DispatchRecord):
 
     sending: Permutation = field(kw_only=True)
     counts: torch.Tensor = field(kw_only=True)
-    rows: Splits | None = None
-    choices: Splits | None = None
+    agreed: tuple[Splits, Splits] | None = field(default=None, kw_only=True)  # rows, choices
 
 
 class DeduplicatedDispatcher(Dispatcher[Deduplicated]):
@@ -58,7 +58,6 @@ class DeduplicatedDispatcher(Dispatcher[Deduplicated]):
             chosen_TRX = routing_map.unflatten(-1, (self.ep_size, -1))
             sending = plan_map(chosen_TRX.any(dim=-1))
             rank_N, token_N, expert_N = chosen_TRX.transpose(0, 1).nonzero(as_tuple=True)
-            choices_R = chosen_TRX.sum(dim=(0, 2))
             row_N = rank_N * routing_map.size(0) + token_N
             begins_N = row_N.diff(prepend=row_N.new_full((1,), -1)) != 0
             # The expert, counted from the rank's first, and whether its row begins here.
@@ -66,7 +65,7 @@ class DeduplicatedDispatcher(Dispatcher[Deduplicated]):
             choice_N = token_N * routing_map.size(1) + rank_N * self.num_local_experts + expert_N
         weights_N = probs.flatten().index_select(0, choice_N)
         choices_N2 = torch.stack([codes_N.to(probs.dtype), weights_N], dim=1)
-        counts = torch.stack([sending.counts_E, choices_R])
+        counts = self._counts(chosen_TRX)
         record = Deduplicated(tokens.shape, sending=sending, counts=counts)
         return record, permute(tokens.flatten(0, -2), sending), choices_N2
 
@@ -75,7 +74,7 @@ class DeduplicatedDispatcher(Dispatcher[Deduplicated]):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens that chose experts of this rank, and their choices, by rank (expert tensor
         parallel first, then expert parallel)."""
-        rows, choices = record.rows, record.choices = self._agree_on_splits(record.counts)
+        rows, choices = self.splits(record)
         dtype = self.config.moe.dispatch_dtype
         arrived = begin(
             (hidden_states, exchange_rows(self.ep_group, dtype, rows.received, rows.sent)),
@@ -88,15 +87,34 @@ class DeduplicatedDispatcher(Dispatcher[Deduplicated]):
             numbers = gather_uneven(numbers, choices.gathered, self.tp_group)
         return tokens, numbers
 
-    def _agree_on_splits(self, counts: torch.Tensor) -> tuple[Splits, Splits]:
-        everyone = gather_counts(counts, self.tp_ep_group)[..., self.ep_group.rank()]
+    def agree(self, maps: Sequence[torch.Tensor]) -> list[tuple[Splits, Splits]]:
+        each = [self._counts(chosen.unflatten(-1, (self.ep_size, -1))) for chosen in maps]
+        return self._agree(torch.stack(each))
+
+    def splits(self, record: Deduplicated) -> tuple[Splits, Splits]:
+        """Of rows and of choices: what `agree` said before, or says now of this one alone."""
+        if record.agreed is None:
+            (record.agreed,) = self._agree(record.counts[None])
+        return record.agreed
+
+    def _counts(self, chosen_TRX: torch.Tensor) -> torch.Tensor:
+        """Rows, and choices, for each rank: `[2, EP]`."""
+        return torch.stack([chosen_TRX.any(dim=2).sum(dim=0), chosen_TRX.sum(dim=(0, 2))])
+
+    def _agree(self, own: torch.Tensor) -> list[tuple[Splits, Splits]]:
+        """From this rank's counts, chunk by chunk, `[chunks, 2, EP]`."""
+        everyone = gather_counts(own, self.tp_ep_group)[..., self.ep_group.rank()]
         # The group counts expert tensor parallel ranks fastest; what comes is by them first.
-        received = everyone.view(self.ep_size, self.tp_size, 2).permute(2, 1, 0).tolist()
-        rows, choices = (
-            Splits(sent, parts[self.tp_group.rank()], [sum(part) for part in parts])
-            for sent, parts in zip(counts.tolist(), received, strict=True)
-        )
-        return rows, choices
+        sizes = (self.ep_size, self.tp_size, -1, 2)
+        received = everyone.view(sizes).permute(2, 3, 1, 0).tolist()
+
+        def splits(sent: list[int], parts: list[list[int]]) -> Splits:
+            return Splits(sent, parts[self.tp_group.rank()], [sum(part) for part in parts])
+
+        return [
+            (splits(sent[0], parts[0]), splits(sent[1], parts[1]))
+            for sent, parts in zip(own.tolist(), received, strict=True)
+        ]
 
     def dispatch_postprocess(
         self, record: Deduplicated, hidden_states: torch.Tensor, probs: torch.Tensor
@@ -122,11 +140,11 @@ class DeduplicatedDispatcher(Dispatcher[Deduplicated]):
 
     def token_combine(self, record: Deduplicated, hidden_states: torch.Tensor) -> torch.Tensor:
         """The ranks' sums for this rank's tokens, in the order in which they were sent."""
-        rows = record.rows
-        assert rows is not None
+        rows, _ = self.splits(record)
         if self.tp_size > 1:
             hidden_states = reduce_scatter_uneven(hidden_states, rows.gathered, self.tp_group)
-        return travelled(hidden_states, exchange(self.ep_group, rows.sent, rows.received))
+        way = exchange(self.ep_group, rows.sent, rows.received)
+        return travelled(hidden_states, way, record.meanwhile_back)
 
     def combine_postprocess(
         self, record: Deduplicated, hidden_states: torch.Tensor

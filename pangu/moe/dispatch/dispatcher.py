@@ -6,30 +6,30 @@ Shapes: T tokens of this rank, H hidden, E experts, X of them on this rank, N ro
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from pangu.moe.config import MoETransformerConfig
+from pangu.moe.dispatch.messages import nothing
 from pangu.ops.permute import Permutation
-
-
-def nothing() -> None:
-    """What a layer without a shared expert does while tokens are on their way."""
 
 
 @dataclass
 class DispatchRecord:
-    """What the stages of one micro-batch leave to each other. It is made anew by each call, since
-    two micro-batches may be under way in the same layer."""
+    """What the stages of one micro-batch, or of a chunk of it, leave to each other. It is made anew
+    by each call, since several may be under way in the same layer."""
 
     hidden_shape: torch.Size  # of the layer's input
     permutation: Permutation | None = None  # of the rows that the experts see
-    # What the layer does while tokens are on their way to experts.
+    # What the layer does while tokens are on their way to experts, and on their way back.
     meanwhile: Callable[[], None] = field(default=nothing, kw_only=True)
+    meanwhile_back: Callable[[], None] = field(default=nothing, kw_only=True)
+    # What `agree` said of this chunk; None where it was not asked.
+    agreed: Any = field(default=None, kw_only=True)
 
 
 Record = TypeVar("Record", bound=DispatchRecord)
@@ -57,6 +57,12 @@ class Dispatcher(ABC, Generic[Record]):
         self.tp_ep_group = pg_collection.tp_ep
         self.ep_size, self.tp_size = self.ep_group.size(), self.tp_group.size()
 
+    def agree(self, maps: Sequence[torch.Tensor]) -> Sequence[Any]:
+        """What ranks must know of each other's choices `[T, E]` before chunks of tokens travel, of
+        all chunks at once: later it would wait behind their rows. Communicates where
+        `token_dispatch` would."""
+        return [None] * len(maps)
+
     @abstractmethod
     def dispatch_preprocess(
         self, tokens: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
@@ -82,7 +88,8 @@ class Dispatcher(ABC, Generic[Record]):
 
     @abstractmethod
     def token_combine(self, record: Record, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Send back; what this rank received. Communicates."""
+        """Send back; what this rank received. Communicates, and calls `record.meanwhile_back` once
+        its last message is under way."""
 
     @abstractmethod
     def combine_postprocess(self, record: Record, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -101,7 +101,7 @@ class HierarchicalDispatcher(Dispatcher[Hierarchical]):
         this rank's tokens: `[T, H]`."""
         back = self.inside.token_combine(record.inside, hidden_states)
         parts = self.inside.combine_postprocess(record.inside, back)
-        return travelled(parts, reduce_scatter(self.between))
+        return travelled(parts, reduce_scatter(self.between), record.meanwhile_back)
 
     def combine_postprocess(
         self, record: Hierarchical, hidden_states: torch.Tensor

@@ -41,6 +41,7 @@ class LocalDispatcher(Dispatcher[DispatchRecord]):
         return hidden_states
 
     def token_combine(self, record: DispatchRecord, hidden_states: torch.Tensor) -> torch.Tensor:
+        record.meanwhile_back()
         return hidden_states
 
     def combine_postprocess(

@@ -21,6 +21,10 @@ import torch.distributed as dist
 from pangu.backends import turns
 
 
+def nothing() -> None:
+    """What is done meanwhile where there is nothing to do."""
+
+
 class Coming(NamedTuple):
     """A message under way: `sent` is kept, and what `read` returns is not there, until `works`
     are over."""
@@ -92,9 +96,13 @@ def begin(*parts: tuple[torch.Tensor, Way]) -> Callable[[], tuple[torch.Tensor, 
     return lambda: _Arrive.apply(call, token)
 
 
-def travelled(rows: torch.Tensor, way: Way) -> torch.Tensor:
-    """What arrives, waited for."""
-    return begin((rows, way))()[0]
+def travelled(
+    rows: torch.Tensor, way: Way, meanwhile: Callable[[], None] = nothing
+) -> torch.Tensor:
+    """What arrives, waited for once `meanwhile` is done."""
+    arrived = begin((rows, way))
+    meanwhile()
+    return arrived()[0]
 
 
 @dataclass
