@@ -82,6 +82,9 @@ class SimulationConfig:
     expert_streams: bool = False
     # The host issues a layer's kernels one by one, or replays graphs of them.
     launch: Literal["eager", "captured"] = "eager"
+    # An MoE layer's messages go beside what it computes itself: the shared expert, other chunks
+    # (`moe.dispatch_chunks`), weight gradients where micro-batches overlap. Else beside nothing.
+    layer_overlap: bool = True
     # In every MoE layer the host reads how many rows an expert gets, and so cannot issue ahead.
     host_reads_counts: bool = False
     # Float8 wants every expert's rows in multiples: copied into padded tensors and back.

@@ -85,6 +85,7 @@ def _experts(config: Config) -> list[str]:
         f"--expert-tensor-parallel-size {p.expert_tensor_parallel_size}",
         *([] if _dispatches_once(config) else [_dispatcher(config)]),
         "--moe-grouped-gemm",
+        *(["# does not cut a layer's tokens into chunks"] * (config.moe.dispatch_chunks > 1)),
     ]
 
 

@@ -10,6 +10,7 @@ from simulator.array import Array
 from simulator.collectives import collective_seconds
 from simulator.counts.records import Counts, total
 from simulator.hardware import Hardware
+from simulator.layer_overlap import exchange_share
 from simulator.layout import Layout, StageContent
 from simulator.memory import swapped_activations
 from simulator.parameters import LayerKind, layer_parameters
@@ -17,7 +18,6 @@ from simulator.parts import Parts
 from simulator.pipeline import RankSeconds
 from simulator.seconds import BlockSeconds
 
-FLAT_EXCHANGE = 0.5  # of what copy engines or few-core dispatchers hide
 HOST_NORM = 7.0  # of host and device seconds; calibrated on the runs of one node
 SYNCHRONISED_NORM = 2.0  # where the host waits for the device in every layer
 
@@ -45,8 +45,12 @@ def rank_seconds(parts: Parts, contents: list[StageContent]) -> RankSeconds:
     exchanged = total(
         count * (block.experts_forward + block.experts_backward) for block, count in counts
     )
-    computing = forward + backward + weight - exchanged
-    hideable = np.minimum(exchanged * exchange_share(parts), computing)
+    inside = total(count * block.experts_hidden for block, count in counts)
+    share = exchange_share(parts.hardware, parts.shapes)
+    # What a layer hides by itself, and what it hides that beside, is not hidden once more.
+    computing = forward + backward + weight - exchanged - inside
+    left = np.maximum((exchanged + inside) * share - inside, 0.0)
+    hideable = np.minimum(left, np.maximum(computing, 0.0))
     issuing = issuing_seconds(layout, counts, repeated)
     reads = parts.shapes.traits.host_reads_counts and parts.shapes.model.num_experts
     norm = SYNCHRONISED_NORM if reads else HOST_NORM
@@ -59,15 +63,6 @@ def rank_seconds(parts: Parts, contents: list[StageContent]) -> RankSeconds:
     beside = apart - hideable + waiting(issuing[0] + issuing[1], apart - hideable, norm)
     saved = np.maximum(apart + waits[0] + waits[1] - beside, 0.0)
     return RankSeconds(forward + waits[0], backward + waits[1], weight, saved, waits[0] + waits[1])
-
-
-def exchange_share(parts: Parts) -> float:
-    """Part of the expert exchange that another micro-batch's computing hides. The preset's is of
-    copy engines, or of dispatchers that take few cores; others are the collective library's
-    kernels, which occupy the device where collectives are kernels at all."""
-    share = parts.hardware.overlap.exchange
-    kernels = parts.hardware.backend == "cuda" and not parts.shapes.traits.node_forwarding
-    return share * FLAT_EXCHANGE if kernels else share
 
 
 def waiting(host: Array, device: Array, norm: float = HOST_NORM) -> Array:

@@ -23,7 +23,7 @@ from simulator.parameters import LayerKind, model_flops_per_token
 from simulator.parts import Parts, peak_dtype, prepare, tokens_per_step
 from simulator.passes import layer_waits, rank_seconds, send_seconds
 from simulator.pipeline import RankSeconds, hidden_seconds
-from simulator.seconds import BlockSeconds, Line
+from simulator.seconds import EXPERT_GROUPS, BlockSeconds, Line
 from simulator.step_end import DataParallel, data_parallel
 from simulator.timeline import Timeline, UnitSeconds, build
 
@@ -65,6 +65,17 @@ class ErrorBar:
 
 
 @dataclass(frozen=True)
+class ExpertMessages:
+    """Seconds of a step that tokens are under way to experts and back on the slowest rank, what is
+    sent again left out, and those in which it computes for the same layer, or for another
+    micro-batch."""
+
+    seconds: float
+    beside_layer: float
+    beside_micro_batch: float
+
+
+@dataclass(frozen=True)
 class Forecast:
     """Forecast of one training step. Seconds, GiB, bytes as named; see `breakdown` for where the
     step's seconds go on its slowest rank."""
@@ -83,6 +94,7 @@ class Forecast:
     num_microbatches: int
     bubble_fraction: float
     breakdown: dict[str, float]
+    expert_messages: ExpertMessages
     stages: list[Stage]
     bill: list[BillLine]
     timeline: Timeline
@@ -99,6 +111,7 @@ class Forecast:
             " bubble_fraction breakdown expert_load energy_kilojoules cost_per_million_tokens"
         )
         result: dict[str, Any] = {name: getattr(self, name) for name in plain.split()}
+        result["expert_messages"] = vars(self.expert_messages)
         result["error"] = vars(self.error) if self.error else None
         result["stages"] = [
             {
@@ -161,6 +174,7 @@ def predict(config: Config, load: float | None = None) -> Forecast:
         num_microbatches=int(layout.num_microbatches),
         bubble_fraction=breakdown.get(BUBBLE, 0.0) / step,
         breakdown=breakdown,
+        expert_messages=_expert_messages(parts, slowest, held[slowest]),
         stages=stages,
         bill=_bill(parts, held[slowest].contents),
         timeline=timeline,
@@ -259,6 +273,17 @@ def _bill(parts: Parts, contents: list[StageContent]) -> list[BillLine]:
     ]
 
 
+def _expert_messages(parts: Parts, rank: int, held: _Rank) -> ExpertMessages:
+    seconds = inside = 0.0
+    for _, count, block in _blocks(parts, held.contents):
+        lines = [line for line in block.lines if line.group in EXPERT_GROUPS]
+        seconds += count * sum(float(line.seconds) for line in lines)
+        inside += count * float(block.experts_hidden)
+    beside = float(hidden_seconds(parts.layout, rank, held.seconds))
+    times = int(parts.layout.num_microbatches)
+    return ExpertMessages(seconds * times, inside * times, beside)
+
+
 BUBBLE = "pipeline bubble and sends"
 OPERATOR_LINES = {
     "matmul": "matrix products",
@@ -269,9 +294,7 @@ OPERATOR_LINES = {
 GROUP_LINES = {
     "tp": "tensor-parallel communication",
     "cp": "context-parallel communication",
-    "ep": "expert dispatch and combine",
-    "etp": "expert dispatch and combine",
-    "expert": "expert dispatch and combine",
+    **dict.fromkeys(EXPERT_GROUPS, "expert dispatch and combine"),
 }
 
 

@@ -14,6 +14,7 @@ from simulator.counts.layer import Blocks
 from simulator.counts.records import Counts, Message, Modules, Operator, Shapes, total
 from simulator.hardware import Hardware
 from simulator.host import issue_seconds
+from simulator.layer_overlap import inside_layer
 from simulator.layout import Layout
 from simulator.operators import (
     attention_seconds,
@@ -22,6 +23,7 @@ from simulator.operators import (
     vector_seconds,
 )
 
+EXPERT_GROUPS = ("ep", "etp", "expert")  # over which tokens go to experts and back
 PASSES = ("forward", "input_gradient", "weight_gradient")
 # Forward lines whose results no backward pass reads: the end of a dense layer.
 LAST = ("mlp.fc2", "mlp.fc2 output", "mlp.residual")
@@ -55,7 +57,8 @@ class BlockSeconds:
     `host_forward` and `host_backward` are what the host takes to issue it meanwhile
     (`simulator.host`). `experts_forward` and `experts_backward` are the exposed seconds of expert
     dispatch and combine, which the overlapped schedule can hide behind the other direction's
-    computing.
+    computing; `experts_hidden` are those, of both passes, that the layer hides by itself
+    (`simulator.layer_overlap`).
     """
 
     forward: Array = 0.0
@@ -64,6 +67,7 @@ class BlockSeconds:
     weight_gradient: Array = 0.0
     experts_forward: Array = 0.0
     experts_backward: Array = 0.0
+    experts_hidden: Array = 0.0
     # Forward seconds that selective recomputation of a module, or of any of several, repeats.
     repeatable: dict[Modules, Array] = field(default_factory=dict)
     host_forward: Array = 0.0
@@ -111,17 +115,21 @@ class _Sums:
     def __init__(self) -> None:
         self.passes: dict[str, Array] = dict.fromkeys(PASSES, 0.0)
         self.experts: dict[str, Array] = dict.fromkeys(PASSES, 0.0)
+        self.inside: Array = 0.0
         self.repeatable: dict[Modules, Array] = {}
         self.lines: list[Line] = []
 
-    def add(self, line: Line, modules: Modules, *, between_experts: bool = False) -> None:
-        """One line; selective recomputation of `modules` repeats it."""
+    def add(self, line: Line, modules: Modules, *, inside: Array | None = None) -> None:
+        """One line; selective recomputation of `modules` repeats it. Of a message of experts,
+        `inside` is what its layer hides, each time."""
         self.lines.append(line)
         self.passes[line.phase] = self.passes[line.phase] + line.exposed
+        again = line.seconds if inside is None else line.seconds - inside
         if modules:
-            self.repeatable[modules] = self.repeatable.get(modules, 0.0) + line.seconds
-        if between_experts:
+            self.repeatable[modules] = self.repeatable.get(modules, 0.0) + again
+        if inside is not None:
             self.experts[line.phase] = self.experts[line.phase] + line.exposed
+            self.inside = self.inside + inside
 
 
 def block_seconds(hw: Hardware, s: Shapes, counts: Counts) -> BlockSeconds:
@@ -142,22 +150,27 @@ def block_seconds(hw: Hardware, s: Shapes, counts: Counts) -> BlockSeconds:
             repeated=_again(s.layout, operator.recompute),
         )
         sums.add(line, operator.recompute)
+    priced, shown = [], []
     for message in counts.messages:
         seconds = message_seconds(hw, s, message)
-        exposed = seconds - _hide(hw, message, seconds, unshared)
+        shown.append(seconds - _hide(hw, message, seconds, unshared))
         unshared[f"{message.name}:{message.phase}"] = seconds
+        priced.append((message, seconds))
+    free = {name: unshared[name] for name in (f"{o.name}:{o.phase}" for o in counts.operators)}
+    within = inside_layer(hw, s, priced, free)
+    for (message, seconds), exposed, inside in zip(priced, shown, within, strict=True):
         line = Line(
             message.name,
             message.phase,
             message.kind,
             seconds,
-            exposed,
+            exposed - inside,
             bytes=message.bytes * message.count,
             group=message.group,
             repeated=_again(s.layout, message.recompute),
         )
-        between_experts = message.group in ("ep", "etp", "expert")
-        sums.add(line, message.recompute, between_experts=between_experts)
+        of_experts = message.group in EXPERT_GROUPS
+        sums.add(line, message.recompute, inside=inside if of_experts else None)
     issued = issue_seconds(hw, s, counts)
     end = total(
         each.exposed for each in sums.lines if each.phase == "forward" and each.name in LAST
@@ -169,6 +182,7 @@ def block_seconds(hw: Hardware, s: Shapes, counts: Counts) -> BlockSeconds:
         sums.passes["weight_gradient"],
         sums.experts["forward"],
         sums.experts["input_gradient"],
+        sums.inside,
         sums.repeatable,
         issued.forward,
         issued.backward,

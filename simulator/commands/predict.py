@@ -130,6 +130,12 @@ def _summary(console: Console, config: Config, p: Forecast) -> None:
     console.print(f"bubble        {p.bubble_fraction:.1%}, {p.num_microbatches} micro-batches")
     if p.expert_load > 1:
         console.print(f"experts       fullest rank {p.expert_load:.2f} × the mean load")
+    messages = p.expert_messages
+    if messages.beside_layer or messages.beside_micro_batch:
+        console.print(
+            f"messages      experts' {messages.seconds:.3f} s: beside their own layer's computing"
+            f" {messages.beside_layer:.3f}, another micro-batch's {messages.beside_micro_batch:.3f}"
+        )
     if p.energy_kilojoules is not None:
         console.print(f"energy        {p.energy_kilojoules:,.1f} kJ per step")
     if p.cost_per_million_tokens is not None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ def uses(s: Shapes, *kinds: DispatcherType) -> Mask:
 
 
 def exchange(s: Shapes, sent: Array, load: Array) -> list[Message]:
-    """Dispatch and combine, forward and backward, of `sent` bytes of rows.
+    """Dispatch and combine, forward and backward, of `sent` bytes of rows, chunk by chunk.
 
     Either all tokens of the EP × ETP ranks are gathered and their sums reduced, or rows are
     exchanged over the EP ranks; expert tensor parallelism then gathers them in its group and
@@ -51,7 +52,8 @@ def exchange(s: Shapes, sent: Array, load: Array) -> list[Message]:
                 Message(f"{title} within", phase, kind, "etp", within, "", again, sharded)
             )
             messages += _between_ranks(s, title, phase, kind, sent * load * part, part, again)
-    return messages
+    chunks = s.moe.dispatch_chunks
+    return [replace(m, bytes=m.bytes / chunks, count=m.count * chunks) for m in messages]
 
 
 def width(s: Shapes, name: str, phase: Phase) -> float:

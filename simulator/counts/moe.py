@@ -6,6 +6,7 @@ Counts assume that every expert-parallel rank receives its fair share of rows ti
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from simulator.counts.records import (
     Operator,
     Saved,
     Shapes,
+    added_bytes,
     grouped_matmul,
     vector,
 )
@@ -109,34 +111,20 @@ def _router(s: Shapes) -> list[Operator]:
 
 def _experts(s: Shapes, load: Array) -> Counts:
     model, layout, element = s.model, s.layout, s.element
-    hidden, module = model.hidden_size, "moe"
+    hidden, module, chunks = model.hidden_size, "moe", s.moe.dispatch_chunks
     fc1, fc2 = mlp_linears(model, model.moe_ffn_hidden_size, "experts")
-    experts = model.num_experts / layout.ep
     rows = routed_rows(s, load)
     sent = s.shard * s.moe.top_k * hidden * element  # by one rank to all others
     received = rows * hidden * element
     inner = rows * fc1.local_outputs(layout.etp) * element
     outer = rows * fc2.local_inputs(layout.etp)
     stream = s.shard * hidden * element
-    # By expert, after the exchange; gathered tokens and such that stay are sorted once.
-    again = (experts > 1) & np.logical_not(uses(s, "local", "allgather", "moge"))
-    regroup = np.where(again, 2 * received, 0.0)
-    padded = vector("experts.padding", 4 * received, 4 * received, module)
-    operators = [
-        *vector("moe.permute", gathered(s, stream, sent), summed(s, stream, sent), ROUTE),
-        *vector("moe.sort", regroup, regroup, ROUTE),
-        *(padded if s.traits.padded_experts else []),
-        *grouped_matmul(s, fc1, experts, rows / experts, layout.etp, FC1),
-        *_between_products(s, inner, outer * element),
-        *grouped_matmul(s, fc2, experts, rows / experts, layout.etp, module),
-        *_bias(s, rows * hidden),
-        *vector("moe.unsort", regroup, regroup, module),
-        *vector("moe.unpermute", summed(s, stream, sent), gathered(s, stream, sent), module),
-    ]
-    regrouped = regroup / 2
-    peak = received + np.maximum(regrouped, inner + outer * element) + 2 * stream
+    one = _operators(s, rows / chunks, stream / chunks, sent / chunks)
+    peak = received + np.maximum(_regrouped(s, received), inner + outer * element)
+    # One chunk computes; of the one before and the one behind it gradients are under way.
+    peak = (peak + min(chunks - 1, 2) * (received + sent)) / chunks + 2 * stream
     return Counts(
-        operators,
+        [each for operator in one for each in _in_chunks(s, operator)],
         exchange(s, sent, load),
         saved=[
             Saved("experts.fc1 input", rows * hidden * s.linear_element, ROUTE),
@@ -147,6 +135,49 @@ def _experts(s: Shapes, load: Array) -> Counts:
         backward_peak=peak,
         matrices={fc1.name: fc1.matrix(layout.etp), fc2.name: fc2.matrix(layout.etp)},
     )
+
+
+def _operators(s: Shapes, rows: Array, stream: Array, sent: Array) -> list[Operator]:
+    """Of one chunk of tokens (`stream` bytes, `sent` as rows) and the `rows` that arrive of it."""
+    model, layout, module = s.model, s.layout, "moe"
+    fc1, fc2 = mlp_linears(model, model.moe_ffn_hidden_size, "experts")
+    experts = model.num_experts / layout.ep
+    received = rows * model.hidden_size * s.element
+    inner = rows * fc1.local_outputs(layout.etp) * s.element
+    outer = rows * fc2.local_inputs(layout.etp) * s.element
+    regroup = 2 * _regrouped(s, received)
+    padded = vector("experts.padding", 4 * received, 4 * received, module)
+    return [
+        *vector("moe.permute", gathered(s, stream, sent), summed(s, stream, sent), ROUTE),
+        *vector("moe.sort", regroup, regroup, ROUTE),
+        *(padded if s.traits.padded_experts else []),
+        *grouped_matmul(s, fc1, experts, rows / experts, layout.etp, FC1),
+        *_between_products(s, inner, outer),
+        *grouped_matmul(s, fc2, experts, rows / experts, layout.etp, module),
+        *_bias(s, rows * model.hidden_size),
+        *vector("moe.unsort", regroup, regroup, module),
+        *vector("moe.unpermute", summed(s, stream, sent), gathered(s, stream, sent), module),
+    ]
+
+
+def _in_chunks(s: Shapes, one: Operator) -> list[Operator]:
+    """What one chunk takes, of all. Their weight gradients are added up in the product's precision,
+    and the sum once to the main gradient."""
+    chunks, main = s.moe.dispatch_chunks, " gradient added"
+    if chunks == 1 or not one.name.endswith(main):
+        return [replace(one, count=one.count * chunks)]
+    elements = one.bytes / added_bytes(s)
+    moved, name = 3 * s.element * elements, one.name.removesuffix(main) + " chunks added"
+    return [one, replace(one, name=name, bytes=moved, shape={"bytes": moved}, count=chunks - 1)]
+
+
+def _regrouped(s: Shapes, received: Array) -> Array:
+    """Bytes that are sorted by expert after the exchange; gathered tokens and such that stay are
+    sorted once."""
+    again = (s.model.num_experts / s.layout.ep > 1) & np.logical_not(
+        uses(s, "local", "allgather", "moge")
+    )
+    return np.where(again, received, 0.0)
 
 
 def _between_products(s: Shapes, inner: Array, outer: Array) -> list[Operator]:

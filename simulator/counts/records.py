@@ -231,11 +231,16 @@ def _added_gradient(s: Shapes, name: str, elements: Array, count: Array = 1) -> 
     precision it is copied first."""
     if s.traits.gradient_accumulation_fusion:
         return []
-    main = 4.0 if s.traits.fp32_gradients else s.element
-    copied = s.element + main if main != s.element else 0.0
-    moved = elements * (copied + 3 * main)
+    moved = elements * added_bytes(s)
     title = f"{name} gradient added"
     return [Operator(title, "weight_gradient", "vector", 0, moved, {"bytes": moved}, "", count)]
+
+
+def added_bytes(s: Shapes) -> float:
+    """That adding one element of a weight's gradient to the main gradient moves."""
+    main = 4.0 if s.traits.fp32_gradients else s.element
+    copied = s.element + main if main != s.element else 0.0
+    return copied + 3 * main
 
 
 def _quantised(

@@ -55,6 +55,7 @@ def traits(row: Row) -> SimulationConfig:
         recompute_stops_early=row.mentions("torchtitan", "mixed precision DEFAULT"),
         fp32_gradients=not (early or row.mentions("mixed precision PURE", "Bridge", "FSDP on")),
         launch=_launch(row),
+        layer_overlap=False,
         host_reads_counts=row.number("n_experts") > 0 and not row.mentions(*DROPPED),
         inplace_cross_entropy=False,
         chunked_cross_entropy=False,

@@ -36,17 +36,17 @@ def best(config: Config, *pinned: str) -> float:
 
 def test_61_layers_are_faster_than_66():
     """The paper: about 15 %. Each depth with the best layout found for it, as the paper's
-    simulator searches, 9 %: 66 layers find stages that suit them (PP12, VPP3). In the published
-    stages, of which six would hold a third layer, 23 % (and more memory than there is)."""
+    simulator searches, 8 %: 66 layers find stages that suit them (PP12, VPP3). In the published
+    stages, of which six would hold a third layer, 22 % (and more memory than there is)."""
     deeper = load([*ULTRA, "parallel=single", "parallel.overlap_expert_parallel=true",
                    "model.num_layers=66"])  # fmt: skip
-    assert best(deeper) / best(load(ULTRA)) == pytest.approx(1.09, abs=0.03)
+    assert best(deeper) / best(load(ULTRA)) == pytest.approx(1.08, abs=0.03)
     stages = [*[3] * 6, *[2] * 24, 0, 0]
     layout = f"parallel.pipeline_layout=[{','.join(map(str, stages))}]"
     same_stages = predict(load([*ULTRA, "model.num_layers=66", layout]))
     assert not same_stages.fits
     published = predict(load(ULTRA)).step_seconds
-    assert same_stages.step_seconds / published == pytest.approx(1.23, abs=0.04)
+    assert same_stages.step_seconds / published == pytest.approx(1.22, abs=0.04)
 
 
 def test_mla_is_nearer_the_roofline_than_gqa():
@@ -92,7 +92,7 @@ def test_hierarchical_dispatch_halves_the_traffic_between_nodes():
     assert float(inside.bytes) == 8 * row
 
 
-def test_published_layout_of_pangu_ultra_is_within_3_percent_of_the_best(monkeypatch):
+def test_published_layout_of_pangu_ultra_is_within_4_percent_of_the_best(monkeypatch):
     """Without the margin of memory that a search keeps, which the published layout does not
     leave. Everything else free on 6,144 devices: TP, PP, VPP, CP, EP, ETP, micro-batch and how
     layers are dealt to stages. Ahead are the same stages over half as many ranks, and
@@ -103,20 +103,20 @@ def test_published_layout_of_pangu_ultra_is_within_3_percent_of_the_best(monkeyp
     sizes = ("tensor_model", "pipeline_model", "expert_model")
     keys = [f"parallel.{name}_parallel_size" for name in sizes]
     assert best(config, *keys, "train.micro_batch_size") == pytest.approx(published)
-    assert 1.0 <= published / best(config) <= 1.03
+    assert 1.0 <= published / best(config) <= 1.04
 
 
 def test_pangu_pros_change_of_layout():
     """The paper: MFU +35 % from the better layout, hierarchical all-to-all, finer overlap and
     fused operators together. So before there was a flat all-to-all, a plain schedule, and unfused
     operators; which ones is not published. The forecast has +20 % if none was fused anew, +26 % if
-    attention and the loss were, +40 % if norms, rotary embedding, SwiGLU and permutation were."""
+    attention and the loss were, +42 % if norms, rotary embedding, SwiGLU and permutation were."""
     pro = ["model=pangu_pro_moe", "hardware=ascend_910b_280t", "train.seq_length=4096"]
     pro += ["simulation=fused"]
     before = [*pro, "devices=3840", "train.global_batch_size=960", "moe.dispatcher=alltoall"]
     before += ["parallel.expert_model_parallel_size=8", "parallel.context_parallel_size=8"]
     before += ["parallel.pipeline_model_parallel_size=6", "parallel.context_parallel_type=ring"]
-    before += ["parallel.virtual_pipeline_model_parallel_size=4"]
+    before += ["parallel.virtual_pipeline_model_parallel_size=4", "simulation.layer_overlap=false"]
     after = [*pro, "parallel=pangu_pro", "devices=4000", "train.global_batch_size=1000"]
     after += ["parallel.overlap_expert_parallel=true", "moe.dispatcher=hierarchical"]
     after += ["simulation.tp_comm_overlap=true"]
@@ -130,4 +130,4 @@ def test_pangu_pros_change_of_layout():
 
     assert gain() == pytest.approx(0.20, abs=0.03)
     assert gain("attention", "cross_entropy") == pytest.approx(0.26, abs=0.03)
-    assert gain("kernels") == pytest.approx(0.40, abs=0.04)
+    assert gain("kernels") == pytest.approx(0.42, abs=0.04)
