@@ -1,14 +1,15 @@
-"""Experts across a slow link, with and without two micro-batches side by side.
+"""Experts over a slow link: a layer's tokens in chunks, two micro-batches at once, both, neither.
 
-    python benchmarks/overlap.py [--rate 100mbit]
+    python benchmarks/overlap.py [--rate 100mbit] [--width 1024] [--chunks 4] [--rounds 2]
 
 Two nodes of one rank (`tests.cluster`, which needs root) train a model of the quick start's kind
-with expert parallelism 2, MoGE's dispatch and top-k's all-to-all; runs with
-`parallel.overlap_expert_parallel` take turns with runs without. Per run, of the steps traced, means
-of the ranks: seconds of a step, of the experts' communication and of computing, and the part of the
-communication during which the same rank computes, of all of it and of what has computing to hide
-behind: of m micro-batches m - 1 have another's pass beside them, and no more of their messages can
-be hidden than there is computing. A table with the date goes to `benchmarks/results/`.
+with expert parallelism 2, MoGE's dispatch and top-k's all-to-all; the four ways take turns. Per
+run, of the steps traced, means of the ranks: seconds of a step, beside the same round's without
+overlap; of the experts' communication and of computing; and the part of the communication during
+which the same rank computes, of all of it, of computing, and, for micro-batches side by side, of
+what has computing to hide behind: of m micro-batches m - 1 have another's pass beside them, and no
+more of their messages can be hidden than there is computing. A table with the date goes to
+`benchmarks/results/`.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-STEPS = (4, 5, 6, 7)
+STEPS = (3, 4, 5)
 MICRO_BATCHES = 8
 MODEL = [
     *["model.num_layers=4", "model.hidden_size=256", "model.kv_channels=64"],
-    *["model.moe_ffn_hidden_size=256", "model.shared_expert_ffn_hidden_size=256"],
+    "model.shared_expert_ffn_hidden_size=256",
     *["model.vocab_size=512", "data=synthetic", "train.seq_length=512", "backend=cpu"],
     *["backend.threads=1", "parallel.expert_model_parallel_size=2", "train.micro_batch_size=1"],
     *[f"train.global_batch_size={2 * MICRO_BATCHES}", f"train.steps={STEPS[-1]}"],
@@ -39,6 +41,7 @@ VARIANTS = {
     "moge": ["moe=moge", "moe.dispatcher=moge"],
     "top_k": ["moe=top_k", "moe.dispatcher=alltoall"],
 }
+BESIDE = "parallel.overlap_expert_parallel=true"
 
 
 @dataclass(frozen=True)
@@ -55,18 +58,21 @@ class Found:
         return self.hidden / self.talking
 
     @property
+    def of_computing(self) -> float:
+        return self.hidden / self.computing
+
+    @property
     def of_what_can_be(self) -> float:
         paired = (MICRO_BATCHES - 1) / MICRO_BATCHES
         return self.hidden / (paired * min(self.talking, self.computing))
 
 
-def run(rate: str, overrides: list[str], overlap: bool) -> Found:
+def run(rate: str, overrides: list[str]) -> Found:
     """Train on both nodes, and read what rank 0 wrote."""
     from tests.cluster import Cluster
 
     with tempfile.TemporaryDirectory() as folder, Cluster(2, rate) as cluster:
-        flag = f"parallel.overlap_expert_parallel={str(overlap).lower()}"
-        command = [sys.executable, "-m", "pangu.train", *MODEL, *overrides, flag]
+        command = [sys.executable, "-m", "pangu.train", *MODEL, *overrides]
         threads = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         command += [f"run_dir={folder}/run"]
         if any(cluster.run(command, threads, stdout=subprocess.DEVNULL)):
@@ -100,6 +106,8 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rate", default="100mbit")
+    parser.add_argument("--width", type=int, default=1024, help="of an expert")
+    parser.add_argument("--chunks", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
     if reason := obstacle():
@@ -107,25 +115,40 @@ def main() -> int:
         return 0
     lines = [
         f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at "
-        f"the start; two nodes of one rank, link of {options.rate}, {MICRO_BATCHES} micro-batches "
-        "of 512 tokens; seconds per step.",
+        f"the start; two nodes of one rank, link of {options.rate}, experts {options.width} wide, "
+        f"{MICRO_BATCHES} micro-batches of 512 tokens, {options.chunks} chunks; seconds per step.",
         "",
-        "| router | overlap | step | experts' messages | computing | hidden | of what can be |",
-        "|---|---|---|---|---|---|---|",
+        "| router | beside each other | step | of none's | experts' messages | computing | hidden "
+        "| of computing | of what can be |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     print(*lines, sep="\n", flush=True)
     for name, overrides in VARIANTS.items():
-        for overlap in (False, True) * options.rounds:
-            found = run(options.rate, overrides, overlap)
-            row = f"| {name} | {'yes' if overlap else 'no'} | {found.step:.2f} | "
-            row += f"{found.talking:.2f} | {found.computing:.2f} | {found.of_all:.0%} | "
-            lines.append(row + (f"{found.of_what_can_be:.0%} |" if overlap else "|"))
-            print(lines[-1], flush=True)
+        for _ in range(options.rounds):
+            for row in rows(options, name, overrides):
+                lines.append(row)
+                print(row, flush=True)
     results = ROOT / "benchmarks" / "results"
     results.mkdir(exist_ok=True)
-    name = f"{time.strftime('%Y-%m-%d')}-{Path(__file__).stem}.md"
-    (results / name).write_text("\n".join(["# Two micro-batches at once", "", *lines, ""]))
+    what = f"{Path(__file__).stem}-{options.rate}-{options.width}"
+    title = "# Chunks of a layer, and two micro-batches at once"
+    path = results / f"{time.strftime('%Y-%m-%d')}-{what}.md"
+    path.write_text("\n".join([title, "", *lines, ""]))
     return 0
+
+
+def rows(options: argparse.Namespace, router: str, overrides: list[str]) -> Iterator[str]:
+    """One of every way, in turn."""
+    chunks = f"moe.dispatch_chunks={options.chunks}"
+    ways = {"none": [], "chunks": [chunks], "micro-batches": [BESIDE], "both": [BESIDE, chunks]}
+    width, alone = f"model.moe_ffn_hidden_size={options.width}", 0.0
+    for way, more in ways.items():
+        found = run(options.rate, [*overrides, width, *more])
+        alone = alone or found.step
+        row = f"| {router} | {way} | {found.step:.2f} | {found.step / alone:.2f} | "
+        row += f"{found.talking:.2f} | {found.computing:.2f} | {found.of_all:.0%} | "
+        row += f"{found.of_computing:.0%} | "
+        yield row + (f"{found.of_what_can_be:.0%} |" if BESIDE in more else "|")
 
 
 if __name__ == "__main__":
