@@ -33,8 +33,8 @@ def attention(
 
     Query i sees keys up to t - s + i (t > s: the first keys come from a cache). `document_ids`
     `[b, t]` (any integer dtype, the same throughout a document, which is in one piece) hides keys
-    of other documents; they may lie on the host. `seen` bool `[s, t]` takes the place of both where
-    it is given: what each query sees; or `[b, 1, s, t]`.
+    of other documents; it lies on the host where `documents_stay_on_host`. `seen` bool `[s, t]`
+    takes the place of both where it is given: what each query sees; or `[b, 1, s, t]`.
     """
     variants = {"sdpa": attention_sdpa, "npu": attention_npu, "fixed": attention_fixed}
     variant = variants[backends.current().operators.attention]
@@ -86,7 +86,6 @@ def visible(
     column = torch.arange(keys, device=device)
     mask = (column[None, :] <= row[:, None])[None, None]
     if document_ids is not None:
-        document_ids = document_ids.to(device)
         same = document_ids[:, keys - queries :, None] == document_ids[:, None, :]
         mask = mask & same[:, None]
     return mask
@@ -166,7 +165,8 @@ def attention_npu(
     if document_ids is None and seen is None:
         hidden, mode = _npu_triangle(query.device), 3  # the lower right triangle, of any size
     else:
-        shown = visible(queries, keys, document_ids, query.device) if seen is None else seen
+        ids = None if document_ids is None else document_ids.to(query.device)
+        shown = visible(queries, keys, ids, query.device) if seen is None else seen
         shown = shown.reshape(-1, 1, queries, keys)
         hidden, mode = ~shown, 1  # every position's own
     import torch_npu
