@@ -57,3 +57,9 @@ def test_the_wheel_leaves_others_packages_alone_and_plans_without_torch(tmp_path
     assert forecast == json.loads(here)
     run(python, "-c", f"{PARTS}; import configs, launch; assert launch.THEIRS", cwd=tmp_path)
     assert not any((site / heavy).exists() for heavy in ("torch", "matplotlib"))
+    # What the planner alone cannot do it says, and the doctor looks at a plan all the same.
+    for entry in ("train", "doctor"):
+        command = [python, "-m", f"pangu.{entry}", "experiment=quickstart"]
+        said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert said.returncode == 2, said.stderr
+        assert "pip install 'pangu-moe[train]'" in said.stdout + said.stderr

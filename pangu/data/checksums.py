@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
-from tqdm import tqdm
 
 from pangu.data import DataError
 from pangu.data.index_file import IndexedFiles
@@ -116,6 +114,8 @@ def verify(
 
 def _read(path: Path, tokens: IndexedFiles | None) -> tuple[str, int, int]:
     """Digest, smallest and largest token."""
+    from tqdm import tqdm  # the trainer's, which a doctor of the planner alone asks for
+
     hasher, smallest, largest = hashlib.sha256(), [0], [0]
     size = path.stat().st_size
     with (
@@ -153,6 +153,8 @@ def _remember(note: Path, content: Content) -> None:
 
 @contextmanager
 def _one_at_a_time(lock: Path) -> Iterator[None]:
+    from filelock import FileLock  # the trainer's too
+
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         held = FileLock(lock)

@@ -9,10 +9,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from filelock import FileLock
-
 from pangu.data import DataError
-from pangu.data.corpus import is_complete
 
 HELD_OUT = 0.05
 # 30 MB of text teach no more merges than this; larger models leave the rest of their ids unused.
@@ -34,6 +31,10 @@ def prepare_standard_library(cache_dir: str | Path, vocab_size: int) -> Path:
     Raises:
         DataError: when this Python came without its source, or preparation failed.
     """
+    from filelock import FileLock  # the trainer's, with which the planner alone is not installed
+
+    from pangu.data.corpus import is_complete
+
     folder = standard_library_folder(cache_dir, vocab_size)
     if is_complete(folder):
         return folder

@@ -38,7 +38,7 @@ CANNOT = {
     r"^make train": "python -m pangu.train experiment=quickstart, in .venv",
     r"test-gpu": "it is python -m pangu.doctor backend=cuda --device-check, in .venv",
     r"benchmarks(?!/gpu)": "a benchmark, minutes to hours of idle cores: benchmarks/README.md",
-    r"tests\.drills(?!\.nvme)": "a drill of its own; tests run its parts",
+    r"tests\.drills": "a drill of its own; tests run its parts",
     r"endpoint=HOST": "nodes of one's own; tests/cluster/test_link_calibration.py runs it on two",
     r"METHOD MODEL|backend=… ": "words are left to the reader",
     r"^torchrun --local-addr 127.0.0.1 --nproc-per-node 2$": "the beginning of a command",
@@ -67,6 +67,7 @@ SHORTER = {
     r"simulator shape": "--shortlist 2",
     r"pangu\.serve": "port=0",
     r"simulator serve": "--port 0",
+    r"doctor experiment=quickstart$": "run_dir=runs/new",
     r"compiled_kernels": "short",
 }
 # Where it ends with 2 and a sentence, for want of a device, or of the rights to make a network.
