@@ -80,7 +80,7 @@ MEANT = (
     (r"--results FILE", "--results FILE", "--results kept"),
     (r"-- COMMAND$", "COMMAND", "hostname"),
     (r"benchmarks/gpu", "benchmarks", str(ROOT / "benchmarks")),
-    (r"^docker run", "train …", "train"),
+    (r"^docker run", "train …", "train experiment=quickstart"),
     (r"CARVED", "CARVED", "DIR"),  # the command before has made it
     (r"pangu\.train …", "…", ""),
     (r"train\.steps=…", "train.steps=…", ""),
