@@ -217,9 +217,10 @@ def by_continuous_batching(model, room: int) -> Way:
             ]
             while len(found) < len(asked):
                 result = running.get_result(timeout=60)
-                if result is None:
+                if result is not None:
+                    found[result.request_id] = list(result.generated_tokens)
+                elif not running.is_running():
                     raise RuntimeError("continuous batching has stopped")
-                found[result.request_id] = list(result.generated_tokens)
         return [found[number] for number in asked]
 
     return way
