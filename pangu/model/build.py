@@ -41,7 +41,7 @@ class PanguModel(GPTModel):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.post_process or self.mtp_process:
+        if self.post_process:
             self.output_layer.__class__ = Head  # which the engine makes without asking for a class
         self.leap_heads: LeapHeads | None = None
         heads = self.config.model.leap_heads if self.config.model else 0

@@ -62,6 +62,7 @@ SHORTER = {
     r"run_dir=runs/joint": "train.steps=6",
     r"pangu\.(compress (prune|carve|quantize)|evaluate)": "--tokens 512 --window 64",
     r"pangu\.generate": "max_new_tokens=4",
+    r"output=answers": "output=kept.jsonl",
     r"--train-tokenizer": "--train-tokenizer 1000",
     r"pangu\.calibrate --out": "--quick",
     r"simulator shape": "--shortlist 2",
@@ -81,8 +82,14 @@ MEANT = (
     (r"-- COMMAND$", "COMMAND", "hostname"),
     (r"benchmarks/gpu", "benchmarks", str(ROOT / "benchmarks")),
     (r"^docker run", "train …", "train experiment=quickstart"),
+    (r"--tokenizer CORPUS", "CORPUS", "corpora/mine"),
     (r"CARVED", "CARVED", "DIR"),  # the command before has made it
     (r"pangu\.train …", "…", ""),
+    (
+        r"simulator predict …",
+        "…",
+        "model=pangu_pro_moe parallel=pangu_pro hardware=h100 devices=64",
+    ),
     (r"train\.steps=…", "train.steps=…", ""),
     (r'prompt="…"', "…", "def main("),
 )
@@ -165,6 +172,10 @@ def texts(folder: Path) -> None:
         for number, answer in ((0, " text"), (0, " nothing"), (1, " a"), (1, " b")):
             request = {"context": written[number][:60], "continuation": answer}
             out.write(json.dumps({"doc_id": number, "request": request, "label": 1}) + "\n")
+    with (folder / "prompts.jsonl").open("w") as out:
+        out.writelines(json.dumps({"prompt": text[:60]}) + "\n" for text in written[:2])
+    with (folder / "answers.jsonl").open("w") as out:
+        out.writelines(json.dumps({"document": text}) + "\n" for text in written)
     prepare = "pangu.data.prepare texts --output corpora/mine --train-tokenizer 1000"
     _do(folder, prepare)
     (folder / "corpus").symlink_to("corpora/mine")

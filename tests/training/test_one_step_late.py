@@ -79,7 +79,8 @@ def runs(folder):
         "late": trained(folder / "late", SAVES, late=True, bad=4),
         "told": trained(folder / "told", SAVES, late=True, told=3),
     }
-    backends.use(replace(backends.current().operators, grouped_matmul="fused"))
+    of_a_device = {"grouped_matmul": "fused", "weight_gradient": "separate"}
+    backends.use(replace(backends.current().operators, **of_a_device))
     return found | {"asked": trained(folder / "asked", ["train.steps=3"], late=True)}
 
 
