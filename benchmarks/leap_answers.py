@@ -67,7 +67,7 @@ def main() -> None:
                 f"model.leap_heads={HEADS}",
                 f"model.leap_stride={stride}",
                 "train.leap_heads_only=true",
-                f"train.steps={given.head_steps}",
+                f"train.steps={given.steps + given.head_steps}",  # goes on from there
                 "optimizer.lr=1e-3",
                 f"optimizer.warmup_steps={given.head_steps // 10}",
             )
