@@ -88,7 +88,7 @@ MEANT = (
     (
         r"simulator predict …",
         "…",
-        "model=pangu_pro_moe parallel=pangu_pro hardware=h100 devices=64",
+        "experiment=quickstart hardware=h100",
     ),
     (r"train\.steps=…", "train.steps=…", ""),
     (r'prompt="…"', "…", "def main("),
