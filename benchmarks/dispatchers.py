@@ -128,6 +128,12 @@ def table(layout: Layout, machine: Path, rate: str, rounds: int) -> list[str]:
     return rows
 
 
+def keep(script: str, title: str, lines: list[str]) -> None:
+    """The table of a benchmark, under its name and today's date."""
+    name = f"{time.strftime('%Y-%m-%d')}-{Path(script).stem}.md"
+    (ROOT / "benchmarks" / "results" / name).write_text("\n".join([f"# {title}", "", *lines, ""]))
+
+
 def main() -> int:
     sys.path.insert(0, str(ROOT))
     from tests.cluster import obstacle
@@ -158,9 +164,7 @@ def main() -> int:
             rows = table(layout, hardware, options.rate, options.rounds)
             print(*rows, sep="\n", flush=True)
             lines += rows
-    results = ROOT / "benchmarks" / "results"
-    name = f"{time.strftime('%Y-%m-%d')}-{Path(__file__).stem}.md"
-    (results / name).write_text("\n".join(["# Dispatchers over a slow link", "", *lines, ""]))
+    keep(__file__, "Dispatchers over a slow link", lines)
     return 0
 
 

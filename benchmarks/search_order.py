@@ -21,10 +21,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.dispatchers import MODEL, ROOT, TOP_K, calibrated, measure
+from benchmarks.dispatchers import MODEL, TOP_K, calibrated, keep, measure
 from simulator.commands.search import load_search_plan
 from simulator.emit import experiment
 from simulator.search import Choice, search
+from simulator.words import layout_words
 
 NODES, RANKS = 2, 2
 NEAR = 0.05  # pairs of which one is slower by less have no order
@@ -37,22 +38,6 @@ def ranked(overrides: list[str], count: int) -> list[Choice]:
     if len(choices) <= count:
         return choices
     return [choices[round(i * (len(choices) - 1) / (count - 1))] for i in range(count)]
-
-
-def words(choice: Choice) -> str:
-    """The sizes that are not 1."""
-    p, train = choice.config.parallel, choice.config.train
-    sizes = {
-        "TP": p.tensor_model_parallel_size,
-        "PP": p.pipeline_model_parallel_size,
-        "VPP": p.virtual_pipeline_model_parallel_size,
-        "CP": p.context_parallel_size,
-        "EP": p.expert_model_parallel_size,
-        "ETP": p.expert_tensor_parallel_size,
-        "DP": choice.config.data_parallel_size,
-        "micro-batch": train.micro_batch_size,
-    }
-    return ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
 
 
 def in_order(pairs: list[tuple[float, float]]) -> tuple[int, int]:
@@ -102,15 +87,13 @@ def main() -> int:
             forecast = choice.prediction.step_seconds
             found.append((forecast, seconds))
             error = forecast / seconds - 1
-            lines.append(f"| {words(choice)} | {seconds:.2f} | {forecast:.2f} | {error:+.0%} |")
+            layout = layout_words(choice.config)
+            lines.append(f"| {layout} | {seconds:.2f} | {forecast:.2f} | {error:+.0%} |")
             print(lines[-1], flush=True)
     same, apart = in_order(found)
     lines += ["", f"{same} of {apart} pairs that are {NEAR:.0%} apart are in the forecast's order."]
     print(*lines[-2:], sep="\n")
-    name = f"{time.strftime('%Y-%m-%d')}-{Path(__file__).stem}.md"
-    (ROOT / "benchmarks" / "results" / name).write_text(
-        "\n".join(["# Layouts in the order of the search", "", *lines, ""])
-    )
+    keep(__file__, "Layouts in the order of the search", lines)
     return 0
 
 

@@ -118,7 +118,7 @@ def _keep_the_heap_whole(process: ProcessEnvironment, config: Config) -> None:
     that began without it begins again."""
     starts_others = not process.launched and config.launch.processes > 1
     if __name__ == "__main__" and WHOLE_HEAP[0] not in os.environ and not starts_others:
-        os.environ.setdefault(*WHOLE_HEAP)
+        os.environ.update([WHOLE_HEAP])
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
